@@ -1,0 +1,95 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/docker/docker/client"
+)
+
+const (
+	pingTime    = 5 * time.Second
+	engineConns = 64 // idle connections kept: the SDK's transport would keep two
+)
+
+// engine is the way to the Docker Engine. The SDK's client is replaced, never changed:
+// its own version negotiation is not safe beside other calls, ignores their deadlines,
+// and speaks to an old engine in too new a version after an attempt that failed.
+type engine struct {
+	sdk   atomic.Pointer[client.Client]
+	known atomic.Bool // sdk speaks the version of the engine that answered last
+}
+
+// newEngine takes the address from DOCKER_HOST and its like. It does not connect.
+func newEngine() (*engine, error) {
+	e := new(engine)
+	sdk, err := newSDK()
+	if err != nil {
+		return nil, err
+	}
+	e.sdk.Store(sdk)
+	return e, nil
+}
+
+func newSDK() (*client.Client, error) {
+	transport := &http.Transport{MaxIdleConns: engineConns, MaxIdleConnsPerHost: engineConns, IdleConnTimeout: 30 * time.Second}
+	return client.NewClientWithOpts(
+		client.WithHTTPClient(&http.Client{Transport: transport, CheckRedirect: client.CheckRedirect}),
+		client.WithHost(client.DefaultDockerHost),
+		client.FromEnv)
+}
+
+// api returns the SDK's client, for one call.
+func (e *engine) api() *client.Client { return e.sdk.Load() }
+
+// connect makes sure that the engine's version is known. It costs nothing while it is.
+func (e *engine) connect(ctx context.Context) error {
+	if e.known.Load() {
+		return nil
+	}
+	return e.ping(ctx)
+}
+
+// lost notes that the engine was out of reach: another version may come back.
+func (e *engine) lost() { e.known.Store(false) }
+
+// ping asks the engine for its version, within pingTime, and speaks that from now on.
+func (e *engine) ping(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, pingTime)
+	defer cancel()
+	answer, err := e.api().Ping(ctx)
+	if err != nil {
+		return err
+	}
+	if answer.APIVersion == "" {
+		return badGateway("what answers at the engine's address is no Docker Engine")
+	}
+	sdk, err := newSDK()
+	if err != nil {
+		return err
+	}
+	sdk.NegotiateAPIVersionPing(answer)
+	if sdk.ClientVersion() != e.api().ClientVersion() {
+		e.sdk.Swap(sdk).Close()
+	}
+	e.known.Store(true)
+	return nil
+}
+
+func (e *engine) close() { e.api().Close() }
+
+// engineFailed reports whether err is the engine's own failure: a status that blames
+// nobody else, or an answer that cannot be understood.
+func engineFailed(err error) bool {
+	var syntax *json.SyntaxError
+	var wrongType *json.UnmarshalTypeError
+	return errdefs.IsInternal(err) || errdefs.IsUnavailable(err) || errdefs.IsUnknown(err) ||
+		errdefs.IsNotImplemented(err) || errdefs.IsUnauthorized(err) || errdefs.IsPermissionDenied(err) ||
+		errors.As(err, &syntax) || errors.As(err, &wrongType) || errors.Is(err, io.ErrUnexpectedEOF)
+}

@@ -1,0 +1,296 @@
+// Duxcore-daemon runs customers' services on one machine of a hosting company.
+//
+// The company's core calls it over HTTP to create, start, stop, watch and delete
+// services. A service is one Docker container and one directory on the host, its
+// bind directory. The daemon keeps no database: the engine's containers, by their
+// names and labels, and the directories are all its state, so it can be killed at
+// any instant and started again. See lifecycle.go for how.
+//
+// # What it protects, and from whom
+//
+// Whoever holds the engine's socket is root on the machine, and the daemon holds it.
+//
+//   - The core is trusted: who has the core key can run any image and publish any
+//     port, but cannot mount a host directory other than a service's own, ask for
+//     a privilege, or reach a container that this daemon did not make.
+//   - Without the core key nothing but the check of the key runs.
+//   - Customers are not trusted. They own what runs in their container and what is
+//     in their bind directory, and the daemon never follows a link there.
+//   - The server behind a bind_contents URL is not trusted: who controls it decides
+//     what lies in that one bind directory. It cannot make the daemon connect to
+//     an address inside the company's network.
+//   - The engine is trusted, its availability is not.
+//
+// # Reading order
+//
+// main.go, server.go (the route table is the table of contents), auth.go, engine.go,
+// services.go, lifecycle.go, archive.go, images.go, stats.go. Callers stand above
+// callees.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// config is what the flags set. Sizes are bytes.
+type config struct {
+	addr          string // TCP address to listen on
+	coreKey       string // path of the core key
+	binds         string // path of the directory that holds the bind directories
+	tlsCert       string // PEM file; empty for plain HTTP
+	tlsKey        string
+	network       string        // engine network of the services; empty for the engine's default bridge
+	pidsLimit     int64         // processes and threads in one service
+	stopTimeout   time.Duration // between SIGTERM and SIGKILL
+	createTimeout time.Duration // for one create with its pull and download, and for one delete
+	fetchAllow    []netip.Prefix
+	maxBindBytes  int64 // of a decompressed bind_contents stream
+	maxBindFiles  int64 // entries in one
+	maxImageBytes int64 // of one uploaded image
+	version       bool
+}
+
+func main() {
+	cfg, err := parseConfig(os.Args[1:], os.LookupEnv, os.Stdout)
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(2)
+	}
+	if cfg.version {
+		fmt.Println(version())
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal finds its default action: exit at once
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if err := run(ctx, cfg, log, func(net.Addr) {}); err != nil {
+		log.Error("cannot go on", "err", err)
+		os.Exit(1)
+	}
+}
+
+// run serves until ctx ends, then lets the changes under way finish and returns nil.
+// It calls listening with the bound address before the first request is accepted.
+func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.Addr)) error {
+	key, err := loadCoreKey(cfg.coreKey, log)
+	if err != nil {
+		return err
+	}
+	engine, err := newEngine()
+	if err != nil {
+		return fmt.Errorf("cannot use the engine's address: %w", err)
+	}
+	defer engine.close()
+	binds, err := openBinds(cfg.binds)
+	if err != nil {
+		return fmt.Errorf("cannot use the bind directories' root: %w", err)
+	}
+	defer binds.close()
+
+	// Changes under way outlive the signal that ends ctx, for grace.
+	life, endLife := context.WithCancel(context.WithoutCancel(ctx))
+	defer endLife()
+	s := newServer(life, ctx, cfg, key, engine, binds, log)
+	s.settleAll(ctx)
+
+	listener, err := net.Listen("tcp", cfg.addr)
+	if err != nil {
+		return err
+	}
+	srv := &http.Server{
+		Handler:                      s,
+		BaseContext:                  func(net.Listener) context.Context { return life },
+		ReadHeaderTimeout:            10 * time.Second,
+		IdleTimeout:                  2 * time.Minute,
+		MaxHeaderBytes:               12 << 10, // net/http allows 4 KiB on top
+		DisableGeneralOptionsHandler: true,     // it would answer "OPTIONS *" without the key
+		TLSConfig:                    &tls.Config{MinVersion: tls.VersionTLS12},
+		Protocols:                    new(http.Protocols),
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	srv.Protocols.SetHTTP1(true)
+	if tcp, ok := listener.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && cfg.tlsCert == "" {
+		log.Warn("listening on more than loopback without TLS: the core key can be read on the wire")
+	}
+	log.Info("listening", "addr", listener.Addr(), "binds", binds.path, "version", version())
+	listening(listener.Addr())
+
+	failed := make(chan error, 1)
+	go func() { // ends with srv.Shutdown below, or with the listener
+		if cfg.tlsCert != "" {
+			failed <- srv.ServeTLS(listener, cfg.tlsCert, cfg.tlsKey)
+		} else {
+			failed <- srv.Serve(listener)
+		}
+	}()
+	settled := make(chan struct{})
+	go func() { // ends with ctx
+		defer close(settled)
+		s.settleEvery(ctx, time.Minute)
+	}()
+	defer func() { endLife(); <-settled }()
+
+	select {
+	case err := <-failed:
+		srv.Close()
+		return err
+	case <-ctx.Done():
+	}
+	grace := cfg.stopTimeout + 15*time.Second
+	log.Info("shutting down", "grace", grace)
+	deadline, cancel := context.WithTimeout(life, grace)
+	defer cancel()
+	if err := srv.Shutdown(deadline); err != nil {
+		srv.Close()
+		return fmt.Errorf("changes were still under way after %v; they are settled at the next start", grace)
+	}
+	return nil
+}
+
+// parseConfig reads the environment, then the arguments, which win. It reports all
+// mistakes in one error. For -h it writes the flags to out and returns [flag.ErrHelp].
+func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
+	var c config
+	var mistakes []error
+	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.StringVar(&c.addr, "addr", ":8000", "TCP address to listen on")
+	fs.StringVar(&c.coreKey, "corekey", "corekey.bin", "file with the binary core key; created when missing")
+	fs.StringVar(&c.binds, "binds", "binds", "directory of the bind directories; created when missing")
+	fs.StringVar(&c.tlsCert, "tls-cert", "", "PEM file with the certificate chain; needs -tls-key")
+	fs.StringVar(&c.tlsKey, "tls-key", "", "PEM file with the certificate's key; needs -tls-cert")
+	fs.StringVar(&c.network, "network", "", "engine network that services join; empty for the engine's default bridge")
+	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
+	fs.DurationVar(&c.stopTimeout, "stop-timeout", 30*time.Second, "time between SIGTERM and SIGKILL when a service stops")
+	fs.DurationVar(&c.createTimeout, "create-timeout", 30*time.Minute, "time for one create, its pull and its download, and for one delete")
+	fs.Var((*prefixes)(&c.fetchAllow), "fetch-allow", "networks (CIDR, comma-separated) that bind_contents may come from though not public")
+	fs.Int64Var(&c.maxBindBytes, "max-bind-bytes", 10<<30, "bytes that a bind_contents archive may unpack to")
+	fs.Int64Var(&c.maxBindFiles, "max-bind-files", 250_000, "entries that a bind_contents archive may have")
+	fs.Int64Var(&c.maxImageBytes, "max-image-bytes", 16<<30, "bytes that an uploaded image may have")
+	fs.VisitAll(func(f *flag.Flag) {
+		f.Value = &lenientValue{f.Value, f.Name, &mistakes}
+		if v, ok := lookupEnv(envName(f.Name)); ok {
+			f.Value.Set(v)
+		}
+	})
+	fs.BoolVar(&c.version, "version", false, "print the version and exit")
+
+	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
+		printHelp(fs, out)
+		return c, err
+	} else if err != nil {
+		mistakes = append(mistakes, err)
+	}
+	if fs.NArg() > 0 {
+		mistakes = append(mistakes, fmt.Errorf("%q is no flag", fs.Arg(0)))
+	}
+	return c, errors.Join(append(mistakes, c.check()...)...)
+}
+
+// check returns what is wrong with the values themselves.
+func (c config) check() (mistakes []error) {
+	refuse := func(wrong bool, text string) {
+		if wrong {
+			mistakes = append(mistakes, errors.New(text))
+		}
+	}
+	refuse((c.tlsCert == "") != (c.tlsKey == ""), "-tls-cert and -tls-key go together")
+	refuse(c.network == "host" || strings.HasPrefix(c.network, "container:"),
+		"-network: services may not share the network of the host or of a container")
+	refuse(c.pidsLimit < 1, "-pids-limit: must be at least 1")
+	refuse(c.stopTimeout < time.Second, "-stop-timeout: must be at least 1s")
+	refuse(c.createTimeout < time.Second, "-create-timeout: must be at least 1s")
+	refuse(c.maxBindBytes < 1, "-max-bind-bytes: must be at least 1")
+	refuse(c.maxBindFiles < 1, "-max-bind-files: must be at least 1")
+	refuse(c.maxImageBytes < 1, "-max-image-bytes: must be at least 1")
+	return mistakes
+}
+
+// lenientValue notes a mistake and lets the flag package go on to the next one.
+type lenientValue struct {
+	flag.Value
+	name     string
+	mistakes *[]error
+}
+
+func (v *lenientValue) Set(text string) error {
+	if err := v.Value.Set(text); err != nil {
+		*v.mistakes = append(*v.mistakes, fmt.Errorf("-%s: invalid value %q: %w", v.name, text, err))
+	}
+	return nil
+}
+
+// prefixes is a comma-separated list of networks as a [flag.Value].
+type prefixes []netip.Prefix
+
+func (p *prefixes) String() string { return "" }
+
+func (p *prefixes) Set(text string) error {
+	*p = nil
+	for field := range strings.SplitSeq(text, ",") {
+		if field = strings.TrimSpace(field); field == "" {
+			continue
+		}
+		prefix, err := netip.ParsePrefix(field)
+		if err != nil {
+			return err
+		}
+		*p = append(*p, prefix.Masked())
+	}
+	return nil
+}
+
+// envName returns the environment twin of a flag.
+func envName(flagName string) string {
+	return "DUXCORE_" + strings.ToUpper(strings.ReplaceAll(flagName, "-", "_"))
+}
+
+func printHelp(fs *flag.FlagSet, out io.Writer) {
+	fmt.Fprintln(out, "duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.")
+	fmt.Fprintln(out, "Each flag has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. A flag beats it.")
+	fs.VisitAll(func(f *flag.Flag) {
+		fmt.Fprintf(out, "  -%-16s %s", f.Name, f.Usage)
+		if f.DefValue != "" && f.DefValue != "false" {
+			fmt.Fprintf(out, " (default %s)", f.DefValue)
+		}
+		fmt.Fprintln(out)
+	})
+}
+
+// version says what the binary was built from, as the Go tool recorded it.
+func version() string {
+	build, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "duxcore-daemon (no build information)"
+	}
+	text := "duxcore-daemon " + build.Main.Version + " " + build.GoVersion
+	for _, s := range build.Settings {
+		switch s.Key {
+		case "GOOS", "GOARCH", "vcs.revision":
+			text += " " + s.Value
+		case "vcs.modified":
+			if s.Value == "true" {
+				text += " (modified)"
+			}
+		}
+	}
+	return text
+}

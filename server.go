@@ -1,0 +1,320 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/docker/docker/client"
+)
+
+const (
+	maxJSON      = 1 << 20          // bytes of a JSON body
+	jsonTime     = 30 * time.Second // for reading one
+	uploadStall  = time.Minute      // longest pause in an upload
+	readTime     = 30 * time.Second // for a request that changes nothing
+	writeTime    = 30 * time.Second // longest wait for a client to take what is written
+	lingerTime   = time.Second      // for discarding what a client still sends after its answer
+	unauthorized = "Accessing this daemon requires core authorization."
+)
+
+// A route is one line of the API. All paths need the core key, so access is no column.
+type route struct {
+	pattern string // as for [http.ServeMux]; each stands under /v1 as well
+	body    int64  // most bytes of the request's body
+	limit   time.Duration
+	finish  bool // runs to its end, or to its limit, even if the client goes away
+	handle  func(*server, http.ResponseWriter, *http.Request) error
+}
+
+// routes is the whole API. A limit of 0 means until the client or the daemon leaves.
+func (s *server) routes() []route {
+	change := s.stopTimeout + 30*time.Second
+	return []route{
+		{"POST /service", maxJSON, s.createTimeout, false, (*server).createService},
+		{"GET /service", 0, readTime, false, (*server).listServices},
+		{"GET /service/{id}", 0, readTime, false, (*server).inspectService},
+		{"DELETE /service/{id}", 0, s.createTimeout, true, (*server).deleteService},
+		{"POST /service/{id}/ctl", maxJSON, change, true, (*server).controlService},
+		{"GET /service/{id}/stats", 0, 0, false, (*server).serviceStats},
+		{"PATCH /service/{id}/env", maxJSON, change, true, (*server).setServiceEnv},
+		{"POST /docker/image", s.maxImageBytes, 0, false, (*server).importImage},
+		{"GET /health", 0, readTime, false, (*server).health},
+	}
+}
+
+// server answers the core's requests. All its fields are set once, by newServer.
+type server struct {
+	config
+	key     coreKey
+	engine  *engine
+	binds   *bindRoot
+	log     *slog.Logger
+	fetch   *fetcher
+	locks   serviceLocks
+	mux     *http.ServeMux
+	life    context.Context // ends when changes under way must end
+	serving context.Context // ends when the daemon starts to shut down: streams end with it
+}
+
+func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot, log *slog.Logger) *server {
+	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
+		fetch: newFetcher(cfg.fetchAllow), mux: http.NewServeMux()}
+	methods := map[string][]string{}
+	for _, rt := range s.routes() {
+		method, pattern, _ := strings.Cut(rt.pattern, " ")
+		for _, prefix := range []string{"", "/v1"} {
+			s.mux.Handle(method+" "+prefix+pattern, s.handler(rt))
+			methods[prefix+pattern] = append(methods[prefix+pattern], method)
+		}
+	}
+	for pattern, allowed := range methods {
+		slices.Sort(allowed)
+		s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", strings.Join(allowed, ", "))
+			s.fail(w, r, &apiError{http.StatusMethodNotAllowed, r.Method + " is not allowed here"})
+		})
+	}
+	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.fail(w, r, errNoSuchPath) })
+	return s
+}
+
+// ServeHTTP admits a request and logs it. Nothing but the key check sees one without the key.
+func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw)}
+	defer func() {
+		// net/http discards the rest of a body before the next request: not for long.
+		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
+		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
+			"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
+	}()
+	if !s.key.authorizes(r) {
+		w.Header().Set("Connection", "close")
+		s.fail(w, r, &apiError{http.StatusUnauthorized, unauthorized})
+		return
+	}
+	// The mux would answer these itself: with a redirect, or in plain text.
+	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
+		s.fail(w, r, errNoSuchPath)
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+// handler is what every admitted request goes through.
+func (s *server) handler(rt route) http.Handler {
+	hasID := strings.Contains(rt.pattern, "{id}")
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w := rw.(*response)
+		if id := r.PathValue("id"); hasID && !serviceID.MatchString(id) {
+			s.fail(w, r, noSuchService(id))
+			return
+		}
+		ctx := r.Context()
+		if rt.finish {
+			ctx = s.life
+		}
+		if rt.limit > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, rt.limit)
+			defer cancel()
+		}
+		r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
+		err := s.engine.connect(ctx)
+		if err == nil {
+			err = rt.handle(s, w, r.WithContext(ctx))
+		}
+		if err != nil {
+			s.fail(w, r, err)
+		}
+	})
+}
+
+// apiError is an error that the client reads as it stands.
+type apiError struct {
+	status      int
+	description string
+}
+
+func (e *apiError) Error() string { return e.description }
+
+var errNoSuchPath = &apiError{http.StatusNotFound, "no such path"}
+
+func noSuchService(id string) error {
+	return &apiError{http.StatusNotFound, fmt.Sprintf("no service %q", id)}
+}
+
+func badRequest(format string, args ...any) error {
+	return &apiError{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+}
+
+func conflict(format string, args ...any) error {
+	return &apiError{http.StatusConflict, fmt.Sprintf(format, args...)}
+}
+
+func tooLarge(format string, args ...any) error {
+	return &apiError{http.StatusRequestEntityTooLarge, fmt.Sprintf(format, args...)}
+}
+
+func badGateway(format string, args ...any) error {
+	return &apiError{http.StatusBadGateway, fmt.Sprintf(format, args...)}
+}
+
+// fail answers with an error, or only logs it where an answer has begun. It is the
+// only writer of errors.
+func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
+	status, description := describe(err)
+	if status == http.StatusServiceUnavailable {
+		rw.Header().Set("Retry-After", "1")
+	}
+	if client.IsErrConnectionFailed(err) {
+		s.engine.lost()
+	}
+	if status == http.StatusInternalServerError {
+		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
+	}
+	if w, ok := rw.(*response); ok && w.status != 0 {
+		s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
+		return
+	}
+	var body struct {
+		Error struct {
+			Code        int    `json:"code"`
+			Reason      string `json:"reason"`
+			Description string `json:"description"`
+		} `json:"error"`
+	}
+	body.Error.Code, body.Error.Reason, body.Error.Description = status, http.StatusText(status), description
+	writeJSON(rw, status, body)
+}
+
+// describe returns what a client may know of err.
+func describe(err error) (status int, description string) {
+	var api *apiError
+	var tooMany *http.MaxBytesError
+	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
+	switch {
+	case errors.As(err, &api):
+		return api.status, api.description
+	case errors.As(err, &tooMany):
+		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", tooMany.Limit)
+	case errors.Is(err, context.DeadlineExceeded):
+		return http.StatusGatewayTimeout, "the engine did not answer in time"
+	case errors.Is(err, context.Canceled):
+		return http.StatusServiceUnavailable, "the request was given up"
+	case client.IsErrConnectionFailed(err):
+		return http.StatusServiceUnavailable, "the engine cannot be reached"
+	case errdefs.IsNotFound(err):
+		return http.StatusNotFound, message
+	case errdefs.IsConflict(err):
+		return http.StatusConflict, message
+	case errdefs.IsInvalidArgument(err):
+		return http.StatusBadRequest, message
+	case engineFailed(err):
+		return http.StatusBadGateway, message
+	}
+	return http.StatusInternalServerError, "internal error; the daemon's log has the details"
+}
+
+// readJSON reads the whole body as one JSON value without unknown fields into v.
+func readJSON(rw http.ResponseWriter, r *http.Request, v any) error {
+	ctl := http.NewResponseController(rw)
+	ctl.SetReadDeadline(time.Now().Add(jsonTime))
+	body, err := io.ReadAll(r.Body)
+	// Left in place it would end the request's context while the handler works.
+	ctl.SetReadDeadline(time.Time{})
+	var tooMany *http.MaxBytesError
+	if errors.As(err, &tooMany) {
+		return err
+	}
+	if err != nil {
+		return badRequest("cannot read the body: it is incomplete or came too slowly")
+	}
+	return decodeJSON(body, v)
+}
+
+// decodeJSON decodes one JSON value without unknown fields. Its errors are for the client.
+func decodeJSON(text []byte, v any) error {
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.DisallowUnknownFields()
+	err := decoder.Decode(v)
+	var api *apiError
+	var wrongType *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &api):
+		return api
+	case errors.As(err, &wrongType):
+		return badRequest("%s: a JSON %s is not allowed here", wrongType.Field, wrongType.Value)
+	case err == io.EOF:
+		return badRequest("the body is empty")
+	case err != nil:
+		return badRequest("malformed JSON: %s", strings.TrimPrefix(err.Error(), "json: "))
+	}
+	if _, err := decoder.Token(); err != io.EOF {
+		return badRequest("malformed JSON: more than one value")
+	}
+	return nil
+}
+
+// writeJSON writes an answer. An error means that the client is gone, which the log shows.
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	text, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // a type of ours that has no JSON form
+	}
+	writeBytes(w, status, append(text, '\n'))
+}
+
+func writeBytes(w http.ResponseWriter, status int, text []byte) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	w.Write(text)
+}
+
+// response counts for the log, and bounds the time that a client may take to read.
+type response struct {
+	http.ResponseWriter
+	ctl     *http.ResponseController
+	status  int
+	written int64
+}
+
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *response) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	w.ctl.SetWriteDeadline(time.Now().Add(writeTime))
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	w.ctl.SetWriteDeadline(time.Now().Add(writeTime))
+	n, err := w.ResponseWriter.Write(p)
+	w.written += int64(n)
+	return n, err
+}
+
+// health says whether services can be worked on.
+func (s *server) health(w http.ResponseWriter, r *http.Request) error {
+	if err := s.engine.ping(r.Context()); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}

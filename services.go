@@ -1,0 +1,430 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"math"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/mount"
+	"github.com/docker/docker/client"
+	"github.com/docker/go-connections/nat"
+)
+
+// serviceID guards every use of an id: the SDK splices names into URL paths unescaped
+// and the file system joins "..". No id has a dot, so names with one are the daemon's
+// own, and none has 64 characters, so none is a container's full id.
+var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
+
+var (
+	imageName  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}$`)
+	userName   = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+	hostLabel  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
+	allDigits  = regexp.MustCompile(`^[0-9]+$`)
+	controlSet = func(r rune) bool { return r < ' ' || r == 0x7f }
+)
+
+const (
+	cpuPeriod = 100_000     // microseconds
+	minCPU    = 1_000       // microseconds; the kernel's least quota
+	maxCPU    = 100_000_000 // 1,000 processors
+	minRAM    = 6 << 20     // bytes; the engine's least limit
+	maxRAM    = 1 << 50
+)
+
+// createBody is the body of POST /service.
+type createBody struct {
+	Type   string        `json:"type"`
+	Params serviceParams `json:"params"`
+}
+
+// serviceParams describes a service. It is also the duxcore.params label, from which a
+// service's container is built again with another environment.
+type serviceParams struct {
+	ID              string           `json:"id"`
+	Image           string           `json:"image"`
+	BindDir         string           `json:"bind_dir"` // path in the container
+	BindContents    string           `json:"bind_contents,omitempty"`
+	Cmd             []string         `json:"cmd,omitempty"`
+	Shell           []string         `json:"shell,omitempty"`
+	User            string           `json:"user,omitempty"`
+	WorkingDir      string           `json:"working_dir,omitempty"`
+	Env             []string         `json:"env,omitempty"` // K=V
+	OpenStdin       *bool            `json:"open_stdin,omitempty"`
+	TTY             *bool            `json:"tty,omitempty"`
+	Hostname        string           `json:"hostname,omitempty"`
+	PortMap         map[string]hosts `json:"port_map,omitempty"` // by <port>/<protocol>
+	NetworkDisabled bool             `json:"network_disabled,omitempty"`
+	MaxCPU          *int64           `json:"max_cpu,omitempty"` // microseconds per cpuPeriod
+	MaxRAM          *int64           `json:"max_ram,omitempty"` // bytes
+}
+
+// hosts are the host's ends of one published port. JSON may give one or an array.
+type hosts []hostPort
+
+type hostPort struct {
+	HostIP   string `json:"HostIp,omitempty"`
+	HostPort string // "0": the engine chooses
+}
+
+func (h *hosts) UnmarshalJSON(text []byte) error {
+	if bytes.HasPrefix(text, []byte("[")) {
+		return decodeJSON(text, (*[]hostPort)(h))
+	}
+	*h = make(hosts, 1)
+	return decodeJSON(text, &(*h)[0])
+}
+
+// createService answers POST /service.
+func (s *server) createService(w http.ResponseWriter, r *http.Request) error {
+	var body createBody
+	if err := readJSON(w, r, &body); err != nil {
+		return err
+	}
+	if body.Type != "raw" {
+		return badRequest(`type: must be "raw"`)
+	}
+	if err := body.Params.check(); err != nil {
+		return err
+	}
+	if err := s.create(r.Context(), body.Params, r.Header.Get("X-Registry-Auth")); err != nil {
+		return err
+	}
+	w.Header().Set("Location", "/service/"+body.Params.ID)
+	w.WriteHeader(http.StatusCreated)
+	return nil
+}
+
+// listServices answers GET /service with the engine's list, without containers that
+// are no service yet or none any more.
+func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
+	all, err := s.ownContainers(r.Context(), "")
+	if err != nil {
+		return err
+	}
+	list := []container.Summary{}
+	for id, found := range all {
+		var api *apiError
+		if current, err := s.current(r.Context(), id, found); err == nil {
+			list = append(list, current)
+		} else if !errors.As(err, &api) || api.status != http.StatusNotFound {
+			return err
+		}
+	}
+	slices.SortFunc(list, func(a, b container.Summary) int {
+		return strings.Compare(a.Labels[labelService], b.Labels[labelService])
+	})
+	writeJSON(w, http.StatusOK, list)
+	return nil
+}
+
+// inspectService answers GET /service/{id} with the engine's bytes.
+func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
+	_, raw, err := s.lookup(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	writeBytes(w, http.StatusOK, raw)
+	return nil
+}
+
+// deleteService answers DELETE /service/{id} when all that belonged to it is gone.
+func (s *server) deleteService(w http.ResponseWriter, r *http.Request) error {
+	if err := s.remove(r.Context(), r.PathValue("id")); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// controlService answers POST /service/{id}/ctl.
+func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
+	var body struct {
+		Op string `json:"op"`
+	}
+	if err := readJSON(w, r, &body); err != nil {
+		return err
+	}
+	operations := map[string]func(context.Context, string) error{
+		"start": s.start, "stop": s.stop, "restart": s.restart, "kill": s.kill,
+	}
+	operate, ok := operations[body.Op]
+	if !ok {
+		return badRequest("op: must be start, stop, restart or kill")
+	}
+	if err := operate(r.Context(), r.PathValue("id")); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// setServiceEnv answers PATCH /service/{id}/env.
+func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
+	var body map[string]*string
+	if err := readJSON(w, r, &body); err != nil {
+		return err
+	}
+	if body == nil {
+		return badRequest("the body must be a JSON object")
+	}
+	env := make([]string, 0, len(body))
+	for _, name := range slices.Sorted(maps.Keys(body)) {
+		if body[name] == nil {
+			return badRequest("%s: must be a string", name)
+		}
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			return badRequest("%q: a variable's name must not be empty or hold = or NUL", name)
+		}
+		if strings.Contains(*body[name], "\x00") {
+			return badRequest("%s: must not hold NUL", name)
+		}
+		env = append(env, name+"="+*body[name])
+	}
+	if err := s.setEnv(r.Context(), r.PathValue("id"), env); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// lookup finds a service and the engine's own bytes about it. The engine also answers
+// to prefixes of container ids, so only the exact name and the labels make a container
+// a service; further calls use the full id of what lookup returns.
+func (s *server) lookup(ctx context.Context, id string) (container.InspectResponse, []byte, error) {
+	c, raw, err := s.inspect(ctx, id, id)
+	if err == nil || client.IsErrConnectionFailed(err) || ctx.Err() != nil {
+		return c, raw, err
+	}
+	// No such name, or an id that is a prefix of several: the list knows neither kind.
+	all, err := s.ownContainers(ctx, id)
+	if err != nil {
+		return c, nil, err
+	}
+	current, err := s.current(ctx, id, all[id])
+	if err != nil {
+		return c, nil, err
+	}
+	return s.inspect(ctx, id, current.ID)
+}
+
+// current returns the service's container. Where a start is just putting the next one
+// in its place, it waits until that is done.
+func (s *server) current(ctx context.Context, id string, found journal) (container.Summary, error) {
+	if found[roleCurrent].ID == "" && found[roleNext].ID != "" {
+		unlock, settled, err := s.begin(ctx, id)
+		if err != nil {
+			return container.Summary{}, err
+		}
+		unlock()
+		found = settled
+	}
+	if found[roleCurrent].ID == "" {
+		return container.Summary{}, noSuchService(id)
+	}
+	return found[roleCurrent], nil
+}
+
+// inspect inspects a container by its name or full id if it is that of service id.
+func (s *server) inspect(ctx context.Context, id, nameOrID string) (c container.InspectResponse, raw []byte, err error) {
+	c, raw, err = s.engine.api().ContainerInspectWithRaw(ctx, nameOrID, false)
+	if err != nil {
+		return c, nil, err
+	}
+	if c.ContainerJSONBase == nil || c.Config == nil || c.State == nil {
+		return c, nil, badGateway("the engine's answer is incomplete")
+	}
+	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
+		return c, nil, noSuchService(id)
+	}
+	return c, raw, nil
+}
+
+// check returns a 400 that names the first field whose value cannot be right.
+func (p *serviceParams) check() error {
+	if !serviceID.MatchString(p.ID) {
+		return badRequest("id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit")
+	}
+	// A name such as ../containers/x would reach another path of the engine's API.
+	if !imageName.MatchString(p.Image) || path.Clean(p.Image) != p.Image || strings.Contains(p.Image, "..") {
+		return badRequest("image: must be an image's name or id")
+	}
+	if target := bindTarget(p.BindDir); p.BindDir == "" || target == "/" || within(target, "/proc") ||
+		within(target, "/sys") || within(target, "/dev") || strings.ContainsFunc(target, controlSet) {
+		return badRequest("bind_dir: must be a path in the container, not / and not under /proc, /sys or /dev")
+	}
+	if err := checkContentsURL(p.BindContents); err != nil {
+		return err
+	}
+	for field, list := range map[string][]string{"cmd": p.Cmd, "shell": p.Shell, "env": p.Env} {
+		if slices.ContainsFunc(list, func(s string) bool { return strings.Contains(s, "\x00") }) {
+			return badRequest("%s: must not hold NUL", field)
+		}
+	}
+	for _, entry := range p.Env {
+		if strings.IndexByte(entry, '=') < 1 {
+			return badRequest("env: %q is not NAME=VALUE", entry)
+		}
+	}
+	if err := checkUser(p.User); err != nil {
+		return err
+	}
+	// A working directory under /proc can be a file descriptor of runc's: CVE-2024-21626.
+	if d := p.WorkingDir; d != "" && (!path.IsAbs(d) || within(path.Clean(d), "/proc") || strings.ContainsFunc(d, controlSet)) {
+		return badRequest("working_dir: must be an absolute path, not under /proc")
+	}
+	if p.Hostname != "" && !hostLabel.MatchString(p.Hostname) {
+		return badRequest("hostname: must be 1 to 63 letters, digits or -, and begin and end with a letter or digit")
+	}
+	if p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU) {
+		return badRequest("max_cpu: must be %d to %d microseconds per %d", minCPU, maxCPU, cpuPeriod)
+	}
+	if p.MaxRAM != nil && (*p.MaxRAM < minRAM || *p.MaxRAM > maxRAM) {
+		return badRequest("max_ram: must be %d to %d bytes", int64(minRAM), int64(maxRAM))
+	}
+	return p.checkPorts()
+}
+
+// bindTarget returns where in the container the bind directory is mounted.
+func bindTarget(dir string) string { return path.Clean("/" + dir) }
+
+// within reports whether a clean path is dir or lies under it.
+func within(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
+
+func checkContentsURL(text string) error {
+	if text == "" {
+		return nil
+	}
+	u, err := url.Parse(text)
+	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+		return badRequest("bind_contents: must be an http or https URL")
+	}
+	return nil
+}
+
+// checkUser accepts a user or user:group, by name or number. A number that does not
+// fit an int32 overflows to root in some runtimes: CVE-2024-40635.
+func checkUser(user string) error {
+	if user == "" {
+		return nil
+	}
+	parts := strings.Split(user, ":")
+	for _, part := range parts {
+		if _, err := strconv.ParseInt(part, 10, 32); !userName.MatchString(part) || (err != nil && allDigits.MatchString(part)) {
+			return badRequest("user: must be a user or user:group, by name or by number up to %d", math.MaxInt32)
+		}
+	}
+	if len(parts) > 2 {
+		return badRequest("user: must be a user or user:group")
+	}
+	return nil
+}
+
+func (p *serviceParams) checkPorts() error {
+	for _, key := range slices.Sorted(maps.Keys(p.PortMap)) {
+		port, protocol, _ := strings.Cut(key, "/")
+		if !validPort(port, 1) || !slices.Contains([]string{"tcp", "udp", "sctp"}, protocol) {
+			return badRequest("port_map: %q is not a port from 1 to 65535, a slash, and tcp, udp or sctp", key)
+		}
+		if len(p.PortMap[key]) == 0 {
+			return badRequest("port_map: %s: needs at least one HostPort", key)
+		}
+		for _, host := range p.PortMap[key] {
+			if !validPort(host.HostPort, 0) {
+				return badRequest("port_map: %s: HostPort must be a number from 0 to 65535, as a string", key)
+			}
+			if ip, err := netip.ParseAddr(host.HostIP); host.HostIP != "" && (err != nil || ip.Zone() != "") {
+				return badRequest("port_map: %s: HostIp must be an IP address", key)
+			}
+		}
+	}
+	return nil
+}
+
+// validPort accepts one spelling for each number: "080" would be a second key for 80.
+func validPort(text string, least int) bool {
+	n, err := strconv.Atoi(text)
+	return err == nil && n >= least && n <= math.MaxUint16 && strconv.Itoa(n) == text
+}
+
+// containerSpec is all that a service's container may do. The bind directory is a
+// mount.Mount: as a Binds string, a bind_dir of x:/etc:ro would be parsed. What is not
+// here is the engine's default: its seccomp profile, its masked paths, no devices.
+func (s *server) containerSpec(p serviceParams) (*container.Config, *container.HostConfig) {
+	p.BindContents = "" // it may hold a token, and is of no use again
+	params, err := json.Marshal(p)
+	if err != nil {
+		panic(err) // serviceParams always has a JSON form
+	}
+	stopTimeout := int(s.stopTimeout / time.Second)
+	config := &container.Config{
+		Labels:          map[string]string{labelService: p.ID, labelBinds: s.binds.path, labelParams: string(params)},
+		Image:           p.Image,
+		Cmd:             p.Cmd,
+		Shell:           p.Shell,
+		User:            p.User,
+		WorkingDir:      p.WorkingDir,
+		Env:             p.Env,
+		OpenStdin:       p.OpenStdin == nil || *p.OpenStdin,
+		Tty:             p.TTY == nil || *p.TTY,
+		Hostname:        p.Hostname,
+		ExposedPorts:    nat.PortSet{},
+		NetworkDisabled: p.NetworkDisabled,
+		StopTimeout:     &stopTimeout,
+	}
+	host := &container.HostConfig{
+		Mounts:        []mount.Mount{{Type: mount.TypeBind, Source: s.binds.hostPath(p.ID), Target: bindTarget(p.BindDir)}},
+		SecurityOpt:   []string{"no-new-privileges"},
+		CapDrop:       []string{"AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP"},
+		CgroupnsMode:  container.CgroupnsModePrivate,
+		IpcMode:       container.IPCModePrivate,
+		NetworkMode:   container.NetworkMode(s.network),
+		PortBindings:  nat.PortMap{},
+		RestartPolicy: container.RestartPolicy{Name: container.RestartPolicyDisabled},
+		LogConfig: container.LogConfig{Type: "json-file",
+			Config: map[string]string{"max-size": "10m", "max-file": "3"}},
+		Resources: container.Resources{PidsLimit: &s.pidsLimit},
+	}
+	if p.NetworkDisabled {
+		host.NetworkMode = "none"
+	}
+	for port, ends := range p.PortMap {
+		config.ExposedPorts[nat.Port(port)] = struct{}{} // else the engine publishes nothing
+		for _, end := range ends {
+			host.PortBindings[nat.Port(port)] = append(host.PortBindings[nat.Port(port)],
+				nat.PortBinding{HostIP: end.HostIP, HostPort: end.HostPort})
+		}
+	}
+	if p.MaxCPU != nil {
+		host.CPUPeriod, host.CPUQuota = cpuPeriod, *p.MaxCPU
+	}
+	if p.MaxRAM != nil {
+		host.Memory, host.MemorySwap = *p.MaxRAM, *p.MaxRAM // MemorySwap is the sum of both
+	}
+	return config, host
+}
+
+// owner is who owns the bind directory and all that bind_contents puts there: the
+// service's user if that is a number. Nil leaves it to the archive: a name means
+// nothing on the host.
+func (p *serviceParams) owner() *owner {
+	user, group, _ := strings.Cut(p.User, ":")
+	uid, err := strconv.ParseInt(user, 10, 32)
+	if err != nil {
+		return nil
+	}
+	gid, _ := strconv.ParseInt(group, 10, 32) // no number: group 0, as the engine runs it
+	return &owner{int(uid), int(gid)}
+}
