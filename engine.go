@@ -22,14 +22,16 @@ const (
 // its own version negotiation is not safe beside other calls, ignores their deadlines,
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
+	host  string
 	sdk   atomic.Pointer[client.Client]
 	known atomic.Bool // sdk speaks the version of the engine that answered last
 }
 
-// newEngine takes the address from DOCKER_HOST and its like. It does not connect.
-func newEngine() (*engine, error) {
-	e := new(engine)
-	sdk, err := newSDK()
+// newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the
+// environment's. It does not connect.
+func newEngine(host string) (*engine, error) {
+	e := &engine{host: host}
+	sdk, err := e.newSDK()
 	if err != nil {
 		return nil, err
 	}
@@ -37,12 +39,16 @@ func newEngine() (*engine, error) {
 	return e, nil
 }
 
-func newSDK() (*client.Client, error) {
+func (e *engine) newSDK() (*client.Client, error) {
 	transport := &http.Transport{MaxIdleConns: engineConns, MaxIdleConnsPerHost: engineConns, IdleConnTimeout: 30 * time.Second}
-	return client.NewClientWithOpts(
+	options := []client.Opt{
 		client.WithHTTPClient(&http.Client{Transport: transport, CheckRedirect: client.CheckRedirect}),
 		client.WithHost(client.DefaultDockerHost),
-		client.FromEnv)
+		client.FromEnv}
+	if e.host != "" {
+		options = append(options, client.WithHost(e.host))
+	}
+	return client.NewClientWithOpts(options...)
 }
 
 // api returns the SDK's client, for one call.
@@ -70,7 +76,7 @@ func (e *engine) ping(ctx context.Context) error {
 	if answer.APIVersion == "" {
 		return badGateway("what answers at the engine's address is no Docker Engine")
 	}
-	sdk, err := newSDK()
+	sdk, err := e.newSDK()
 	if err != nil {
 		return err
 	}

@@ -63,6 +63,7 @@ type config struct {
 	maxBindFiles  int64 // entries in one
 	maxImageBytes int64 // of one uploaded image
 	version       bool
+	dockerHost    string // for tests; no flag. Empty: from DOCKER_HOST and its like
 }
 
 func main() {
@@ -94,7 +95,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	if err != nil {
 		return err
 	}
-	engine, err := newEngine()
+	engine, err := newEngine(cfg.dockerHost)
 	if err != nil {
 		return fmt.Errorf("cannot use the engine's address: %w", err)
 	}
