@@ -62,7 +62,7 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 			CheckRedirect: func(r *http.Request, via []*http.Request) error {
 				r.Header.Del("Referer") // holds the whole URL that redirected, with its token
 				if len(via) > maxRedirects {
-					return badGateway("bind_contents: more than %d redirects", maxRedirects)
+					return failure(http.StatusBadGateway, "bind_contents: more than %d redirects", maxRedirects)
 				}
 				if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
 					return badRequest("bind_contents: redirected to something other than http or https")
@@ -126,7 +126,7 @@ func publicAddress(addr netip.Addr) bool {
 	return true
 }
 
-var errTooSlow = badGateway("bind_contents: the server sends less than %d bytes a second", minFetchRate)
+var errTooSlow = failure(http.StatusBadGateway, "bind_contents: the server sends less than %d bytes a second", minFetchRate)
 
 // unpack downloads the archive at address and lays it out in dir, at once and in
 // constant memory. After an error dir holds a part of it.
@@ -143,7 +143,7 @@ func (f *fetcher) unpack(ctx context.Context, address string, dir *os.Root, limi
 	}
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {
-		return badGateway("bind_contents: the server answered %d", answer.StatusCode)
+		return failure(http.StatusBadGateway, "bind_contents: the server answered %d", answer.StatusCode)
 	}
 	source := &source{body: answer.Body, window: f.window, cancel: cancel}
 	err = unpack(bufio.NewReaderSize(source, readChunk), dir, limits, o)
@@ -165,7 +165,7 @@ func fetchError(ctx context.Context, err error) error {
 	case errors.As(err, &in):
 		err = in.Err
 	}
-	return badGateway("bind_contents: cannot download: %v", err)
+	return failure(http.StatusBadGateway, "bind_contents: cannot download: %v", err)
 }
 
 // source is a download that ends when its server is too slow, and remembers its failure.
@@ -224,11 +224,11 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 			return streamError(err)
 		}
 		if entries == limits.entries {
-			return tooLarge("bind_contents: more than %d entries", limits.entries)
+			return failure(http.StatusRequestEntityTooLarge, "bind_contents: more than %d entries", limits.entries)
 		}
 		// A sparse file can have any size in a short stream.
 		if u.left -= header.Size; u.left < 0 {
-			return tooLarge("bind_contents: entry %q: the archive unpacks to more than %d bytes", header.Name, limits.bytes)
+			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %q: the archive unpacks to more than %d bytes", header.Name, limits.bytes)
 		}
 		if err := u.add(header, archive); err != nil {
 			return err
@@ -262,7 +262,7 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	}
 	n, err := l.r.Read(p)
 	if l.left -= int64(n); l.left < 0 {
-		return 0, tooLarge("bind_contents: the archive unpacks to too many bytes")
+		return 0, failure(http.StatusRequestEntityTooLarge, "bind_contents: the archive unpacks to too many bytes")
 	}
 	return n, err
 }

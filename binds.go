@@ -42,25 +42,24 @@ func openBinds(path string) (b *bindRoot, err error) {
 	if path, err = filepath.EvalSymlinks(path); err != nil {
 		return nil, err
 	}
-	lock, err := os.Open(path)
+	root, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, err
 	}
-	b = &bindRoot{path: path, lock: lock}
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		lock.Close()
+	b = &bindRoot{root: root, path: path}
+	defer func() {
+		if err != nil {
+			b.close()
+		}
+	}()
+	if b.lock, err = root.Open("."); err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(b.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("%s is in use by another daemon: %w", path, err)
 	}
 	// Other users of the host must not reach the setuid programs that a service may have.
-	if err := lock.Chmod(0o700); err != nil {
-		lock.Close()
-		return nil, err
-	}
-	if b.root, err = os.OpenRoot(path); err != nil {
-		lock.Close()
-		return nil, err
-	}
-	return b, nil
+	return b, b.lock.Chmod(0o700)
 }
 
 func (b *bindRoot) close() {
@@ -91,38 +90,38 @@ func (b *bindRoot) makeEmpty(id string, o *owner) error {
 	if err := b.removeEmpty(id); err != nil {
 		return err
 	}
-	if b.has(id) {
-		return conflict("the bind directory of %q exists and is not empty", id)
+	err := b.makeDir(id, o)
+	if errors.Is(err, fs.ErrExist) {
+		return failure(http.StatusConflict, "the bind directory of %q exists and is not empty", id)
 	}
-	return b.makeDir(id, o)
+	return err
 }
 
 func (b *bindRoot) makeDir(name string, o *owner) error {
 	if err := b.root.Mkdir(name, 0o755); err != nil {
 		return err
 	}
-	if err := b.root.Chmod(name, 0o755); err != nil { // whatever the umask
+	if err := b.root.Chmod(name, 0o755); err != nil || o == nil || os.Geteuid() != 0 { // whatever the umask
 		return err
-	}
-	if o == nil || os.Geteuid() != 0 {
-		return nil
 	}
 	return b.root.Lchown(name, o.uid, o.gid)
 }
 
-// makeStaging makes the directory that a service's contents are unpacked to. The
-// caller closes it.
-func (b *bindRoot) makeStaging(id string, o *owner) (*os.Root, error) {
-	if err := b.makeDir(stagingPrefix+id, o); err != nil {
-		return nil, err
-	}
-	return b.root.OpenRoot(stagingPrefix + id)
-}
-
-// commitStaging puts the staging directory in the place of the empty bind directory.
-// [os.Root.Rename] replaces no directory, so there is a moment without one; the
+// fill makes the service's empty bind directory anew with what unpack puts there.
+// [os.Root.Rename] replaces no directory, so there is a moment without one: the
 // service's container is not committed yet.
-func (b *bindRoot) commitStaging(id string) error {
+func (b *bindRoot) fill(id string, o *owner, unpack func(*os.Root) error) error {
+	if err := b.makeDir(stagingPrefix+id, o); err != nil {
+		return err
+	}
+	staging, err := b.root.OpenRoot(stagingPrefix + id)
+	if err != nil {
+		return err
+	}
+	defer staging.Close()
+	if err := unpack(staging); err != nil {
+		return err
+	}
 	if err := b.root.Remove(id); err != nil {
 		return err
 	}
@@ -231,60 +230,34 @@ func readSome(dir *os.Root) ([]fs.DirEntry, error) {
 	return entries, err
 }
 
-// serviceLocks has one lock for each service that is worked on. Different services
-// never wait for each other.
+// serviceLocks has a lock for each service. Different services never wait for each other.
 type serviceLocks struct {
 	mu   sync.Mutex
-	held map[string]*serviceLock
+	held map[string]chan struct{} // closed when the lock becomes free
 }
 
-type serviceLock struct {
-	free  chan struct{} // holds one token while nobody has the lock
-	users int           // who has or awaits it; the map forgets it with the last
-}
-
-// lock waits for the service's lock until ctx ends.
+// lock waits until the service's lock is free. With a ctx that has ended it only tries.
 func (l *serviceLocks) lock(ctx context.Context, id string) (unlock func(), err error) {
-	lock, leave := l.enter(id)
-	select {
-	case <-lock.free:
-		return func() { lock.free <- struct{}{}; leave() }, nil
-	case <-ctx.Done():
-		leave()
-		return nil, &apiError{http.StatusGatewayTimeout, "another operation on this service is still under way"}
-	}
-}
-
-// tryLock takes the service's lock if it is free.
-func (l *serviceLocks) tryLock(id string) (unlock func(), ok bool) {
-	lock, leave := l.enter(id)
-	select {
-	case <-lock.free:
-		return func() { lock.free <- struct{}{}; leave() }, true
-	default:
-		leave()
-		return nil, false
-	}
-}
-
-func (l *serviceLocks) enter(id string) (lock *serviceLock, leave func()) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.held == nil {
-		l.held = map[string]*serviceLock{}
-	}
-	lock = l.held[id]
-	if lock == nil {
-		lock = &serviceLock{free: make(chan struct{}, 1)}
-		lock.free <- struct{}{}
-		l.held[id] = lock
-	}
-	lock.users++
-	return lock, func() {
+	for {
 		l.mu.Lock()
-		defer l.mu.Unlock()
-		if lock.users--; lock.users == 0 {
-			delete(l.held, id)
+		busy, ok := l.held[id]
+		if !ok {
+			break
+		}
+		l.mu.Unlock()
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, failure(http.StatusGatewayTimeout, "another operation on this service is still under way")
 		}
 	}
+	defer l.mu.Unlock()
+	free := make(chan struct{})
+	l.held[id] = free
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.held, id)
+		close(free)
+	}, nil
 }

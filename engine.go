@@ -74,7 +74,7 @@ func (e *engine) ping(ctx context.Context) error {
 		return err
 	}
 	if answer.APIVersion == "" {
-		return badGateway("what answers at the engine's address is no Docker Engine")
+		return failure(http.StatusBadGateway, "what answers at the engine's address is no Docker Engine")
 	}
 	sdk, err := e.newSDK()
 	if err != nil {

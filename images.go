@@ -67,7 +67,7 @@ func (s *server) importTar(ctx context.Context, body io.Reader) (id string, err 
 	}
 	hex, ok := strings.CutPrefix(id, "sha256:")
 	if !ok || len(hex) != 64 {
-		return "", badGateway("the engine did not say which image it imported")
+		return "", failure(http.StatusBadGateway, "the engine did not say which image it imported")
 	}
 	if err := s.engine.api().ImageTag(ctx, id, importName+":"+hex[:12]); err != nil {
 		_, removeErr := s.engine.api().ImageRemove(ctx, id, image.RemoveOptions{Force: true})
@@ -152,7 +152,7 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 		return err
 	}
 	if strings.HasPrefix(name, "sha256:") {
-		return &apiError{http.StatusNotFound, fmt.Sprintf("no image %q", name)}
+		return failure(http.StatusNotFound, "no image %q", name)
 	}
 	progress, err := s.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
 	if err != nil {
@@ -180,7 +180,7 @@ func lastStatus(progress io.Reader) (status string, err error) {
 			return "", err
 		}
 		if message.Error != "" {
-			return "", badGateway("engine: %s", message.Error)
+			return "", failure(http.StatusBadGateway, "engine: %s", message.Error)
 		}
 		status = message.Status
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -55,7 +57,7 @@ func (s *server) create(ctx context.Context, p serviceParams, registryAuth strin
 	}
 	// Known early, before a download. It is the renaming at the end that decides.
 	if c, err := s.engine.api().ContainerInspect(ctx, p.ID); err == nil && c.Name == "/"+p.ID {
-		return conflict("there is a container %q already", p.ID)
+		return failure(http.StatusConflict, "there is a container %q already", p.ID)
 	}
 	if err := s.ensureImage(ctx, p.Image, registryAuth); err != nil {
 		return err
@@ -84,7 +86,10 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 		return fmt.Errorf("cannot create the container: %w", err)
 	}
 	if p.BindContents != "" {
-		if err := s.fill(ctx, p); err != nil {
+		limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
+		if err := s.binds.fill(p.ID, p.owner(), func(dir *os.Root) error {
+			return s.fetch.unpack(ctx, p.BindContents, dir, limits, p.owner())
+		}); err != nil {
 			return err
 		}
 	}
@@ -95,20 +100,6 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 		return fmt.Errorf("cannot name the container: %w", err)
 	}
 	return nil
-}
-
-// fill unpacks bind_contents beside the empty bind directory and puts it in its place.
-func (s *server) fill(ctx context.Context, p serviceParams) error {
-	staging, err := s.binds.makeStaging(p.ID, p.owner())
-	if err != nil {
-		return err
-	}
-	defer staging.Close()
-	limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
-	if err := s.fetch.unpack(ctx, p.BindContents, staging, limits, p.owner()); err != nil {
-		return err
-	}
-	return s.binds.commitStaging(p.ID)
 }
 
 // setEnv replaces the service's variables, from the next start on. The container that
@@ -147,36 +138,25 @@ func (s *server) setEnv(ctx context.Context, id string, env []string) error {
 	return err
 }
 
-// start starts a service that does not run, with its new environment if one waits.
-func (s *server) start(ctx context.Context, id string) error {
+// control starts, stops or restarts a service. What holds already is no error.
+func (s *server) control(ctx context.Context, id, op string) error {
 	unlock, found, err := s.begin(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if found[roleCurrent].State == container.StateRunning {
+	current := found[roleCurrent]
+	if op == "start" && current.State == container.StateRunning {
 		return nil
 	}
-	return s.startSettled(ctx, id, found)
-}
-
-func (s *server) stop(ctx context.Context, id string) error {
-	unlock, found, err := s.begin(ctx, id)
-	if err != nil {
-		return err
+	if op != "start" {
+		seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
+		if err := s.engine.api().ContainerStop(ctx, current.ID, container.StopOptions{Timeout: &seconds}); err != nil {
+			return fmt.Errorf("cannot stop the service: %w", err)
+		}
 	}
-	defer unlock()
-	return s.stopContainer(ctx, found[roleCurrent].ID)
-}
-
-func (s *server) restart(ctx context.Context, id string) error {
-	unlock, found, err := s.begin(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if err := s.stopContainer(ctx, found[roleCurrent].ID); err != nil {
-		return err
+	if op == "stop" {
+		return nil
 	}
 	return s.startSettled(ctx, id, found)
 }
@@ -251,12 +231,6 @@ func (s *server) startSettled(ctx context.Context, id string, found journal) err
 		return fmt.Errorf("cannot start the service: %w", err)
 	}
 	return nil
-}
-
-// stopContainer stops a container; one that does not run is stopped already.
-func (s *server) stopContainer(ctx context.Context, containerID string) error {
-	seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
-	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
 // killContainer kills a container. The engine's conflict means that it does not run.
@@ -366,10 +340,12 @@ func (s *server) settleAll(ctx context.Context) {
 		s.log.Warn("cannot look for unfinished operations", "err", err)
 		return
 	}
+	ended, end := context.WithCancel(ctx)
+	end()
 	for _, id := range ids {
-		unlock, ok := s.locks.tryLock(id)
-		if !ok {
-			continue
+		unlock, err := s.locks.lock(ended, id)
+		if err != nil {
+			continue // whoever has the lock settles
 		}
 		if _, err := s.settle(ctx, id); err != nil {
 			s.log.Warn("cannot finish an operation", "id", id, "err", err)
@@ -433,7 +409,7 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 			return all, nil
 		}
 	}
-	return nil, badGateway("the engine shows a container under two names")
+	return nil, failure(http.StatusBadGateway, "the engine shows a container under two names")
 }
 
 // byService sorts containers by service and role. It is not ok if one has two names.

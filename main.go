@@ -1,31 +1,23 @@
 // Duxcore-daemon runs customers' services on one machine of a hosting company.
 //
-// The company's core calls it over HTTP to create, start, stop, watch and delete
-// services. A service is one Docker container and one directory on the host, its
-// bind directory. The daemon keeps no database: the engine's containers, by their
-// names and labels, and the directories are all its state, so it can be killed at
-// any instant and started again. See lifecycle.go for how.
+// The company's core calls it over HTTP. A service is one Docker container and one
+// directory on the host, its bind directory. Containers, by their names and labels, and
+// directories are all the state there is (see lifecycle.go), so the daemon can be killed
+// at any instant. It holds the engine's socket: who controls it is root on the machine.
 //
-// # What it protects, and from whom
+//   - The core is trusted: who has its key can run any image and publish any port, but
+//     cannot mount a host directory other than a service's own, ask for a privilege,
+//     or reach a container that this daemon did not make. Without the key nothing but
+//     the check of the key runs.
+//   - Customers are not trusted. They own what is in their container and in their bind
+//     directory; the daemon follows no link there.
+//   - The server behind a bind_contents URL is not trusted. It decides what lies in that
+//     one bind directory, and cannot make the daemon connect to an internal address.
+//   - The engine is trusted; its availability is not.
 //
-// Whoever holds the engine's socket is root on the machine, and the daemon holds it.
-//
-//   - The core is trusted: who has the core key can run any image and publish any
-//     port, but cannot mount a host directory other than a service's own, ask for
-//     a privilege, or reach a container that this daemon did not make.
-//   - Without the core key nothing but the check of the key runs.
-//   - Customers are not trusted. They own what runs in their container and what is
-//     in their bind directory, and the daemon never follows a link there.
-//   - The server behind a bind_contents URL is not trusted: who controls it decides
-//     what lies in that one bind directory. It cannot make the daemon connect to
-//     an address inside the company's network.
-//   - The engine is trusted, its availability is not.
-//
-// # Reading order
-//
-// main.go, server.go (the route table is the table of contents), auth.go, engine.go,
-// services.go, lifecycle.go, archive.go, images.go, stats.go. Callers stand above
-// callees.
+// Read main.go, server.go (whose route table is the table of contents), auth.go, engine.go,
+// services.go, lifecycle.go, binds.go, archive.go, images.go, stats.go. Callers stand
+// above callees.
 package main
 
 import (
@@ -41,8 +33,10 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -106,62 +100,60 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	}
 	defer binds.close()
 
-	// Changes under way outlive the signal that ends ctx, for grace.
+	// Changes under way outlive the signal that ends ctx, for a while.
 	life, endLife := context.WithCancel(context.WithoutCancel(ctx))
+	var background sync.WaitGroup
+	defer background.Wait()
 	defer endLife()
 	s := newServer(life, ctx, cfg, key, engine, binds, log)
-	s.settleAll(ctx)
+	s.settleAll(life)
+	background.Go(func() { s.settleEvery(life, time.Minute) })
 
 	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
 		return err
 	}
+	if tcp, ok := listener.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && cfg.tlsCert == "" {
+		log.Warn("listening on more than loopback without TLS: the core key can be read on the wire")
+	}
+	log.Info("listening", "addr", listener.Addr(), "binds", binds.path, "version", version())
+	listening(listener.Addr())
+	return s.serve(ctx, listener)
+}
+
+// serve answers requests until ctx ends or the listener fails, closes the listener, and
+// waits for requests under way.
+func (s *server) serve(ctx context.Context, listener net.Listener) error {
 	srv := &http.Server{
 		Handler:                      s,
-		BaseContext:                  func(net.Listener) context.Context { return life },
+		BaseContext:                  func(net.Listener) context.Context { return s.life },
 		ReadHeaderTimeout:            10 * time.Second,
 		IdleTimeout:                  2 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // net/http allows 4 KiB on top
 		DisableGeneralOptionsHandler: true,     // it would answer "OPTIONS *" without the key
 		TLSConfig:                    &tls.Config{MinVersion: tls.VersionTLS12},
 		Protocols:                    new(http.Protocols),
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 	}
 	srv.Protocols.SetHTTP1(true)
-	if tcp, ok := listener.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && cfg.tlsCert == "" {
-		log.Warn("listening on more than loopback without TLS: the core key can be read on the wire")
-	}
-	log.Info("listening", "addr", listener.Addr(), "binds", binds.path, "version", version())
-	listening(listener.Addr())
-
+	defer srv.Close()
 	failed := make(chan error, 1)
-	go func() { // ends with srv.Shutdown below, or with the listener
-		if cfg.tlsCert != "" {
-			failed <- srv.ServeTLS(listener, cfg.tlsCert, cfg.tlsKey)
+	go func() { // ends with srv
+		if s.tlsCert != "" {
+			failed <- srv.ServeTLS(listener, s.tlsCert, s.tlsKey)
 		} else {
 			failed <- srv.Serve(listener)
 		}
 	}()
-	settled := make(chan struct{})
-	go func() { // ends with ctx
-		defer close(settled)
-		s.settleEvery(ctx, time.Minute)
-	}()
-	defer func() { endLife(); <-settled }()
-
 	select {
 	case err := <-failed:
-		srv.Close()
 		return err
 	case <-ctx.Done():
 	}
-	grace := cfg.stopTimeout + 15*time.Second
-	log.Info("shutting down", "grace", grace)
-	deadline, cancel := context.WithTimeout(life, grace)
+	grace, cancel := context.WithTimeout(s.life, s.stopTimeout+15*time.Second)
 	defer cancel()
-	if err := srv.Shutdown(deadline); err != nil {
-		srv.Close()
-		return fmt.Errorf("changes were still under way after %v; they are settled at the next start", grace)
+	if err := srv.Shutdown(grace); err != nil {
+		return errors.New("some requests did not end in time; the next start settles what they left")
 	}
 	return nil
 }
@@ -182,13 +174,23 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
 	fs.DurationVar(&c.stopTimeout, "stop-timeout", 30*time.Second, "time between SIGTERM and SIGKILL when a service stops")
 	fs.DurationVar(&c.createTimeout, "create-timeout", 30*time.Minute, "time for one create, its pull and its download, and for one delete")
-	fs.Var((*prefixes)(&c.fetchAllow), "fetch-allow", "networks (CIDR, comma-separated) that bind_contents may come from though not public")
+	fs.Func("fetch-allow", "networks (CIDR, comma-separated) that bind_contents may come from though not public", func(text string) error {
+		c.fetchAllow = nil
+		for field := range strings.FieldsFuncSeq(text, func(r rune) bool { return r == ',' }) {
+			prefix, err := netip.ParsePrefix(strings.TrimSpace(field))
+			if err != nil {
+				return err
+			}
+			c.fetchAllow = append(c.fetchAllow, prefix)
+		}
+		return nil
+	})
 	fs.Int64Var(&c.maxBindBytes, "max-bind-bytes", 10<<30, "bytes that a bind_contents archive may unpack to")
 	fs.Int64Var(&c.maxBindFiles, "max-bind-files", 250_000, "entries that a bind_contents archive may have")
 	fs.Int64Var(&c.maxImageBytes, "max-image-bytes", 16<<30, "bytes that an uploaded image may have")
 	fs.VisitAll(func(f *flag.Flag) {
 		f.Value = &lenientValue{f.Value, f.Name, &mistakes}
-		if v, ok := lookupEnv(envName(f.Name)); ok {
+		if v, ok := lookupEnv("DUXCORE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))); ok {
 			f.Value.Set(v)
 		}
 	})
@@ -239,40 +241,11 @@ func (v *lenientValue) Set(text string) error {
 	return nil
 }
 
-// prefixes is a comma-separated list of networks as a [flag.Value].
-type prefixes []netip.Prefix
-
-func (p *prefixes) String() string { return "" }
-
-func (p *prefixes) Set(text string) error {
-	*p = nil
-	for field := range strings.SplitSeq(text, ",") {
-		if field = strings.TrimSpace(field); field == "" {
-			continue
-		}
-		prefix, err := netip.ParsePrefix(field)
-		if err != nil {
-			return err
-		}
-		*p = append(*p, prefix.Masked())
-	}
-	return nil
-}
-
-// envName returns the environment twin of a flag.
-func envName(flagName string) string {
-	return "DUXCORE_" + strings.ToUpper(strings.ReplaceAll(flagName, "-", "_"))
-}
-
 func printHelp(fs *flag.FlagSet, out io.Writer) {
 	fmt.Fprintln(out, "duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.")
 	fmt.Fprintln(out, "Each flag has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. A flag beats it.")
 	fs.VisitAll(func(f *flag.Flag) {
-		fmt.Fprintf(out, "  -%-16s %s", f.Name, f.Usage)
-		if f.DefValue != "" && f.DefValue != "false" {
-			fmt.Fprintf(out, " (default %s)", f.DefValue)
-		}
-		fmt.Fprintln(out)
+		fmt.Fprintf(out, "  -%-16s %s (default %q)\n", f.Name, f.Usage, f.DefValue)
 	})
 }
 
@@ -280,18 +253,7 @@ func printHelp(fs *flag.FlagSet, out io.Writer) {
 func version() string {
 	build, ok := debug.ReadBuildInfo()
 	if !ok {
-		return "duxcore-daemon (no build information)"
+		return "duxcore-daemon, built without module information"
 	}
-	text := "duxcore-daemon " + build.Main.Version + " " + build.GoVersion
-	for _, s := range build.Settings {
-		switch s.Key {
-		case "GOOS", "GOARCH", "vcs.revision":
-			text += " " + s.Value
-		case "vcs.modified":
-			if s.Value == "true" {
-				text += " (modified)"
-			}
-		}
-	}
-	return text
+	return fmt.Sprintf("duxcore-daemon %s %s %s/%s", build.Main.Version, build.GoVersion, runtime.GOOS, runtime.GOARCH)
 }

@@ -69,7 +69,7 @@ type server struct {
 
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot, log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
-		fetch: newFetcher(cfg.fetchAllow), mux: http.NewServeMux()}
+		fetch: newFetcher(cfg.fetchAllow), locks: serviceLocks{held: map[string]chan struct{}{}}, mux: http.NewServeMux()}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
@@ -82,7 +82,7 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 		slices.Sort(allowed)
 		s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", strings.Join(allowed, ", "))
-			s.fail(w, r, &apiError{http.StatusMethodNotAllowed, r.Method + " is not allowed here"})
+			s.fail(w, r, failure(http.StatusMethodNotAllowed, "%s is not allowed here", r.Method))
 		})
 	}
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.fail(w, r, errNoSuchPath) })
@@ -101,7 +101,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}()
 	if !s.key.authorizes(r) {
 		w.Header().Set("Connection", "close")
-		s.fail(w, r, &apiError{http.StatusUnauthorized, unauthorized})
+		s.fail(w, r, failure(http.StatusUnauthorized, unauthorized))
 		return
 	}
 	// The mux would answer these itself: with a redirect, or in plain text.
@@ -149,27 +149,19 @@ type apiError struct {
 
 func (e *apiError) Error() string { return e.description }
 
-var errNoSuchPath = &apiError{http.StatusNotFound, "no such path"}
-
-func noSuchService(id string) error {
-	return &apiError{http.StatusNotFound, fmt.Sprintf("no service %q", id)}
+func failure(status int, format string, args ...any) error {
+	return &apiError{status, fmt.Sprintf(format, args...)}
 }
 
 func badRequest(format string, args ...any) error {
-	return &apiError{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+	return failure(http.StatusBadRequest, format, args...)
 }
 
-func conflict(format string, args ...any) error {
-	return &apiError{http.StatusConflict, fmt.Sprintf(format, args...)}
+func noSuchService(id string) error {
+	return failure(http.StatusNotFound, "no service %q", id)
 }
 
-func tooLarge(format string, args ...any) error {
-	return &apiError{http.StatusRequestEntityTooLarge, fmt.Sprintf(format, args...)}
-}
-
-func badGateway(format string, args ...any) error {
-	return &apiError{http.StatusBadGateway, fmt.Sprintf(format, args...)}
-}
+var errNoSuchPath = failure(http.StatusNotFound, "no such path")
 
 // fail answers with an error, or only logs it where an answer has begun. It is the
 // only writer of errors.
@@ -188,15 +180,11 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 		s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
 		return
 	}
-	var body struct {
-		Error struct {
-			Code        int    `json:"code"`
-			Reason      string `json:"reason"`
-			Description string `json:"description"`
-		} `json:"error"`
-	}
-	body.Error.Code, body.Error.Reason, body.Error.Description = status, http.StatusText(status), description
-	writeJSON(rw, status, body)
+	writeJSON(rw, status, map[string]any{"error": struct {
+		Code        int    `json:"code"`
+		Reason      string `json:"reason"`
+		Description string `json:"description"`
+	}{status, http.StatusText(status), description}})
 }
 
 // describe returns what a client may know of err.

@@ -157,14 +157,16 @@ func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
 	if err := readJSON(w, r, &body); err != nil {
 		return err
 	}
-	operations := map[string]func(context.Context, string) error{
-		"start": s.start, "stop": s.stop, "restart": s.restart, "kill": s.kill,
+	var err error
+	switch body.Op {
+	case "start", "stop", "restart":
+		err = s.control(r.Context(), r.PathValue("id"), body.Op)
+	case "kill":
+		err = s.kill(r.Context(), r.PathValue("id"))
+	default:
+		err = badRequest("op: must be start, stop, restart or kill")
 	}
-	operate, ok := operations[body.Op]
-	if !ok {
-		return badRequest("op: must be start, stop, restart or kill")
-	}
-	if err := operate(r.Context(), r.PathValue("id")); err != nil {
+	if err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -244,7 +246,7 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c container.
 		return c, nil, err
 	}
 	if c.ContainerJSONBase == nil || c.Config == nil || c.State == nil {
-		return c, nil, badGateway("the engine's answer is incomplete")
+		return c, nil, failure(http.StatusBadGateway, "the engine's answer is incomplete")
 	}
 	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
 		return c, nil, noSuchService(id)
