@@ -6,7 +6,6 @@ import (
 	"compress/gzip"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"math"
@@ -16,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -25,7 +25,6 @@ const (
 	maxRedirects = 5
 	maxEntryPath = 1024      // bytes
 	minFetchRate = 64 << 10  // bytes a second
-	fetchHeaders = 64 << 10  // bytes
 	readChunk    = 64 << 10  // bytes
 	writeChunk   = 128 << 10 // bytes
 )
@@ -55,7 +54,7 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 				DialContext:            dialer.DialContext,
 				TLSHandshakeTimeout:    30 * time.Second,
 				ResponseHeaderTimeout:  30 * time.Second,
-				MaxResponseHeaderBytes: fetchHeaders,
+				MaxResponseHeaderBytes: 64 << 10,
 				DisableKeepAlives:      true,
 				DisableCompression:     true, // or the archive would arrive as a bare tar from some servers
 			},
@@ -75,22 +74,18 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 
 // Networks that [netip.Addr.IsGlobalUnicast] counts in though they are not public, from
 // IANA's special-purpose registries (RFC 6890). Of IPv6 only 2000::/3 is public at all.
-var specialNetworks = parsePrefixes(
-	"0.0.0.0/8", "100.64.0.0/10", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "198.18.0.0/15",
-	"198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4",
-	"2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20") // Teredo and 6to4 hold an IPv4 address
+var specialNetworks = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("192.0.0.0/24"),
+	netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("192.88.99.0/24"), netip.MustParsePrefix("198.18.0.0/15"),
+	netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("240.0.0.0/4"),
+	netip.MustParsePrefix("2001::/23"), netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("3fff::/20"),
+	netip.MustParsePrefix("2002::/16"), // 6to4, like Teredo in 2001::/23, holds an IPv4 address
+}
 
 var (
 	publicIPv6 = netip.MustParsePrefix("2000::/3")
 	nat64      = netip.MustParsePrefix("64:ff9b::/96") // its last four bytes are an IPv4 address
 )
-
-func parsePrefixes(texts ...string) (prefixes []netip.Prefix) {
-	for _, text := range texts {
-		prefixes = append(prefixes, netip.MustParsePrefix(text))
-	}
-	return prefixes
-}
 
 // checkAddress returns an error unless address, an ip:port, is public or allowed.
 func checkAddress(address string, allow []netip.Prefix) error {
@@ -99,31 +94,20 @@ func checkAddress(address string, allow []netip.Prefix) error {
 		return err
 	}
 	addr := ap.Addr().Unmap() // ::ffff:127.0.0.1 is 127.0.0.1
-	for _, prefix := range allow {
-		if prefix.Contains(addr.WithZone("")) {
-			return nil
-		}
+	contains := func(prefix netip.Prefix) bool { return prefix.Contains(addr.WithZone("")) }
+	if slices.ContainsFunc(allow, contains) {
+		return nil
 	}
-	if !publicAddress(addr) {
-		return badRequest("bind_contents: %s is not a public address", addr)
-	}
-	return nil
-}
-
-func publicAddress(addr netip.Addr) bool {
+	refused := badRequest("bind_contents: %s is not a public address", addr)
 	if nat64.Contains(addr) {
 		b := addr.As16()
 		addr = netip.AddrFrom4([4]byte(b[12:]))
 	}
-	if !addr.IsGlobalUnicast() || addr.IsPrivate() || addr.Zone() != "" || (addr.Is6() && !publicIPv6.Contains(addr)) {
-		return false
+	if !addr.IsGlobalUnicast() || addr.IsPrivate() || addr.Is6() && !publicIPv6.Contains(addr) ||
+		slices.ContainsFunc(specialNetworks, contains) {
+		return refused
 	}
-	for _, prefix := range specialNetworks {
-		if prefix.Contains(addr) {
-			return false
-		}
-	}
-	return true
+	return nil
 }
 
 var errTooSlow = failure(http.StatusBadGateway, "bind_contents: the server sends less than %d bytes a second", minFetchRate)
@@ -205,46 +189,44 @@ type unpackLimits struct {
 
 // unpack lays out a gzipped tar stream in dir: directories, regular files, symbolic and
 // hard links, as tar would, but nothing outside dir and nothing that is more than data.
-// Owners are the archive's, or all o if that is given. Errors that name an entry are for the client.
+// Owners are the archive's, or all o if that is given; only root can give files away.
 func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	zipped, err := gzip.NewReader(r)
 	if err != nil {
-		return badRequest("bind_contents: not a gzip file: %v", err)
+		return broken(err)
 	}
 	stream := &limitedReader{zipped, limits.bytes}
 	archive := tar.NewReader(stream)
-	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, left: limits.bytes, buffer: make([]byte, writeChunk)}
+	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk)}
 	defer u.close()
-	for entries := int64(0); ; entries++ {
+	size := int64(0) // of the files: a sparse one can have any size in a short stream
+	for entries := int64(1); ; entries++ {
 		header, err := archive.Next()
 		if err == io.EOF {
 			break
 		}
 		if err != nil {
-			return streamError(err)
+			return broken(err)
 		}
-		if entries == limits.entries {
+		if entries > limits.entries {
 			return failure(http.StatusRequestEntityTooLarge, "bind_contents: more than %d entries", limits.entries)
 		}
-		// A sparse file can have any size in a short stream.
-		if u.left -= header.Size; u.left < 0 {
-			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %q: the archive unpacks to more than %d bytes", header.Name, limits.bytes)
+		if size += header.Size; header.Size > limits.bytes || size > limits.bytes {
+			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
 		}
 		if err := u.add(header, archive); err != nil {
 			return err
 		}
 	}
 	// The archive's end is not the stream's: only there is the checksum verified.
-	if _, err := io.CopyBuffer(io.Discard, stream, u.buffer); err != nil {
-		return streamError(err)
-	}
-	return nil
+	_, err = io.CopyBuffer(io.Discard, stream, u.buffer)
+	return broken(err)
 }
 
-// streamError says why a stream cannot be read on.
-func streamError(err error) error {
+// broken says why an archive cannot be read on.
+func broken(err error) error {
 	var api *apiError
-	if errors.As(err, &api) {
+	if err == nil || errors.As(err, &api) {
 		return err
 	}
 	return badRequest("bind_contents: the archive is broken: %v", err)
@@ -257,10 +239,7 @@ type limitedReader struct {
 }
 
 func (l *limitedReader) Read(p []byte) (int, error) {
-	if int64(len(p)) > l.left+1 {
-		p = p[:l.left+1]
-	}
-	n, err := l.r.Read(p)
+	n, err := l.r.Read(p[:min(int64(len(p)), l.left+1)])
 	if l.left -= int64(n); l.left < 0 {
 		return 0, failure(http.StatusRequestEntityTooLarge, "bind_contents: the archive unpacks to too many bytes")
 	}
@@ -272,8 +251,7 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 type unpacker struct {
 	root      *os.Root
 	owner     *owner
-	asRoot    bool  // only root can give files away
-	left      int64 // bytes that files may still have
+	asRoot    bool
 	buffer    []byte
 	parent    *os.Root // of the last entry
 	parentDir string   // its path
@@ -285,107 +263,163 @@ func (u *unpacker) close() {
 	}
 }
 
-// add lays out one entry. What is not data, would lie outside the root or would be
-// reached through a link is refused.
+// add lays out one entry, in the place of an earlier one that is no directory.
 func (u *unpacker) add(h *tar.Header, content io.Reader) error {
-	if h.Typeflag == tar.TypeXGlobalHeader {
+	name := path.Clean(h.Name)
+	switch {
+	case h.Typeflag == tar.TypeXGlobalHeader:
 		return nil
-	}
-	refuse := func(why string) error { return badRequest("bind_contents: entry %q: %s", h.Name, why) }
-	name, why := entryPath(h.Name)
-	if why != "" {
-		return refuse(why)
-	}
-	if h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32 {
-		return refuse("its owner is out of range") // to chown, 4294967295 means unchanged
-	}
-	if name == "." {
-		if h.Typeflag != tar.TypeDir {
-			return refuse("it would replace the directory itself")
-		}
-		return u.root.Chmod(".", h.FileInfo().Mode().Perm())
+	case outside(h.Name) || name == "." && h.Typeflag != tar.TypeDir:
+		return badRequest("bind_contents: entry %q: its path leads out of the archive", h.Name)
+	case name == ".":
+		return u.root.Chmod(".", permissions(h))
+	case len(name) > maxEntryPath:
+		return badRequest("bind_contents: entry %q: its path has more than %d bytes", h.Name, maxEntryPath)
+	case h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32:
+		return badRequest("bind_contents: entry %q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
 	}
 	parent, err := u.open(path.Dir(name))
-	if err != nil {
-		return entryError(h.Name, err)
+	if err == nil {
+		err = u.replace(parent, name, h, content)
 	}
-	base := path.Base(name)
-	switch h.Typeflag {
-	case tar.TypeDir:
-		err = u.addDir(parent, base, h)
-	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
-		err = u.addFile(parent, base, h, content)
-	case tar.TypeSymlink:
-		if !staysInside(path.Dir(name), h.Linkname) {
-			return refuse("it is a symbolic link that points outside")
-		}
-		err = u.addLink(parent, base, h)
-	case tar.TypeLink:
-		err = u.addHardLink(parent, name, h)
-	default:
-		return refuse("it is not a directory, file or link")
-	}
-	return entryError(h.Name, err)
-}
-
-// entryPath returns the clean relative path of an entry, or why there is none.
-func entryPath(name string) (clean, why string) {
-	switch {
-	case name == "":
-		return "", "it has no name"
-	case len(name) > maxEntryPath:
-		return "", fmt.Sprintf("its path has more than %d bytes", maxEntryPath)
-	case path.IsAbs(name):
-		return "", "its path is absolute"
-	}
-	for part := range strings.SplitSeq(name, "/") {
-		if part == ".." {
-			return "", "its path leads upwards"
+	for _, cause := range []error{errThroughLink, errReplacesDir, errLinkTarget, errSymlink, errType,
+		syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
+		if errors.Is(err, cause) {
+			return badRequest("bind_contents: entry %q: %v", h.Name, cause)
 		}
 	}
-	return path.Clean(name), ""
-}
-
-// staysInside reports whether a symbolic link in dir to target stays below the root
-// whatever other such links it passes: it may lead upwards only at its beginning, from
-// dir itself, which is no link. "link/../x" could be anywhere.
-func staysInside(dir, target string) bool {
-	if target == "" || path.IsAbs(target) {
-		return false
-	}
-	depth, down := 0, false
-	if dir != "." {
-		depth = strings.Count(dir, "/") + 1
-	}
-	for part := range strings.SplitSeq(target, "/") {
-		switch part {
-		case "", ".":
-		case "..":
-			if depth--; down || depth < 0 {
-				return false
-			}
-		default:
-			down = true
-		}
-	}
-	return true
+	return err
 }
 
 var (
 	errThroughLink = errors.New("its path passes something that is not a directory")
 	errReplacesDir = errors.New("it would replace a directory")
 	errLinkTarget  = errors.New("it is a hard link to something that is not an earlier file")
+	errSymlink     = errors.New("it is a symbolic link that leads out of the archive")
+	errType        = errors.New("it is not a directory, file or link")
 )
 
-// entryError turns what an entry did wrong into an error for the client. What the
-// file system does wrong stays our own fault.
-func entryError(name string, err error) error {
-	for _, cause := range []error{errThroughLink, errReplacesDir, errLinkTarget, syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
-		if errors.Is(err, cause) {
-			return badRequest("bind_contents: entry %q: %v", name, cause)
+// outside reports whether a path is not one below the archive's root.
+func outside(name string) bool {
+	return name == "" || path.IsAbs(name) || slices.Contains(strings.Split(name, "/"), "..")
+}
+
+// staysInside reports whether a symbolic link in dir to target stays below the root
+// whatever other such links it passes: it may lead upwards only at its beginning, from
+// dir itself, which is no link. "link/../x" could be anywhere.
+func staysInside(dir, target string) bool {
+	for strings.HasPrefix(target, "../") || strings.HasPrefix(target, "./") || target == ".." {
+		if target[1] == '.' {
+			if dir == "." {
+				return false
+			}
+			dir, target = path.Dir(dir), target[1:]
+		}
+		target = strings.TrimLeft(target[1:], "/")
+		if target == "" {
+			return true
 		}
 	}
+	return !outside(target)
+}
+
+// replace puts an entry in its place below its opened parent.
+func (u *unpacker) replace(parent *os.Root, name string, h *tar.Header, content io.Reader) error {
+	base, isDir := path.Base(name), h.Typeflag == tar.TypeDir
+	if err := clear(parent, base); err != nil && !(isDir && err == errReplacesDir) {
+		return err
+	}
+	var err error
+	switch h.Typeflag {
+	case tar.TypeDir:
+		if err = parent.Mkdir(base, 0o700); errors.Is(err, fs.ErrExist) {
+			err = nil // it gets this entry's mode and owner
+		}
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
+		err = u.write(parent, base, content)
+	case tar.TypeSymlink:
+		if !staysInside(path.Dir(name), h.Linkname) {
+			return errSymlink
+		}
+		if err := parent.Symlink(h.Linkname, base); err != nil {
+			return err
+		}
+		return u.own(parent, base, h)
+	case tar.TypeLink:
+		return u.link(name, h.Linkname)
+	default:
+		return errType
+	}
+	if err == nil {
+		err = u.own(parent, base, h)
+	}
+	if err == nil {
+		err = parent.Chmod(base, permissions(h))
+	}
+	if err == nil && !isDir {
+		err = parent.Chtimes(base, h.ModTime, h.ModTime)
+	}
 	return err
+}
+
+// permissions leaves out the setuid, setgid and sticky bits.
+func permissions(h *tar.Header) fs.FileMode { return h.FileInfo().Mode().Perm() }
+
+// own gives an entry to its owner. It follows no link.
+func (u *unpacker) own(parent *os.Root, base string, h *tar.Header) error {
+	switch {
+	case !u.asRoot:
+		return nil
+	case u.owner != nil:
+		return parent.Lchown(base, u.owner.uid, u.owner.gid)
+	}
+	return parent.Lchown(base, h.Uid, h.Gid)
+}
+
+// write writes a file that must be new: it never goes through an earlier link.
+func (u *unpacker) write(parent *os.Root, base string, content io.Reader) error {
+	f, err := parent.OpenFile(base, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.CopyBuffer(struct{ io.Writer }{f}, content, u.buffer)
+	var local *fs.PathError
+	if err != nil && !errors.As(err, &local) {
+		return broken(err)
+	}
+	return errors.Join(err, f.Close())
+}
+
+// link makes a hard link to a regular file that an earlier entry made.
+func (u *unpacker) link(name, target string) error {
+	if outside(target) {
+		return errLinkTarget
+	}
+	target = path.Clean(target)
+	dir, err := walk(u.root, path.Dir(target), func(*os.Root, string) error { return errLinkTarget })
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if info, err := dir.Lstat(path.Base(target)); err != nil || !info.Mode().IsRegular() {
+		return errLinkTarget
+	}
+	return u.root.Link(target, name)
+}
+
+// clear removes what an earlier entry put at base, unless that is a directory.
+func clear(parent *os.Root, base string) error {
+	info, err := parent.Lstat(base)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case info.IsDir():
+		return errReplacesDir
+	}
+	return parent.Remove(base)
 }
 
 // open returns the directory dir, made if it is missing. The unpacker closes it.
@@ -393,7 +427,9 @@ func (u *unpacker) open(dir string) (*os.Root, error) {
 	if u.parent != nil && u.parentDir == dir {
 		return u.parent, nil
 	}
-	opened, err := walk(u.root, dir, u.makeMissing)
+	opened, err := walk(u.root, dir, func(at *os.Root, part string) error {
+		return u.replace(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -402,20 +438,9 @@ func (u *unpacker) open(dir string) (*os.Root, error) {
 	return opened, nil
 }
 
-// makeMissing makes a directory that the archive uses and has no entry for.
-func (u *unpacker) makeMissing(parent *os.Root, name string) error {
-	if err := parent.Mkdir(name, 0o755); err != nil {
-		return err
-	}
-	if err := u.own(parent, name, &tar.Header{}); err != nil {
-		return err
-	}
-	return parent.Chmod(name, 0o755) // whatever the umask
-}
-
 // walk opens the directory dir below root without passing a link. It calls missing for
 // each part of the way that is not there. The caller closes what it returns.
-func walk(root *os.Root, dir string, missing func(*os.Root, string) error) (*os.Root, error) {
+func walk(root *os.Root, dir string, missing func(at *os.Root, part string) error) (*os.Root, error) {
 	at, err := root.OpenRoot(".")
 	if err != nil {
 		return nil, err
@@ -438,117 +463,4 @@ func walk(root *os.Root, dir string, missing func(*os.Root, string) error) (*os.
 		at = below
 	}
 	return at, nil
-}
-
-func (u *unpacker) addDir(parent *os.Root, base string, h *tar.Header) error {
-	err := parent.Mkdir(base, 0o700)
-	if errors.Is(err, fs.ErrExist) {
-		if err = clear(parent, base); errors.Is(err, errReplacesDir) {
-			err = nil // it is that directory, with another mode perhaps
-		} else if err == nil {
-			err = parent.Mkdir(base, 0o700)
-		}
-	}
-	if err != nil {
-		return err
-	}
-	if err := u.own(parent, base, h); err != nil {
-		return err
-	}
-	mode := h.FileInfo().Mode().Perm()
-	if !u.asRoot {
-		mode |= 0o700 // or nothing could be put there
-	}
-	return parent.Chmod(base, mode)
-}
-
-// addFile writes a regular file that is new, so never through a link that an earlier
-// entry made.
-func (u *unpacker) addFile(parent *os.Root, base string, h *tar.Header, content io.Reader) error {
-	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL
-	f, err := parent.OpenFile(base, flags, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		if err := clear(parent, base); err != nil {
-			return err
-		}
-		f, err = parent.OpenFile(base, flags, 0o600)
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err := io.CopyBuffer(struct{ io.Writer }{f}, content, u.buffer); err != nil {
-		var local *fs.PathError
-		if errors.As(err, &local) {
-			return err
-		}
-		return streamError(err)
-	}
-	if err := u.own(parent, base, h); err != nil {
-		return err
-	}
-	if err := f.Chmod(h.FileInfo().Mode().Perm()); err != nil { // no setuid, setgid or sticky bit
-		return err
-	}
-	if err := parent.Chtimes(base, h.ModTime, h.ModTime); err != nil {
-		return err
-	}
-	return f.Close()
-}
-
-func (u *unpacker) addLink(parent *os.Root, base string, h *tar.Header) error {
-	if err := clear(parent, base); err != nil {
-		return err
-	}
-	if err := parent.Symlink(h.Linkname, base); err != nil {
-		return err
-	}
-	return u.own(parent, base, h)
-}
-
-// addHardLink links to a regular file that an earlier entry made. It leaves the owner
-// and mode that this has.
-func (u *unpacker) addHardLink(parent *os.Root, name string, h *tar.Header) error {
-	target, why := entryPath(h.Linkname)
-	if why != "" || target == name {
-		return errLinkTarget
-	}
-	dir, err := walk(u.root, path.Dir(target), func(*os.Root, string) error { return errLinkTarget })
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if info, err := dir.Lstat(path.Base(target)); err != nil || !info.Mode().IsRegular() {
-		return errLinkTarget
-	}
-	if err := clear(parent, path.Base(name)); err != nil {
-		return err
-	}
-	return u.root.Link(target, name)
-}
-
-// clear removes what an earlier entry put at name, unless that is a directory.
-func clear(parent *os.Root, name string) error {
-	info, err := parent.Lstat(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if info.IsDir() {
-		return errReplacesDir
-	}
-	return parent.Remove(name)
-}
-
-// own gives an entry to its owner. It follows no link.
-func (u *unpacker) own(parent *os.Root, base string, h *tar.Header) error {
-	if !u.asRoot {
-		return nil
-	}
-	if u.owner != nil {
-		return parent.Lchown(base, u.owner.uid, u.owner.gid)
-	}
-	return parent.Lchown(base, h.Uid, h.Gid)
 }

@@ -70,20 +70,6 @@ func (b *bindRoot) close() {
 // hostPath is where the engine finds the bind directory of a service.
 func (b *bindRoot) hostPath(id string) string { return filepath.Join(b.path, id) }
 
-func (b *bindRoot) has(id string) bool {
-	_, err := b.root.Lstat(id)
-	return err == nil
-}
-
-func (b *bindRoot) names() ([]string, error) {
-	dir, err := b.root.Open(".")
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	return dir.Readdirnames(-1)
-}
-
 // makeEmpty makes the service's bind directory. It takes one that is there and empty,
 // and refuses any other: it would mix the data of two services.
 func (b *bindRoot) makeEmpty(id string, o *owner) error {

@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"slices"
@@ -35,6 +37,8 @@ const undoTime = 2 * time.Minute
 
 // journal holds one service's containers by role. A role that is not there has an empty ID.
 type journal map[string]container.Summary
+
+func (j journal) has(role string) bool { return j[role].ID != "" }
 
 func containerName(role, id string) string {
 	if role == roleCurrent {
@@ -121,21 +125,17 @@ func (s *server) setEnv(ctx context.Context, id string, env []string) error {
 	config, host := s.containerSpec(p)
 	config.Image = current.ImageID // the name may mean another image by now
 	host.VolumesFrom = []string{current.ID}
-
-	if earlier := found[roleNext]; earlier.ID != "" {
-		if err := s.engine.api().ContainerRename(ctx, earlier.ID, containerName(rolePrev, id)); err != nil {
+	if found.has(roleNext) {
+		if err := s.move(ctx, found, id, roleNext, rolePrev); err != nil {
 			return err
 		}
 	}
 	_, err = s.engine.api().ContainerCreate(ctx, config, host, nil, nil, containerName(roleNext, id))
+	_, settleErr := s.settle(ctx, id) // removes the earlier next one, or gives it its name back
 	if err != nil {
-		err = fmt.Errorf("cannot create the container with the new environment: %w", err)
+		return fmt.Errorf("cannot create the container with the new environment: %w", err)
 	}
-	// Settling removes the earlier one, or gives it its name back.
-	if _, settleErr := s.settle(ctx, id); err == nil {
-		return settleErr
-	}
-	return err
+	return settleErr
 }
 
 // control starts, stops or restarts a service. What holds already is no error.
@@ -158,7 +158,18 @@ func (s *server) control(ctx context.Context, id, op string) error {
 	if op == "stop" {
 		return nil
 	}
-	return s.startSettled(ctx, id, found)
+	if found.has(roleNext) {
+		if err := s.drop(ctx, found, roleCurrent, false); err != nil {
+			return err
+		}
+		if err := s.move(ctx, found, id, roleNext, roleCurrent); err != nil {
+			return err
+		}
+	}
+	if err := s.engine.api().ContainerStart(ctx, found[roleCurrent].ID, container.StartOptions{}); err != nil {
+		return fmt.Errorf("cannot start the service: %w", err)
+	}
+	return nil
 }
 
 // kill takes no lock: it must not wait behind the stop that it is there to cut short.
@@ -178,19 +189,19 @@ func (s *server) remove(ctx context.Context, id string) error {
 		return err
 	}
 	defer unlock()
-	hasDir := s.binds.has(id) // settling removes an empty one without a container
+	_, noDir := s.binds.root.Lstat(id) // now: settling removes an empty one without a container
 	found, err := s.settle(ctx, id)
 	if err != nil {
 		return err
 	}
-	if current := found[roleCurrent]; current.ID != "" {
-		if err := s.engine.api().ContainerRename(ctx, current.ID, containerName(roleGone, id)); err != nil {
+	if found.has(roleCurrent) {
+		if err := s.move(ctx, found, id, roleCurrent, roleGone); err != nil {
 			return err
 		}
 		_, err := s.settle(ctx, id)
 		return err
 	}
-	if !hasDir {
+	if noDir != nil {
 		return noSuchService(id)
 	}
 	return s.binds.remove(ctx, id)
@@ -204,53 +215,13 @@ func (s *server) begin(ctx context.Context, id string) (unlock func(), found jou
 		return nil, nil, err
 	}
 	found, err = s.settle(ctx, id)
-	if err == nil && found[roleCurrent].ID == "" {
+	if err == nil && !found.has(roleCurrent) {
 		err = noSuchService(id)
 	}
 	if err != nil {
 		unlock()
-		return nil, nil, err
 	}
-	return unlock, found, nil
-}
-
-// startSettled starts the current container, which does not run, or puts the next one
-// in its place and starts that.
-func (s *server) startSettled(ctx context.Context, id string, found journal) error {
-	start := found[roleCurrent].ID
-	if next := found[roleNext].ID; next != "" {
-		if err := s.removeContainer(ctx, start, false); err != nil {
-			return err
-		}
-		if err := s.engine.api().ContainerRename(ctx, next, id); err != nil {
-			return err
-		}
-		start = next
-	}
-	if err := s.engine.api().ContainerStart(ctx, start, container.StartOptions{}); err != nil {
-		return fmt.Errorf("cannot start the service: %w", err)
-	}
-	return nil
-}
-
-// killContainer kills a container. The engine's conflict means that it does not run.
-func (s *server) killContainer(ctx context.Context, containerID string) error {
-	if err := s.engine.api().ContainerKill(ctx, containerID, "KILL"); !errdefs.IsConflict(err) && !errdefs.IsNotFound(err) {
-		return err
-	}
-	return nil
-}
-
-// removeContainer kills and removes a container, if there is one.
-func (s *server) removeContainer(ctx context.Context, containerID string, volumes bool) error {
-	if containerID == "" {
-		return nil
-	}
-	err := s.engine.api().ContainerRemove(ctx, containerID, container.RemoveOptions{Force: true, RemoveVolumes: volumes})
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
+	return unlock, found, err
 }
 
 // settle finishes or undoes what an earlier operation on the service, perhaps of a
@@ -265,69 +236,83 @@ func (s *server) settle(ctx context.Context, id string) (journal, error) {
 		return nil, err
 	}
 	found := all[id]
-	if found[roleCurrent].ID == "" && found[roleGone].ID != "" {
-		if err := s.killContainer(ctx, found[roleGone].ID); err != nil {
-			return nil, err
-		}
-		for _, role := range []string{rolePrev, roleNext} {
-			if err := s.removeContainer(ctx, found[role].ID, true); err != nil {
-				return nil, err
-			}
-			delete(found, role)
-		}
+	if found.has(roleGone) && !found.has(roleCurrent) {
+		err = errors.Join(s.killContainer(ctx, found[roleGone].ID),
+			s.drop(ctx, found, rolePrev, true), s.drop(ctx, found, roleNext, true))
+	} else if found.has(rolePrev) && found.has(roleNext) {
+		err = s.drop(ctx, found, rolePrev, false)
+	} else if found.has(rolePrev) {
+		err = s.move(ctx, found, id, rolePrev, roleNext)
 	}
-	if err := s.settleNext(ctx, id, found); err != nil {
-		return nil, err
+	if err == nil && found.has(roleNext) && !found.has(roleCurrent) {
+		err = s.move(ctx, found, id, roleNext, roleCurrent)
 	}
-	if err := s.settleDirs(ctx, id, found); err != nil {
-		return nil, err
+	if err == nil {
+		err = s.settleDirs(ctx, id, found)
 	}
-	for _, role := range []string{roleNew, roleGone} { // last: they are the journal of all this
-		if err := s.removeContainer(ctx, found[role].ID, true); err != nil {
-			return nil, err
-		}
-		delete(found, role)
+	if err == nil { // last: they are the journal of all this
+		err = errors.Join(s.drop(ctx, found, roleNew, true), s.drop(ctx, found, roleGone, true))
 	}
-	return found, nil
-}
-
-// settleNext brings the containers of a PATCH, and of the start after it, in order.
-func (s *server) settleNext(ctx context.Context, id string, found journal) error {
-	if prev := found[rolePrev]; prev.ID != "" {
-		if found[roleNext].ID != "" {
-			if err := s.removeContainer(ctx, prev.ID, false); err != nil {
-				return err
-			}
-		} else if err := s.engine.api().ContainerRename(ctx, prev.ID, containerName(roleNext, id)); err != nil {
-			return err
-		} else {
-			found[roleNext] = prev
-		}
-		delete(found, rolePrev)
-	}
-	if next := found[roleNext]; next.ID != "" && found[roleCurrent].ID == "" {
-		if err := s.engine.api().ContainerRename(ctx, next.ID, id); err != nil {
-			return err
-		}
-		next.Names = []string{"/" + id}
-		found[roleCurrent] = next
-		delete(found, roleNext)
-	}
-	return nil
+	return found, err
 }
 
 // settleDirs removes what is left of the service's directories and worthless.
 func (s *server) settleDirs(ctx context.Context, id string, found journal) error {
-	if err := s.binds.removeLeftovers(ctx, id); err != nil {
+	if err := s.binds.removeLeftovers(ctx, id); err != nil || found.has(roleCurrent) {
 		return err
 	}
-	switch {
-	case found[roleCurrent].ID != "":
-		return nil
-	case found[roleNew].ID != "" || found[roleGone].ID != "":
+	if found.has(roleNew) || found.has(roleGone) {
 		return s.binds.remove(ctx, id)
 	}
 	return s.binds.removeEmpty(id)
+}
+
+// move gives a container another role.
+func (s *server) move(ctx context.Context, found journal, id, from, to string) error {
+	c := found[from]
+	if err := s.engine.api().ContainerRename(ctx, c.ID, containerName(to, id)); err != nil {
+		return fmt.Errorf("cannot rename the container: %w", err)
+	}
+	delete(found, from)
+	c.Names = []string{"/" + containerName(to, id)}
+	found[to] = c
+	return nil
+}
+
+// drop kills and removes the container in a role, if there is one.
+func (s *server) drop(ctx context.Context, found journal, role string, volumes bool) error {
+	if !found.has(role) {
+		return nil
+	}
+	err := s.engine.api().ContainerRemove(ctx, found[role].ID, container.RemoveOptions{Force: true, RemoveVolumes: volumes})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("cannot remove the container: %w", err)
+	}
+	delete(found, role)
+	return nil
+}
+
+// killContainer kills a container. The engine's conflict means that it does not run.
+func (s *server) killContainer(ctx context.Context, containerID string) error {
+	err := s.engine.api().ContainerKill(ctx, containerID, "KILL")
+	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// settleEvery settles all services, at each interval until ctx ends.
+func (s *server) settleEvery(ctx context.Context, interval time.Duration) {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			s.settleAll(ctx)
+		}
+	}
 }
 
 // settleAll settles every service that has something to settle and no operation under
@@ -354,8 +339,8 @@ func (s *server) settleAll(ctx context.Context) {
 	}
 }
 
-// unsettled returns the ids of services that are more than a current container, its
-// pending successor, and a directory.
+// unsettled returns the ids of services that have more, or less, than a current
+// container, perhaps a next one, and a bind directory.
 func (s *server) unsettled(ctx context.Context) (ids []string, err error) {
 	if err := s.engine.ping(ctx); err != nil {
 		return nil, err
@@ -365,32 +350,18 @@ func (s *server) unsettled(ctx context.Context) (ids []string, err error) {
 		return nil, err
 	}
 	for id, found := range all {
-		if found[roleCurrent].ID == "" || found[roleNew].ID != "" || found[rolePrev].ID != "" || found[roleGone].ID != "" {
+		if !found.has(roleCurrent) || found.has(roleNew) || found.has(rolePrev) || found.has(roleGone) {
 			ids = append(ids, id)
 		}
 	}
-	names, err := s.binds.names()
-	for _, name := range names {
-		id := strings.TrimPrefix(strings.TrimPrefix(name, stagingPrefix), gonePrefix)
-		if serviceID.MatchString(id) && (id != name || all[id] == nil) {
+	names, err := fs.ReadDir(s.binds.root.FS(), ".")
+	for _, entry := range names {
+		id := strings.TrimPrefix(strings.TrimPrefix(entry.Name(), stagingPrefix), gonePrefix)
+		if serviceID.MatchString(id) && (id != entry.Name() || all[id] == nil) {
 			ids = append(ids, id)
 		}
 	}
 	return ids, err
-}
-
-// settleEvery settles all services again and again until ctx ends.
-func (s *server) settleEvery(ctx context.Context, interval time.Duration) {
-	ticker := time.NewTicker(interval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			s.settleAll(ctx)
-		}
-	}
 }
 
 // ownContainers returns the containers of this daemon by service, of all or of one. It
@@ -421,20 +392,15 @@ func byService(list []container.Summary) (all map[string]journal, ok bool) {
 		if len(c.Names) > 1 {
 			return nil, false
 		}
-		if len(c.Names) == 0 {
-			continue // it is being made or removed
-		}
-		id, role := c.Labels[labelService], roleCurrent
-		if name := c.Names[0][1:]; name != id {
-			role, _ = strings.CutSuffix(strings.TrimPrefix(name, "duxcore."), "."+id)
-		}
-		if "/"+containerName(role, id) != c.Names[0] {
-			continue // renamed by somebody else
-		}
+		id := c.Labels[labelService]
 		if all[id] == nil {
 			all[id] = journal{}
 		}
-		all[id][role] = c
+		for _, role := range []string{roleCurrent, roleNew, roleNext, rolePrev, roleGone} {
+			if slices.Contains(c.Names, "/"+containerName(role, id)) {
+				all[id][role] = c
+			}
+		}
 	}
 	return all, true
 }

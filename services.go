@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/mount"
@@ -29,11 +30,9 @@ import (
 var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
 
 var (
-	imageName  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}$`)
-	userName   = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
-	hostLabel  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
-	allDigits  = regexp.MustCompile(`^[0-9]+$`)
-	controlSet = func(r rune) bool { return r < ' ' || r == 0x7f }
+	imageName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}$`)
+	userName  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
 
 const (
@@ -225,7 +224,7 @@ func (s *server) lookup(ctx context.Context, id string) (container.InspectRespon
 // current returns the service's container. Where a start is just putting the next one
 // in its place, it waits until that is done.
 func (s *server) current(ctx context.Context, id string, found journal) (container.Summary, error) {
-	if found[roleCurrent].ID == "" && found[roleNext].ID != "" {
+	if !found.has(roleCurrent) && found.has(roleNext) {
 		unlock, settled, err := s.begin(ctx, id)
 		if err != nil {
 			return container.Summary{}, err
@@ -233,7 +232,7 @@ func (s *server) current(ctx context.Context, id string, found journal) (contain
 		unlock()
 		found = settled
 	}
-	if found[roleCurrent].ID == "" {
+	if !found.has(roleCurrent) {
 		return container.Summary{}, noSuchService(id)
 	}
 	return found[roleCurrent], nil
@@ -256,45 +255,38 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c container.
 
 // check returns a 400 that names the first field whose value cannot be right.
 func (p *serviceParams) check() error {
-	if !serviceID.MatchString(p.ID) {
-		return badRequest("id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit")
-	}
-	// A name such as ../containers/x would reach another path of the engine's API.
-	if !imageName.MatchString(p.Image) || path.Clean(p.Image) != p.Image || strings.Contains(p.Image, "..") {
-		return badRequest("image: must be an image's name or id")
-	}
-	if target := bindTarget(p.BindDir); p.BindDir == "" || target == "/" || within(target, "/proc") ||
-		within(target, "/sys") || within(target, "/dev") || strings.ContainsFunc(target, controlSet) {
-		return badRequest("bind_dir: must be a path in the container, not / and not under /proc, /sys or /dev")
-	}
-	if err := checkContentsURL(p.BindContents); err != nil {
-		return err
-	}
-	for field, list := range map[string][]string{"cmd": p.Cmd, "shell": p.Shell, "env": p.Env} {
-		if slices.ContainsFunc(list, func(s string) bool { return strings.Contains(s, "\x00") }) {
-			return badRequest("%s: must not hold NUL", field)
+	target := bindTarget(p.BindDir)
+	workingDir := path.Clean(p.WorkingDir)
+	contents, contentsErr := url.Parse(p.BindContents)
+	hasNUL := func(text string) bool { return strings.Contains(text, "\x00") }
+	for _, rule := range []struct {
+		broken bool
+		text   string
+	}{
+		{!serviceID.MatchString(p.ID), "id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit"},
+		// A name such as ../containers/x would reach another path of the engine's API.
+		{!imageName.MatchString(p.Image) || path.Clean(p.Image) != p.Image, "image: must be an image's name or id"},
+		{p.BindDir == "" || target == "/" || within(target, "/proc", "/sys", "/dev") || hasControl(target),
+			"bind_dir: must be a path in the container, not / and not under /proc, /sys or /dev"},
+		{p.BindContents != "" && (contentsErr != nil || contents.Host == "" || contents.Scheme != "http" && contents.Scheme != "https"),
+			"bind_contents: must be an http or https URL"},
+		{slices.ContainsFunc(p.Cmd, hasNUL), "cmd: must not hold NUL"},
+		{slices.ContainsFunc(p.Shell, hasNUL), "shell: must not hold NUL"},
+		{slices.ContainsFunc(p.Env, hasNUL), "env: must not hold NUL"},
+		{slices.ContainsFunc(p.Env, func(e string) bool { return strings.IndexByte(e, '=') < 1 }), "env: must be NAME=VALUE each"},
+		// A number that does not fit an int32 becomes root in some runtimes: CVE-2024-40635.
+		{p.User != "" && !validUser(p.User), "user: must be a user or user:group, by name or by number up to 2147483647"},
+		// One under /proc can be a file descriptor of the runtime's: CVE-2024-21626.
+		{p.WorkingDir != "" && (!path.IsAbs(workingDir) || within(workingDir, "/proc") || hasControl(workingDir)),
+			"working_dir: must be an absolute path, not under /proc"},
+		{p.Hostname != "" && !hostLabel.MatchString(p.Hostname),
+			"hostname: must be 1 to 63 letters, digits or -, and begin and end with a letter or digit"},
+		{p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU), "max_cpu: must be 1000 to 100000000 microseconds per 100000"},
+		{p.MaxRAM != nil && (*p.MaxRAM < minRAM || *p.MaxRAM > maxRAM), "max_ram: must be 6291456 to 1125899906842624 bytes"},
+	} {
+		if rule.broken {
+			return badRequest("%s", rule.text)
 		}
-	}
-	for _, entry := range p.Env {
-		if strings.IndexByte(entry, '=') < 1 {
-			return badRequest("env: %q is not NAME=VALUE", entry)
-		}
-	}
-	if err := checkUser(p.User); err != nil {
-		return err
-	}
-	// A working directory under /proc can be a file descriptor of runc's: CVE-2024-21626.
-	if d := p.WorkingDir; d != "" && (!path.IsAbs(d) || within(path.Clean(d), "/proc") || strings.ContainsFunc(d, controlSet)) {
-		return badRequest("working_dir: must be an absolute path, not under /proc")
-	}
-	if p.Hostname != "" && !hostLabel.MatchString(p.Hostname) {
-		return badRequest("hostname: must be 1 to 63 letters, digits or -, and begin and end with a letter or digit")
-	}
-	if p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU) {
-		return badRequest("max_cpu: must be %d to %d microseconds per %d", minCPU, maxCPU, cpuPeriod)
-	}
-	if p.MaxRAM != nil && (*p.MaxRAM < minRAM || *p.MaxRAM > maxRAM) {
-		return badRequest("max_ram: must be %d to %d bytes", int64(minRAM), int64(maxRAM))
 	}
 	return p.checkPorts()
 }
@@ -302,53 +294,34 @@ func (p *serviceParams) check() error {
 // bindTarget returns where in the container the bind directory is mounted.
 func bindTarget(dir string) string { return path.Clean("/" + dir) }
 
-// within reports whether a clean path is dir or lies under it.
-func within(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
-
-func checkContentsURL(text string) error {
-	if text == "" {
-		return nil
-	}
-	u, err := url.Parse(text)
-	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
-		return badRequest("bind_contents: must be an http or https URL")
-	}
-	return nil
+// within reports whether a clean path is one of dirs or lies under one.
+func within(p string, dirs ...string) bool {
+	return slices.ContainsFunc(dirs, func(dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") })
 }
 
-// checkUser accepts a user or user:group, by name or number. A number that does not
-// fit an int32 overflows to root in some runtimes: CVE-2024-40635.
-func checkUser(user string) error {
-	if user == "" {
-		return nil
-	}
+func hasControl(text string) bool { return strings.ContainsFunc(text, unicode.IsControl) }
+
+func validUser(user string) bool {
 	parts := strings.Split(user, ":")
-	for _, part := range parts {
-		if _, err := strconv.ParseInt(part, 10, 32); !userName.MatchString(part) || (err != nil && allDigits.MatchString(part)) {
-			return badRequest("user: must be a user or user:group, by name or by number up to %d", math.MaxInt32)
-		}
-	}
-	if len(parts) > 2 {
-		return badRequest("user: must be a user or user:group")
-	}
-	return nil
+	return len(parts) <= 2 && !slices.ContainsFunc(parts, func(part string) bool {
+		_, err := strconv.ParseInt(part, 10, 32)
+		return !userName.MatchString(part) || err != nil && strings.Trim(part, "0123456789") == ""
+	})
 }
 
 func (p *serviceParams) checkPorts() error {
 	for _, key := range slices.Sorted(maps.Keys(p.PortMap)) {
 		port, protocol, _ := strings.Cut(key, "/")
 		if !validPort(port, 1) || !slices.Contains([]string{"tcp", "udp", "sctp"}, protocol) {
-			return badRequest("port_map: %q is not a port from 1 to 65535, a slash, and tcp, udp or sctp", key)
+			return badRequest("port_map: %q: must be a port from 1 to 65535, a slash, and tcp, udp or sctp", key)
 		}
 		if len(p.PortMap[key]) == 0 {
-			return badRequest("port_map: %s: needs at least one HostPort", key)
+			return badRequest("port_map: %q: must have a HostPort", key)
 		}
 		for _, host := range p.PortMap[key] {
-			if !validPort(host.HostPort, 0) {
-				return badRequest("port_map: %s: HostPort must be a number from 0 to 65535, as a string", key)
-			}
-			if ip, err := netip.ParseAddr(host.HostIP); host.HostIP != "" && (err != nil || ip.Zone() != "") {
-				return badRequest("port_map: %s: HostIp must be an IP address", key)
+			ip, err := netip.ParseAddr(host.HostIP)
+			if !validPort(host.HostPort, 0) || host.HostIP != "" && (err != nil || ip.Zone() != "") {
+				return badRequest("port_map: %q: HostPort must be a number from 0 to 65535 as a string, HostIp an IP address", key)
 			}
 		}
 	}
