@@ -19,37 +19,37 @@ import (
 )
 
 const (
-	maxJSON      = 1 << 20          // bytes of a JSON body
-	jsonTime     = 30 * time.Second // for reading one
-	uploadStall  = time.Minute      // longest pause in an upload
-	readTime     = 30 * time.Second // for a request that changes nothing
-	writeTime    = 30 * time.Second // longest wait for a client to take what is written
-	lingerTime   = time.Second      // for discarding what a client still sends after its answer
-	unauthorized = "Accessing this daemon requires core authorization."
+	maxJSON     = 1 << 20          // bytes of a JSON body
+	jsonTime    = 30 * time.Second // for reading one
+	uploadStall = time.Minute      // longest pause in an upload
+	readTime    = 30 * time.Second // for a request that changes nothing
+	writeTime   = 30 * time.Second // longest wait for a client to take what is written
+	lingerTime  = time.Second      // for discarding what a client still sends after its answer
 )
 
 // A route is one line of the API. All paths need the core key, so access is no column.
 type route struct {
-	pattern string // as for [http.ServeMux]; each stands under /v1 as well
-	body    int64  // most bytes of the request's body
-	limit   time.Duration
-	finish  bool // runs to its end, or to its limit, even if the client goes away
+	pattern string        // as for [http.ServeMux]; each stands under /v1 as well
+	success int           // status, if handle writes none
+	body    int64         // most bytes of the request's body
+	limit   time.Duration // 0: until the client leaves, or the daemon
+	finish  bool          // runs to its end, or limit, even if the client leaves
 	handle  func(*server, http.ResponseWriter, *http.Request) error
 }
 
-// routes is the whole API. A limit of 0 means until the client or the daemon leaves.
+// routes is the whole API.
 func (s *server) routes() []route {
 	change := s.stopTimeout + 30*time.Second
 	return []route{
-		{"POST /service", maxJSON, s.createTimeout, false, (*server).createService},
-		{"GET /service", 0, readTime, false, (*server).listServices},
-		{"GET /service/{id}", 0, readTime, false, (*server).inspectService},
-		{"DELETE /service/{id}", 0, s.createTimeout, true, (*server).deleteService},
-		{"POST /service/{id}/ctl", maxJSON, change, true, (*server).controlService},
-		{"GET /service/{id}/stats", 0, 0, false, (*server).serviceStats},
-		{"PATCH /service/{id}/env", maxJSON, change, true, (*server).setServiceEnv},
-		{"POST /docker/image", s.maxImageBytes, 0, false, (*server).importImage},
-		{"GET /health", 0, readTime, false, (*server).health},
+		{"POST /service", 201, maxJSON, s.createTimeout, false, (*server).createService},
+		{"GET /service", 200, 0, readTime, false, (*server).listServices},
+		{"GET /service/{id}", 200, 0, readTime, false, (*server).inspectService},
+		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, (*server).deleteService},
+		{"POST /service/{id}/ctl", 204, maxJSON, change, true, (*server).controlService},
+		{"GET /service/{id}/stats", 200, 0, 0, false, (*server).serviceStats},
+		{"PATCH /service/{id}/env", 204, maxJSON, change, true, (*server).setServiceEnv},
+		{"POST /docker/image", 201, s.maxImageBytes, 0, false, (*server).importImage},
+		{"GET /health", 204, 0, readTime, false, (*server).health},
 	}
 }
 
@@ -94,22 +94,20 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw)}
 	defer func() {
-		// net/http discards the rest of a body before the next request: not for long.
+		// net/http still sends what is buffered, and reads the rest of a body: not for long.
+		w.ctl.SetWriteDeadline(time.Now().Add(writeTime))
 		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
 			"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
 	}()
 	if !s.key.authorizes(r) {
 		w.Header().Set("Connection", "close")
-		s.fail(w, r, failure(http.StatusUnauthorized, unauthorized))
-		return
+		s.fail(w, r, failure(http.StatusUnauthorized, "Accessing this daemon requires core authorization."))
+	} else if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
+		s.fail(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
+	} else {
+		s.mux.ServeHTTP(w, r)
 	}
-	// The mux would answer these itself: with a redirect, or in plain text.
-	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
-		s.fail(w, r, errNoSuchPath)
-		return
-	}
-	s.mux.ServeHTTP(w, r)
 }
 
 // handler is what every admitted request goes through.
@@ -137,6 +135,8 @@ func (s *server) handler(rt route) http.Handler {
 		}
 		if err != nil {
 			s.fail(w, r, err)
+		} else if w.status == 0 {
+			w.WriteHeader(rt.success)
 		}
 	})
 }
@@ -274,35 +274,25 @@ func writeBytes(w http.ResponseWriter, status int, text []byte) {
 type response struct {
 	http.ResponseWriter
 	ctl     *http.ResponseController
-	status  int
+	status  int // 0 until the answer has begun
 	written int64
 }
 
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (w *response) WriteHeader(status int) {
-	if w.status == 0 {
-		w.status = status
-	}
-	w.ctl.SetWriteDeadline(time.Now().Add(writeTime))
+	w.status = status
 	w.ResponseWriter.WriteHeader(status)
 }
 
 func (w *response) Write(p []byte) (int, error) {
-	if w.status == 0 {
-		w.WriteHeader(http.StatusOK)
-	}
 	w.ctl.SetWriteDeadline(time.Now().Add(writeTime))
 	n, err := w.ResponseWriter.Write(p)
 	w.written += int64(n)
 	return n, err
 }
 
-// health says whether services can be worked on.
-func (s *server) health(w http.ResponseWriter, r *http.Request) error {
-	if err := s.engine.ping(r.Context()); err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+// health answers GET /health: whether services can be worked on.
+func (s *server) health(_ http.ResponseWriter, r *http.Request) error {
+	return s.engine.ping(r.Context())
 }

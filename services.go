@@ -102,7 +102,6 @@ func (s *server) createService(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	w.Header().Set("Location", "/service/"+body.Params.ID)
-	w.WriteHeader(http.StatusCreated)
 	return nil
 }
 
@@ -140,12 +139,8 @@ func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
 }
 
 // deleteService answers DELETE /service/{id} when all that belonged to it is gone.
-func (s *server) deleteService(w http.ResponseWriter, r *http.Request) error {
-	if err := s.remove(r.Context(), r.PathValue("id")); err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+func (s *server) deleteService(_ http.ResponseWriter, r *http.Request) error {
+	return s.remove(r.Context(), r.PathValue("id"))
 }
 
 // controlService answers POST /service/{id}/ctl.
@@ -156,20 +151,13 @@ func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
 	if err := readJSON(w, r, &body); err != nil {
 		return err
 	}
-	var err error
 	switch body.Op {
 	case "start", "stop", "restart":
-		err = s.control(r.Context(), r.PathValue("id"), body.Op)
+		return s.control(r.Context(), r.PathValue("id"), body.Op)
 	case "kill":
-		err = s.kill(r.Context(), r.PathValue("id"))
-	default:
-		err = badRequest("op: must be start, stop, restart or kill")
+		return s.kill(r.Context(), r.PathValue("id"))
 	}
-	if err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+	return badRequest("op: must be start, stop, restart or kill")
 }
 
 // setServiceEnv answers PATCH /service/{id}/env.
@@ -183,22 +171,12 @@ func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
 	}
 	env := make([]string, 0, len(body))
 	for _, name := range slices.Sorted(maps.Keys(body)) {
-		if body[name] == nil {
-			return badRequest("%s: must be a string", name)
-		}
-		if name == "" || strings.ContainsAny(name, "=\x00") {
-			return badRequest("%q: a variable's name must not be empty or hold = or NUL", name)
-		}
-		if strings.Contains(*body[name], "\x00") {
-			return badRequest("%s: must not hold NUL", name)
+		if name == "" || strings.ContainsAny(name, "=\x00") || body[name] == nil || strings.Contains(*body[name], "\x00") {
+			return badRequest("%q: must be a name without = and NUL, its value a string without NUL", name)
 		}
 		env = append(env, name+"="+*body[name])
 	}
-	if err := s.setEnv(r.Context(), r.PathValue("id"), env); err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+	return s.setEnv(r.Context(), r.PathValue("id"), env)
 }
 
 // lookup finds a service and the engine's own bytes about it. The engine also answers
