@@ -7,7 +7,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net/http"
@@ -42,47 +41,31 @@ func (k coreKey) authorizes(r *http.Request) bool {
 }
 
 // loadCoreKey reads the core key from path, or creates one there if nothing is there.
-// A key that is short, long, unreadable or no regular file is an error: an agent
+// A key that is short, long, unreadable or no regular file is an error: a daemon
 // without a good key would be open to everyone.
 func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
-	key, err := readCoreKey(path, log)
+	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := createCoreKey(path); err != nil {
 			return coreKey{}, fmt.Errorf("cannot create the core key: %w", err)
 		}
 		log.Info("core key created", "path", path)
-		key, err = readCoreKey(path, log)
+		info, err = os.Stat(path)
 	}
 	if err != nil {
-		return coreKey{}, fmt.Errorf("cannot use the core key: %w", err)
+		return coreKey{}, err
 	}
-	return sha256.Sum256(key), nil
-}
-
-func readCoreKey(path string, log *slog.Logger) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	key, err := io.ReadAll(io.LimitReader(f, maxKeyBytes+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(key) < minKeyBytes || len(key) > maxKeyBytes {
-		return nil, fmt.Errorf("%s must hold %d to %d bytes", path, minKeyBytes, maxKeyBytes)
+	if size := info.Size(); !info.Mode().IsRegular() || size < minKeyBytes || size > maxKeyBytes {
+		return coreKey{}, fmt.Errorf("the core key %s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
 	}
-	return key, nil
+	key, err := os.ReadFile(path)
+	if err != nil {
+		return coreKey{}, err
+	}
+	return sha256.Sum256(key), nil
 }
 
 // createCoreKey writes a random key beside path and links it into place, so that a

@@ -67,9 +67,6 @@ func (b *bindRoot) close() {
 	b.lock.Close()
 }
 
-// hostPath is where the engine finds the bind directory of a service.
-func (b *bindRoot) hostPath(id string) string { return filepath.Join(b.path, id) }
-
 // makeEmpty makes the service's bind directory. It takes one that is there and empty,
 // and refuses any other: it would mix the data of two services.
 func (b *bindRoot) makeEmpty(id string, o *owner) error {

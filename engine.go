@@ -2,14 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
-	"io"
 	"net/http"
 	"sync/atomic"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/docker/docker/client"
 )
 
@@ -89,13 +85,3 @@ func (e *engine) ping(ctx context.Context) error {
 }
 
 func (e *engine) close() { e.api().Close() }
-
-// engineFailed reports whether err is the engine's own failure: a status that blames
-// nobody else, or an answer that cannot be understood.
-func engineFailed(err error) bool {
-	var syntax *json.SyntaxError
-	var wrongType *json.UnmarshalTypeError
-	return errdefs.IsInternal(err) || errdefs.IsUnavailable(err) || errdefs.IsUnknown(err) ||
-		errdefs.IsNotImplemented(err) || errdefs.IsUnauthorized(err) || errdefs.IsPermissionDenied(err) ||
-		errors.As(err, &syntax) || errors.As(err, &wrongType) || errors.Is(err, io.ErrUnexpectedEOF)
-}

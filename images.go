@@ -28,34 +28,30 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	// Not the request's context: once the upload is complete, the image gets its tag.
 	ctx, cancel := context.WithCancel(s.life)
 	defer cancel()
-	upload := newUpload(w, r.Body, cancel)
-	defer upload.stall.Stop()
-
+	ctl := http.NewResponseController(w)
 	body, sink := io.Pipe()
-	followed := make(chan error, 1)
+	upload := &upload{r.Body, ctl, time.AfterFunc(s.createTimeout, cancel), s.createTimeout}
+	defer upload.hang.Stop()
+	followed := make(chan struct{})
 	go func() { // ends with the upload, or when body is closed
-		err := followTar(io.TeeReader(upload, sink))
-		if err == nil {
-			upload.stall.Reset(s.createTimeout) // the engine may work on it for long
-		}
-		sink.CloseWithError(err)
-		followed <- err
+		defer close(followed)
+		sink.CloseWithError(followTar(io.TeeReader(upload, sink)))
 	}()
 	id, err := s.importTar(ctx, body)
 	body.CloseWithError(errEngineStopped)
-	if uploadErr := <-followed; uploadErr != nil && !errors.Is(uploadErr, errEngineStopped) {
-		return uploadErr
+	ctl.SetReadDeadline(time.Now()) // more of the upload is of no use
+	<-followed
+	if ctx.Err() != nil {
+		return failure(http.StatusGatewayTimeout, "the engine did not take the image in time")
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		writeJSON(w, http.StatusCreated, map[string]string{"image_id": id})
 	}
-	writeJSON(w, http.StatusCreated, map[string]string{"image_id": id})
-	return nil
+	return err
 }
 
-var errEngineStopped = errors.New("the engine reads no more")
-
-// importTar makes an image of a tar stream and gives it its tag.
+// importTar makes an image of a tar stream and gives it its tag. An error of the stream
+// is among the errors that it returns.
 func (s *server) importTar(ctx context.Context, body io.Reader) (id string, err error) {
 	answer, err := s.engine.api().ImageImport(ctx, image.ImportSource{Source: body, SourceName: "-"}, "", image.ImportOptions{})
 	if err != nil {
@@ -76,54 +72,52 @@ func (s *server) importTar(ctx context.Context, body io.Reader) (id string, err 
 	return id, nil
 }
 
-// upload reads a body that may take any time but not pause for long.
+// upload reads a body that may take any time, but may not pause for long.
 type upload struct {
-	body  io.Reader
-	ctl   *http.ResponseController
-	stall *time.Timer // ends the engine's request when that, or the client, has paused for too long
-}
-
-func newUpload(w http.ResponseWriter, body io.Reader, cancel context.CancelFunc) *upload {
-	return &upload{body, http.NewResponseController(w), time.AfterFunc(uploadStall, cancel)}
+	body       io.Reader
+	ctl        *http.ResponseController
+	hang       *time.Timer // ends the engine's request if that reads nothing for engineTime
+	engineTime time.Duration
 }
 
 func (u *upload) Read(p []byte) (int, error) {
 	u.ctl.SetReadDeadline(time.Now().Add(uploadStall))
 	n, err := u.body.Read(p)
-	u.stall.Reset(uploadStall)
+	u.hang.Reset(u.engineTime)
 	if err == io.EOF {
 		u.ctl.SetReadDeadline(time.Time{}) // it would end the request's context later
 	}
 	return n, err
 }
 
-// followTar reads r to its end and returns nil if it is one whole tar archive, with an
-// entry at least and with its end mark. Its errors are for the client.
+var errEngineStopped = errors.New("the engine reads no more")
+
+// followTar reads r to its end. It returns nil if that was one whole tar archive, with
+// an entry at least and with its end mark, and else an error for the client.
 func followTar(r io.Reader) error {
 	end := &endNoticer{r: bufio.NewReaderSize(r, readChunk)}
 	archive := tar.NewReader(end)
-	entries := 0
-	for {
-		_, err := archive.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return uploadError(err)
-		}
-		entries++
+	_, err := archive.Next()
+	if err == io.EOF {
+		return badRequest("the body is not a tar archive: it has no entry")
 	}
-	if entries == 0 || end.reached {
-		return badRequest("the body is not a whole tar archive: it has no entry or no end mark")
+	for err == nil {
+		_, err = archive.Next()
 	}
-	if _, err := io.Copy(io.Discard, end); err != nil {
-		return uploadError(err)
+	if err == io.EOF && !end.reached {
+		_, err = io.Copy(io.Discard, end) // padding
+	} else if err == io.EOF {
+		err = io.ErrUnexpectedEOF
 	}
-	return nil
+	var tooMany *http.MaxBytesError
+	if err == nil || errors.As(err, &tooMany) || errors.Is(err, errEngineStopped) {
+		return err
+	}
+	return badRequest("the body is not a whole tar archive: %v", err)
 }
 
-// endNoticer notes that its reader's end was reached: by a tar reader, which takes that
-// for the archive's end, where the end mark of two zero blocks is missing.
+// endNoticer notes that its reader's end was reached: a tar reader takes that for the
+// archive's end too, where the end mark of two zero blocks is missing.
 type endNoticer struct {
 	r       io.Reader
 	reached bool
@@ -133,15 +127,6 @@ func (e *endNoticer) Read(p []byte) (int, error) {
 	n, err := e.r.Read(p)
 	e.reached = e.reached || err == io.EOF
 	return n, err
-}
-
-// uploadError says whose fault it is that an upload cannot be followed to its end.
-func uploadError(err error) error {
-	var tooMany *http.MaxBytesError
-	if errors.As(err, &tooMany) || errors.Is(err, errEngineStopped) {
-		return err
-	}
-	return badRequest("the body is not a whole tar archive: %v", err)
 }
 
 // ensureImage makes sure that the engine has the image, and pulls it if it does not.
@@ -159,10 +144,8 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 		return fmt.Errorf("cannot pull the image: %w", err)
 	}
 	defer progress.Close()
-	if _, err := lastStatus(progress); err != nil {
-		return fmt.Errorf("cannot pull the image: %w", err)
-	}
-	return nil
+	_, err = lastStatus(progress)
+	return err
 }
 
 // lastStatus reads the engine's progress messages to their end and returns the last

@@ -155,6 +155,7 @@ func (s *server) control(ctx context.Context, id, op string) error {
 			return fmt.Errorf("cannot stop the service: %w", err)
 		}
 	}
+	s.stats.forget(id, nil)
 	if op == "stop" {
 		return nil
 	}
@@ -198,6 +199,7 @@ func (s *server) remove(ctx context.Context, id string) error {
 		if err := s.move(ctx, found, id, roleCurrent, roleGone); err != nil {
 			return err
 		}
+		defer s.stats.forget(id, nil)
 		_, err := s.settle(ctx, id)
 		return err
 	}

@@ -189,17 +189,19 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	fs.Int64Var(&c.maxBindFiles, "max-bind-files", 250_000, "entries that a bind_contents archive may have")
 	fs.Int64Var(&c.maxImageBytes, "max-image-bytes", 16<<30, "bytes that an uploaded image may have")
 	fs.VisitAll(func(f *flag.Flag) {
-		f.Value = &lenientValue{f.Value, f.Name, &mistakes}
-		if v, ok := lookupEnv("DUXCORE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))); ok {
-			f.Value.Set(v)
+		twin := "DUXCORE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if text, ok := lookupEnv(twin); ok {
+			if err := f.Value.Set(text); err != nil {
+				mistakes = append(mistakes, fmt.Errorf("invalid value %q of %s: %w", text, twin, err))
+			}
 		}
 	})
 	fs.BoolVar(&c.version, "version", false, "print the version and exit")
-
-	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
-		printHelp(fs, out)
-		return c, err
-	} else if err != nil {
+	for err := fs.Parse(args); err != nil; err = fs.Parse(fs.Args()) { // goes on behind each mistake
+		if errors.Is(err, flag.ErrHelp) {
+			printHelp(fs, out)
+			return c, err
+		}
 		mistakes = append(mistakes, err)
 	}
 	if fs.NArg() > 0 {
@@ -225,20 +227,6 @@ func (c config) check() (mistakes []error) {
 	refuse(c.maxBindFiles < 1, "-max-bind-files: must be at least 1")
 	refuse(c.maxImageBytes < 1, "-max-image-bytes: must be at least 1")
 	return mistakes
-}
-
-// lenientValue notes a mistake and lets the flag package go on to the next one.
-type lenientValue struct {
-	flag.Value
-	name     string
-	mistakes *[]error
-}
-
-func (v *lenientValue) Set(text string) error {
-	if err := v.Value.Set(text); err != nil {
-		*v.mistakes = append(*v.mistakes, fmt.Errorf("-%s: invalid value %q: %w", v.name, text, err))
-	}
-	return nil
 }
 
 func printHelp(fs *flag.FlagSet, out io.Writer) {

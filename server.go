@@ -12,6 +12,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -62,6 +63,7 @@ type server struct {
 	log     *slog.Logger
 	fetch   *fetcher
 	locks   serviceLocks
+	stats   statsFeeds
 	mux     *http.ServeMux
 	life    context.Context // ends when changes under way must end
 	serving context.Context // ends when the daemon starts to shut down: streams end with it
@@ -69,7 +71,8 @@ type server struct {
 
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot, log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
-		fetch: newFetcher(cfg.fetchAllow), locks: serviceLocks{held: map[string]chan struct{}{}}, mux: http.NewServeMux()}
+		fetch: newFetcher(cfg.fetchAllow), locks: serviceLocks{held: map[string]chan struct{}{}},
+		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
@@ -191,6 +194,7 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 func describe(err error) (status int, description string) {
 	var api *apiError
 	var tooMany *http.MaxBytesError
+	var local syscall.Errno
 	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
 	switch {
 	case errors.As(err, &api):
@@ -209,10 +213,10 @@ func describe(err error) (status int, description string) {
 		return http.StatusConflict, message
 	case errdefs.IsInvalidArgument(err):
 		return http.StatusBadRequest, message
-	case engineFailed(err):
-		return http.StatusBadGateway, message
+	case errors.As(err, &local): // the file system's: all other errors are the engine's
+		return http.StatusInternalServerError, "internal error; the daemon's log has the details"
 	}
-	return http.StatusInternalServerError, "internal error; the daemon's log has the details"
+	return http.StatusBadGateway, message
 }
 
 // readJSON reads the whole body as one JSON value without unknown fields into v.

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -29,8 +30,12 @@ import (
 // own, and none has 64 characters, so none is a container's full id.
 var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
 
+// imagePath is one component of a repository's name.
+const imagePath = `[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*`
+
 var (
-	imageName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}$`)
+	imageName = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?` + imagePath + `(/` + imagePath + `)*` +
+		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
 	userName  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
@@ -243,7 +248,7 @@ func (p *serviceParams) check() error {
 	}{
 		{!serviceID.MatchString(p.ID), "id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit"},
 		// A name such as ../containers/x would reach another path of the engine's API.
-		{!imageName.MatchString(p.Image) || path.Clean(p.Image) != p.Image, "image: must be an image's name or id"},
+		{!imageName.MatchString(p.Image) || len(p.Image) > 512, "image: must be an image's name or id"},
 		{p.BindDir == "" || target == "/" || within(target, "/proc", "/sys", "/dev") || hasControl(target),
 			"bind_dir: must be a path in the container, not / and not under /proc, /sys or /dev"},
 		{p.BindContents != "" && (contentsErr != nil || contents.Host == "" || contents.Scheme != "http" && contents.Scheme != "https"),
@@ -338,7 +343,7 @@ func (s *server) containerSpec(p serviceParams) (*container.Config, *container.H
 		StopTimeout:     &stopTimeout,
 	}
 	host := &container.HostConfig{
-		Mounts:        []mount.Mount{{Type: mount.TypeBind, Source: s.binds.hostPath(p.ID), Target: bindTarget(p.BindDir)}},
+		Mounts:        []mount.Mount{{Type: mount.TypeBind, Source: filepath.Join(s.binds.path, p.ID), Target: bindTarget(p.BindDir)}},
 		SecurityOpt:   []string{"no-new-privileges"},
 		CapDrop:       []string{"AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP"},
 		CgroupnsMode:  container.CgroupnsModePrivate,

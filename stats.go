@@ -1,25 +1,209 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
 	"io"
 	"net/http"
+	"strconv"
+	"sync"
+	"time"
 )
 
-// serviceStats answers GET /service/{id}/stats.
+const (
+	statsLinger = 30 * time.Second        // a feed outlives its last request by this
+	statsAge    = 1500 * time.Millisecond // the engine sends a frame every second
+	statsHang   = 10 * time.Second        // an engine that sends none for this long will not
+	statsTries  = 3                       // feeds that may end without a frame for one request
+	maxFrame    = 1 << 20                 // bytes
+)
+
+// What the engine writes where it has no sample: for a container that does not run,
+// whose stream it does not end, and for the sample before the first.
+var (
+	noSample        = []byte(`"read":"0001-01-01T00:00:00Z"`)
+	noEarlierSample = []byte(`"preread":"0001-01-01T00:00:00Z"`)
+)
+
+// serviceStats answers GET /service/{id}/stats with the engine's newest frame; with
+// ?stream=true with a line for each, from one container of the service to the next,
+// until it does not run. Who reads slowly gets fewer frames; who does not is dropped.
 func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
-	current, _, err := s.lookup(r.Context(), r.PathValue("id"))
+	stream, err := strconv.ParseBool(cmp.Or(r.URL.Query().Get("stream"), "false"))
 	if err != nil {
-		return err
+		return badRequest("stream: must be true or false")
 	}
-	answer, err := s.engine.api().ContainerStats(r.Context(), current.ID, false)
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(s.serving, cancel)()
+	if !stream {
+		ctx, cancel = context.WithTimeout(ctx, readTime)
+		defer cancel()
+	}
+	seen, frames, ends := time.Now().Add(-statsAge), 0, 0
+	for {
+		feed, containerID, err := s.stats.open(ctx, s, r.PathValue("id"))
+		if err == nil && feed == nil && frames == 0 {
+			return s.askStats(ctx, w, containerID)
+		}
+		if err != nil || feed == nil {
+			return err
+		}
+		frame, at, err := feed.newer(ctx, seen)
+		if err == io.EOF && ends < statsTries {
+			ends++
+			continue // it does not run any more, or another container does
+		}
+		if err != nil || !stream {
+			return answerFrame(w, frame, err)
+		}
+		if frames == 0 {
+			w.Header().Set("Content-Type", "application/x-ndjson")
+			w.WriteHeader(http.StatusOK)
+		}
+		seen, frames, ends = at, frames+1, 0
+		w.Write(frame)
+		if err := http.NewResponseController(w).Flush(); err != nil {
+			return err
+		}
+	}
+}
+
+// askStats passes on the engine's one frame of a container that does not run.
+func (s *server) askStats(ctx context.Context, w http.ResponseWriter, containerID string) error {
+	answer, err := s.engine.api().ContainerStats(ctx, containerID, false)
 	if err != nil {
 		return err
 	}
 	defer answer.Body.Close()
 	frame, err := io.ReadAll(answer.Body)
-	if err != nil {
-		return err
+	return answerFrame(w, frame, err)
+}
+
+func answerFrame(w http.ResponseWriter, frame []byte, err error) error {
+	if err == nil {
+		writeBytes(w, http.StatusOK, frame)
 	}
-	writeBytes(w, http.StatusOK, frame)
-	return nil
+	return err
+}
+
+// statsFeeds has one feed for each service that is watched.
+type statsFeeds struct {
+	mu   sync.Mutex // guards the feeds' fields too
+	byID map[string]*statsFeed
+}
+
+// statsFeed shares one engine stream among all who watch a service.
+type statsFeed struct {
+	mu      *sync.Mutex
+	end     context.CancelFunc
+	asked   time.Time     // by the last request
+	frame   []byte        // the newest
+	arrived time.Time     // when
+	changed chan struct{} // closed at the next frame and at the end
+	ended   bool
+}
+
+// open returns the service's feed, or the id of its container if that does not run.
+func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed, string, error) {
+	f.mu.Lock()
+	feed := f.byID[id]
+	f.mu.Unlock()
+	if feed != nil {
+		return feed, "", nil
+	}
+	current, _, err := s.lookup(ctx, id)
+	if err != nil {
+		return nil, "", err
+	}
+	if !current.State.Running {
+		return nil, current.ID, nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if feed = f.byID[id]; feed == nil {
+		life, end := context.WithCancel(s.serving)
+		feed = &statsFeed{mu: &f.mu, end: end, asked: time.Now(), changed: make(chan struct{})}
+		f.byID[id] = feed
+		go func() { // ends with the container, the last request, forget or the daemon
+			feed.follow(life, s.engine, current.ID)
+			f.forget(id, feed)
+		}()
+	}
+	return feed, "", nil
+}
+
+// forget ends a feed, or whichever the service has. An operation that may put another
+// container in a service's place calls it, so that no frame of the earlier one follows.
+func (f *statsFeeds) forget(id string, feed *statsFeed) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if feed == nil {
+		feed = f.byID[id]
+	}
+	if feed == nil || feed.ended {
+		return
+	}
+	delete(f.byID, id)
+	feed.end()
+	feed.ended = true
+	close(feed.changed)
+}
+
+// newer returns the newest frame if it arrived after seen, and else waits for one that
+// does. It returns io.EOF when the feed has ended.
+func (f *statsFeed) newer(ctx context.Context, seen time.Time) (frame []byte, arrived time.Time, err error) {
+	for {
+		f.mu.Lock()
+		f.asked = time.Now()
+		frame, arrived, changed, ended := f.frame, f.arrived, f.changed, f.ended
+		f.mu.Unlock()
+		if ended {
+			return nil, arrived, io.EOF
+		}
+		if arrived.After(seen) {
+			return frame, arrived, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, arrived, ctx.Err()
+		}
+	}
+}
+
+// follow reads the engine's stream of a container as long as that runs and is watched.
+func (f *statsFeed) follow(ctx context.Context, e *engine, containerID string) {
+	hang := time.AfterFunc(statsHang, f.end)
+	defer hang.Stop()
+	answer, err := e.api().ContainerStats(ctx, containerID, true)
+	if err != nil {
+		return // who waits looks the service up again, and sees why
+	}
+	defer answer.Body.Close()
+	lines := bufio.NewScanner(answer.Body)
+	lines.Buffer(nil, maxFrame)
+	for lines.Scan() {
+		hang.Reset(statsHang)
+		if bytes.Contains(lines.Bytes(), noSample) || !f.publish(lines.Bytes()) {
+			return
+		}
+	}
+}
+
+// publish makes a complete frame the newest. It reports whether there is need for another.
+func (f *statsFeed) publish(frame []byte) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.ended || time.Since(f.asked) > statsLinger {
+		return false
+	}
+	if !bytes.Contains(frame, noEarlierSample) {
+		f.frame, f.arrived = append(bytes.Clone(frame), '\n'), time.Now()
+		close(f.changed)
+		f.changed = make(chan struct{})
+	}
+	return true
 }
