@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bufio"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -46,46 +47,32 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 			return checkAddress(address, allow)
 		},
 	}
-	return &fetcher{
-		window: time.Minute,
-		client: &http.Client{
-			Transport: &http.Transport{
-				Proxy:                  nil, // one would resolve names for us, past the check
-				DialContext:            dialer.DialContext,
-				TLSHandshakeTimeout:    30 * time.Second,
-				ResponseHeaderTimeout:  30 * time.Second,
-				MaxResponseHeaderBytes: 64 << 10,
-				DisableKeepAlives:      true,
-				DisableCompression:     true, // or the archive would arrive as a bare tar from some servers
-			},
-			CheckRedirect: func(r *http.Request, via []*http.Request) error {
-				r.Header.Del("Referer") // holds the whole URL that redirected, with its token
-				if len(via) > maxRedirects {
-					return failure(http.StatusBadGateway, "bind_contents: more than %d redirects", maxRedirects)
-				}
-				if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
-					return badRequest("bind_contents: redirected to something other than http or https")
-				}
-				return nil
-			},
-		},
+	transport := &http.Transport{ // without a proxy: one would resolve names for us, past the check
+		DialContext:            dialer.DialContext,
+		TLSHandshakeTimeout:    30 * time.Second,
+		ResponseHeaderTimeout:  30 * time.Second,
+		MaxResponseHeaderBytes: 64 << 10,
+		DisableKeepAlives:      true,
+		DisableCompression:     true, // or the archive would arrive as a bare tar from some servers
 	}
+	checkRedirect := func(r *http.Request, via []*http.Request) error {
+		r.Header.Del("Referer") // the whole URL that redirected, with its token
+		if len(via) > maxRedirects {
+			return failure(http.StatusBadGateway, "bind_contents: more than %d redirects", maxRedirects)
+		}
+		if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
+			return badRequest("bind_contents: redirected to something other than http or https")
+		}
+		return nil
+	}
+	return &fetcher{&http.Client{Transport: transport, CheckRedirect: checkRedirect}, time.Minute}
 }
 
-// Networks that [netip.Addr.IsGlobalUnicast] counts in though they are not public, from
-// IANA's special-purpose registries (RFC 6890). Of IPv6 only 2000::/3 is public at all.
-var specialNetworks = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("192.0.0.0/24"),
-	netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("192.88.99.0/24"), netip.MustParsePrefix("198.18.0.0/15"),
-	netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("240.0.0.0/4"),
-	netip.MustParsePrefix("2001::/23"), netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("3fff::/20"),
-	netip.MustParsePrefix("2002::/16"), // 6to4, like Teredo in 2001::/23, holds an IPv4 address
-}
-
-var (
-	publicIPv6 = netip.MustParsePrefix("2000::/3")
-	nat64      = netip.MustParsePrefix("64:ff9b::/96") // its last four bytes are an IPv4 address
-)
+// notPublic lists what [netip.Addr.IsGlobalUnicast] counts in though it is not public,
+// from IANA's special-purpose registries (RFC 6890). 6to4 (2002::/16) and Teredo (in
+// 2001::/23) hold an IPv4 address. Of IPv6 only 2000::/3 is public at all.
+const notPublic = "0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 198.51.100.0/24 " +
+	"203.0.113.0/24 240.0.0.0/4 2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1"
 
 // checkAddress returns an error unless address, an ip:port, is public or allowed.
 func checkAddress(address string, allow []netip.Prefix) error {
@@ -93,19 +80,23 @@ func checkAddress(address string, allow []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	addr := ap.Addr().Unmap() // ::ffff:127.0.0.1 is 127.0.0.1
-	contains := func(prefix netip.Prefix) bool { return prefix.Contains(addr.WithZone("")) }
+	addr := ap.Addr().Unmap().WithZone("") // ::ffff:127.0.0.1 is 127.0.0.1
+	contains := func(network netip.Prefix) bool { return network.Contains(addr) }
 	if slices.ContainsFunc(allow, contains) {
 		return nil
 	}
 	refused := badRequest("bind_contents: %s is not a public address", addr)
-	if nat64.Contains(addr) {
+	if netip.MustParsePrefix("64:ff9b::/96").Contains(addr) { // NAT64: it ends in an IPv4 address
 		b := addr.As16()
 		addr = netip.AddrFrom4([4]byte(b[12:]))
 	}
-	if !addr.IsGlobalUnicast() || addr.IsPrivate() || addr.Is6() && !publicIPv6.Contains(addr) ||
-		slices.ContainsFunc(specialNetworks, contains) {
+	if !addr.IsGlobalUnicast() || addr.IsPrivate() {
 		return refused
+	}
+	for network := range strings.FieldsSeq(notPublic) {
+		if contains(netip.MustParsePrefix(network)) {
+			return refused
+		}
 	}
 	return nil
 }
@@ -141,12 +132,13 @@ func (f *fetcher) unpack(ctx context.Context, address string, dir *os.Root, limi
 func fetchError(ctx context.Context, err error) error {
 	var api *apiError
 	var in *url.Error
-	switch {
-	case errors.As(context.Cause(ctx), &api), errors.As(err, &api):
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	if errors.As(err, &api) {
 		return api
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case errors.As(err, &in):
+	}
+	if errors.As(err, &in) {
 		err = in.Err
 	}
 	return failure(http.StatusBadGateway, "bind_contents: cannot download: %v", err)
@@ -197,8 +189,11 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	}
 	stream := &limitedReader{zipped, limits.bytes}
 	archive := tar.NewReader(stream)
-	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk)}
-	defer u.close()
+	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk), parentDir: "."}
+	if u.parent, err = dir.OpenRoot("."); err != nil {
+		return err
+	}
+	defer func() { u.parent.Close() }()
 	size := int64(0) // of the files: a sparse one can have any size in a short stream
 	for entries := int64(1); ; entries++ {
 		header, err := archive.Next()
@@ -253,14 +248,8 @@ type unpacker struct {
 	owner     *owner
 	asRoot    bool
 	buffer    []byte
-	parent    *os.Root // of the last entry
+	parent    *os.Root // of the last entry, or another handle of root
 	parentDir string   // its path
-}
-
-func (u *unpacker) close() {
-	if u.parent != nil {
-		u.parent.Close()
-	}
 }
 
 // add lays out one entry, in the place of an earlier one that is no directory.
@@ -329,7 +318,7 @@ func (u *unpacker) replace(parent *os.Root, name string, h *tar.Header, content 
 	if err := clear(parent, base); err != nil && !(isDir && err == errReplacesDir) {
 		return err
 	}
-	var err error
+	err := errType
 	switch h.Typeflag {
 	case tar.TypeDir:
 		if err = parent.Mkdir(base, 0o700); errors.Is(err, fs.ErrExist) {
@@ -338,25 +327,20 @@ func (u *unpacker) replace(parent *os.Root, name string, h *tar.Header, content 
 	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
 		err = u.write(parent, base, content)
 	case tar.TypeSymlink:
-		if !staysInside(path.Dir(name), h.Linkname) {
-			return errSymlink
+		if err = errSymlink; staysInside(path.Dir(name), h.Linkname) {
+			err = parent.Symlink(h.Linkname, base)
 		}
-		if err := parent.Symlink(h.Linkname, base); err != nil {
-			return err
-		}
-		return u.own(parent, base, h)
 	case tar.TypeLink:
 		return u.link(name, h.Linkname)
-	default:
-		return errType
 	}
-	if err == nil {
-		err = u.own(parent, base, h)
+	if err == nil && u.asRoot {
+		o := cmp.Or(u.owner, &owner{h.Uid, h.Gid})
+		err = parent.Lchown(base, o.uid, o.gid)
 	}
-	if err == nil {
+	if err == nil && h.Typeflag != tar.TypeSymlink {
 		err = parent.Chmod(base, permissions(h))
 	}
-	if err == nil && !isDir {
+	if err == nil && h.Typeflag != tar.TypeSymlink && !isDir {
 		err = parent.Chtimes(base, h.ModTime, h.ModTime)
 	}
 	return err
@@ -364,17 +348,6 @@ func (u *unpacker) replace(parent *os.Root, name string, h *tar.Header, content 
 
 // permissions leaves out the setuid, setgid and sticky bits.
 func permissions(h *tar.Header) fs.FileMode { return h.FileInfo().Mode().Perm() }
-
-// own gives an entry to its owner. It follows no link.
-func (u *unpacker) own(parent *os.Root, base string, h *tar.Header) error {
-	switch {
-	case !u.asRoot:
-		return nil
-	case u.owner != nil:
-		return parent.Lchown(base, u.owner.uid, u.owner.gid)
-	}
-	return parent.Lchown(base, h.Uid, h.Gid)
-}
 
 // write writes a file that must be new: it never goes through an earlier link.
 func (u *unpacker) write(parent *os.Root, base string, content io.Reader) error {
@@ -424,7 +397,7 @@ func clear(parent *os.Root, base string) error {
 
 // open returns the directory dir, made if it is missing. The unpacker closes it.
 func (u *unpacker) open(dir string) (*os.Root, error) {
-	if u.parent != nil && u.parentDir == dir {
+	if u.parentDir == dir {
 		return u.parent, nil
 	}
 	opened, err := walk(u.root, dir, func(at *os.Root, part string) error {
@@ -433,7 +406,7 @@ func (u *unpacker) open(dir string) (*os.Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	u.close()
+	u.parent.Close()
 	u.parent, u.parentDir = opened, dir
 	return opened, nil
 }

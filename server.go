@@ -202,7 +202,7 @@ func describe(err error) (status int, description string) {
 	case errors.As(err, &tooMany):
 		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", tooMany.Limit)
 	case errors.Is(err, context.DeadlineExceeded):
-		return http.StatusGatewayTimeout, "the engine did not answer in time"
+		return http.StatusGatewayTimeout, "this was not done in time; the engine may still be at it"
 	case errors.Is(err, context.Canceled):
 		return http.StatusServiceUnavailable, "the request was given up"
 	case client.IsErrConnectionFailed(err):
@@ -231,7 +231,7 @@ func readJSON(rw http.ResponseWriter, r *http.Request, v any) error {
 		return err
 	}
 	if err != nil {
-		return badRequest("cannot read the body: it is incomplete or came too slowly")
+		return badRequest("the body is incomplete or came too slowly")
 	}
 	return decodeJSON(body, v)
 }
@@ -259,15 +259,21 @@ func decodeJSON(text []byte, v any) error {
 	return nil
 }
 
-// writeJSON writes an answer. An error means that the client is gone, which the log shows.
+// writeJSON answers with a value that has a JSON form.
 func writeJSON(w http.ResponseWriter, status int, v any) {
-	text, err := json.Marshal(v)
-	if err != nil {
-		panic(err) // a type of ours that has no JSON form
-	}
+	text, _ := json.Marshal(v)
 	writeBytes(w, status, append(text, '\n'))
 }
 
+// answer answers with the engine's JSON, unless there is an error.
+func answer(w http.ResponseWriter, text []byte, err error) error {
+	if err == nil {
+		writeBytes(w, http.StatusOK, text)
+	}
+	return err
+}
+
+// writeBytes answers with JSON text. If that fails the client is gone.
 func writeBytes(w http.ResponseWriter, status int, text []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)

@@ -48,12 +48,6 @@ const (
 	maxRAM    = 1 << 50
 )
 
-// createBody is the body of POST /service.
-type createBody struct {
-	Type   string        `json:"type"`
-	Params serviceParams `json:"params"`
-}
-
 // serviceParams describes a service. It is also the duxcore.params label, from which a
 // service's container is built again with another environment.
 type serviceParams struct {
@@ -93,7 +87,10 @@ func (h *hosts) UnmarshalJSON(text []byte) error {
 
 // createService answers POST /service.
 func (s *server) createService(w http.ResponseWriter, r *http.Request) error {
-	var body createBody
+	var body struct {
+		Type   string        `json:"type"`
+		Params serviceParams `json:"params"`
+	}
 	if err := readJSON(w, r, &body); err != nil {
 		return err
 	}
@@ -103,11 +100,11 @@ func (s *server) createService(w http.ResponseWriter, r *http.Request) error {
 	if err := body.Params.check(); err != nil {
 		return err
 	}
-	if err := s.create(r.Context(), body.Params, r.Header.Get("X-Registry-Auth")); err != nil {
-		return err
+	err := s.create(r.Context(), body.Params, r.Header.Get("X-Registry-Auth"))
+	if err == nil {
+		w.Header().Set("Location", "/service/"+body.Params.ID)
 	}
-	w.Header().Set("Location", "/service/"+body.Params.ID)
-	return nil
+	return err
 }
 
 // listServices answers GET /service with the engine's list, without containers that
@@ -126,9 +123,7 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
-	slices.SortFunc(list, func(a, b container.Summary) int {
-		return strings.Compare(a.Labels[labelService], b.Labels[labelService])
-	})
+	slices.SortFunc(list, func(a, b container.Summary) int { return strings.Compare(a.Names[0], b.Names[0]) })
 	writeJSON(w, http.StatusOK, list)
 	return nil
 }
@@ -136,11 +131,7 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 // inspectService answers GET /service/{id} with the engine's bytes.
 func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
 	_, raw, err := s.lookup(r.Context(), r.PathValue("id"))
-	if err != nil {
-		return err
-	}
-	writeBytes(w, http.StatusOK, raw)
-	return nil
+	return answer(w, raw, err)
 }
 
 // deleteService answers DELETE /service/{id} when all that belonged to it is gone.
@@ -198,10 +189,10 @@ func (s *server) lookup(ctx context.Context, id string) (container.InspectRespon
 		return c, nil, err
 	}
 	current, err := s.current(ctx, id, all[id])
-	if err != nil {
-		return c, nil, err
+	if err == nil {
+		c, raw, err = s.inspect(ctx, id, current.ID)
 	}
-	return s.inspect(ctx, id, current.ID)
+	return c, raw, err
 }
 
 // current returns the service's container. Where a start is just putting the next one
@@ -209,11 +200,10 @@ func (s *server) lookup(ctx context.Context, id string) (container.InspectRespon
 func (s *server) current(ctx context.Context, id string, found journal) (container.Summary, error) {
 	if !found.has(roleCurrent) && found.has(roleNext) {
 		unlock, settled, err := s.begin(ctx, id)
-		if err != nil {
-			return container.Summary{}, err
+		if err == nil {
+			unlock()
 		}
-		unlock()
-		found = settled
+		return settled[roleCurrent], err
 	}
 	if !found.has(roleCurrent) {
 		return container.Summary{}, noSuchService(id)
@@ -227,10 +217,7 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c container.
 	if err != nil {
 		return c, nil, err
 	}
-	if c.ContainerJSONBase == nil || c.Config == nil || c.State == nil {
-		return c, nil, failure(http.StatusBadGateway, "the engine's answer is incomplete")
-	}
-	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
+	if c.ContainerJSONBase == nil || c.Config == nil || c.State == nil || c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
 		return c, nil, noSuchService(id)
 	}
 	return c, raw, nil
@@ -321,11 +308,8 @@ func validPort(text string, least int) bool {
 // mount.Mount: as a Binds string, a bind_dir of x:/etc:ro would be parsed. What is not
 // here is the engine's default: its seccomp profile, its masked paths, no devices.
 func (s *server) containerSpec(p serviceParams) (*container.Config, *container.HostConfig) {
-	p.BindContents = "" // it may hold a token, and is of no use again
-	params, err := json.Marshal(p)
-	if err != nil {
-		panic(err) // serviceParams always has a JSON form
-	}
+	p.BindContents = ""          // it may hold a token, and is of no use again
+	params, _ := json.Marshal(p) // always has a JSON form
 	stopTimeout := int(s.stopTimeout / time.Second)
 	config := &container.Config{
 		Labels:          map[string]string{labelService: p.ID, labelBinds: s.binds.path, labelParams: string(params)},

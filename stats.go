@@ -57,7 +57,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 			continue // it does not run any more, or another container does
 		}
 		if err != nil || !stream {
-			return answerFrame(w, frame, err)
+			return answer(w, frame, err)
 		}
 		if frames == 0 {
 			w.Header().Set("Content-Type", "application/x-ndjson")
@@ -73,20 +73,13 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 
 // askStats passes on the engine's one frame of a container that does not run.
 func (s *server) askStats(ctx context.Context, w http.ResponseWriter, containerID string) error {
-	answer, err := s.engine.api().ContainerStats(ctx, containerID, false)
+	stats, err := s.engine.api().ContainerStats(ctx, containerID, false)
 	if err != nil {
 		return err
 	}
-	defer answer.Body.Close()
-	frame, err := io.ReadAll(answer.Body)
-	return answerFrame(w, frame, err)
-}
-
-func answerFrame(w http.ResponseWriter, frame []byte, err error) error {
-	if err == nil {
-		writeBytes(w, http.StatusOK, frame)
-	}
-	return err
+	defer stats.Body.Close()
+	frame, err := io.ReadAll(stats.Body)
+	return answer(w, frame, err)
 }
 
 // statsFeeds has one feed for each service that is watched.
