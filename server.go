@@ -265,8 +265,8 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	writeBytes(w, status, append(text, '\n'))
 }
 
-// answer answers with the engine's JSON, unless there is an error.
-func answer(w http.ResponseWriter, text []byte, err error) error {
+// passOn answers with the engine's JSON, unless there is an error.
+func passOn(w http.ResponseWriter, text []byte, err error) error {
 	if err == nil {
 		writeBytes(w, http.StatusOK, text)
 	}

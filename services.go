@@ -131,7 +131,7 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 // inspectService answers GET /service/{id} with the engine's bytes.
 func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
 	_, raw, err := s.lookup(r.Context(), r.PathValue("id"))
-	return answer(w, raw, err)
+	return passOn(w, raw, err)
 }
 
 // deleteService answers DELETE /service/{id} when all that belonged to it is gone.

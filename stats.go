@@ -57,7 +57,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 			continue // it does not run any more, or another container does
 		}
 		if err != nil || !stream {
-			return answer(w, frame, err)
+			return passOn(w, frame, err)
 		}
 		if frames == 0 {
 			w.Header().Set("Content-Type", "application/x-ndjson")
@@ -79,7 +79,7 @@ func (s *server) askStats(ctx context.Context, w http.ResponseWriter, containerI
 	}
 	defer stats.Body.Close()
 	frame, err := io.ReadAll(stats.Body)
-	return answer(w, frame, err)
+	return passOn(w, frame, err)
 }
 
 // statsFeeds has one feed for each service that is watched.
