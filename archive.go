@@ -187,7 +187,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	if err != nil {
 		return broken(err)
 	}
-	stream := &limitedReader{zipped, limits.bytes}
+	stream := &limitedReader{r: zipped, left: limits.bytes}
 	archive := tar.NewReader(stream)
 	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk), parentDir: "."}
 	if u.parent, err = dir.OpenRoot("."); err != nil {
@@ -198,24 +198,21 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	for entries := int64(1); ; entries++ {
 		header, err := archive.Next()
 		if err == io.EOF {
-			break
+			return broken(stream.drain()) // only at the stream's end is its checksum verified
 		}
 		if err != nil {
 			return broken(err)
 		}
-		if entries > limits.entries {
-			return failure(http.StatusRequestEntityTooLarge, "bind_contents: more than %d entries", limits.entries)
-		}
-		if size += header.Size; header.Size > limits.bytes || size > limits.bytes {
-			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
+		if size += max(header.Size, 0); size > limits.bytes || size < 0 {
+			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %.1024q: more than %d bytes", header.Name, limits.bytes)
 		}
 		if err := u.add(header, archive); err != nil {
 			return err
 		}
+		if entries+u.implied > limits.entries {
+			return failure(http.StatusRequestEntityTooLarge, "bind_contents: more than %d entries", limits.entries)
+		}
 	}
-	// The archive's end is not the stream's: only there is the checksum verified.
-	_, err = io.CopyBuffer(io.Discard, stream, u.buffer)
-	return broken(err)
 }
 
 // broken says why an archive cannot be read on.
@@ -229,16 +226,28 @@ func broken(err error) error {
 
 // limitedReader fails, other than io.LimitedReader, when there is more than it may give.
 type limitedReader struct {
-	r    io.Reader
-	left int64
+	r     io.Reader
+	left  int64
+	ended bool // a read met the end
 }
 
 func (l *limitedReader) Read(p []byte) (int, error) {
-	n, err := l.r.Read(p[:min(int64(len(p)), l.left+1)])
+	n, err := l.r.Read(p)
+	l.ended = l.ended || err == io.EOF && n == 0
 	if l.left -= int64(n); l.left < 0 {
 		return 0, failure(http.StatusRequestEntityTooLarge, "bind_contents: the archive unpacks to too many bytes")
 	}
 	return n, err
+}
+
+// drain reads on from where a tar reader met an archive's end. It takes the end of its
+// input for that too: but then the end mark, two blocks of zeros, was cut off.
+func (l *limitedReader) drain() error {
+	if l.ended {
+		return io.ErrUnexpectedEOF
+	}
+	_, err := io.Copy(io.Discard, l)
+	return err
 }
 
 // unpacker lays out entries under root. It works from the opened parent directory of
@@ -250,6 +259,7 @@ type unpacker struct {
 	buffer    []byte
 	parent    *os.Root // of the last entry, or another handle of root
 	parentDir string   // its path
+	implied   int64    // directories made that only a path named
 }
 
 // add lays out one entry, in the place of an earlier one that is no directory.
@@ -259,13 +269,13 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	case h.Typeflag == tar.TypeXGlobalHeader:
 		return nil
 	case outside(h.Name) || name == "." && h.Typeflag != tar.TypeDir:
-		return badRequest("bind_contents: entry %q: its path leads out of the archive", h.Name)
+		return badRequest("bind_contents: entry %.1024q: its path leads out of the archive", h.Name)
 	case name == ".":
 		return u.root.Chmod(".", permissions(h))
 	case len(name) > maxEntryPath:
-		return badRequest("bind_contents: entry %q: its path has more than %d bytes", h.Name, maxEntryPath)
+		return badRequest("bind_contents: entry %.1024q: its path has more than %d bytes", h.Name, maxEntryPath)
 	case h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32:
-		return badRequest("bind_contents: entry %q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
+		return badRequest("bind_contents: entry %.1024q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
 	}
 	parent, err := u.open(path.Dir(name))
 	if err == nil {
@@ -274,7 +284,7 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	for _, cause := range []error{errThroughLink, errReplacesDir, errLinkTarget, errSymlink, errType,
 		syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
 		if errors.Is(err, cause) {
-			return badRequest("bind_contents: entry %q: %v", h.Name, cause)
+			return badRequest("bind_contents: entry %.1024q: %v", h.Name, cause)
 		}
 	}
 	return err
@@ -401,6 +411,7 @@ func (u *unpacker) open(dir string) (*os.Root, error) {
 		return u.parent, nil
 	}
 	opened, err := walk(u.root, dir, func(at *os.Root, part string) error {
+		u.implied++
 		return u.replace(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
 	})
 	if err != nil {

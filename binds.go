@@ -32,34 +32,35 @@ type bindRoot struct {
 type owner struct{ uid, gid int }
 
 // openBinds opens the root, makes it if it is missing, and keeps other daemons out of it.
-func openBinds(path string) (b *bindRoot, err error) {
+func openBinds(path string) (*bindRoot, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, err
 	}
-	if path, err = filepath.Abs(path); err != nil {
-		return nil, err
+	path, err := filepath.EvalSymlinks(path)
+	if err == nil {
+		path, err = filepath.Abs(path)
 	}
-	if path, err = filepath.EvalSymlinks(path); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, err
 	}
-	b = &bindRoot{root: root, path: path}
-	defer func() {
-		if err != nil {
-			b.close()
-		}
-	}()
-	if b.lock, err = root.Open("."); err != nil {
-		return nil, err
+	lock, err := root.Open(".")
+	if err == nil {
+		err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	}
-	if err := syscall.Flock(int(b.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		return nil, fmt.Errorf("%s is in use by another daemon: %w", path, err)
+	if err == nil {
+		// Other users of the host must not reach the setuid programs that a service may have.
+		err = lock.Chmod(0o700)
 	}
-	// Other users of the host must not reach the setuid programs that a service may have.
-	return b, b.lock.Chmod(0o700)
+	b := &bindRoot{root, path, lock}
+	if err != nil {
+		b.close()
+		return nil, fmt.Errorf("%s: %w (is another daemon using it?)", path, err)
+	}
+	return b, nil
 }
 
 func (b *bindRoot) close() {

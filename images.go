@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"strings"
 	"time"
@@ -39,7 +40,10 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	}()
 	id, err := s.importTar(ctx, body)
 	body.CloseWithError(errEngineStopped)
-	ctl.SetReadDeadline(time.Now()) // more of the upload is of no use
+	if err != nil { // more of the upload is of no use; the deadline ends the connection's context
+		w.Header().Set("Connection", "close")
+		ctl.SetReadDeadline(time.Now())
+	}
 	<-followed
 	if ctx.Err() != nil {
 		return failure(http.StatusGatewayTimeout, "the engine did not take the image in time")
@@ -95,8 +99,8 @@ var errEngineStopped = errors.New("the engine reads no more")
 // followTar reads r to its end. It returns nil if that was one whole tar archive, with
 // an entry at least and with its end mark, and else an error for the client.
 func followTar(r io.Reader) error {
-	end := &endNoticer{r: bufio.NewReaderSize(r, readChunk)}
-	archive := tar.NewReader(end)
+	stream := &limitedReader{r: bufio.NewReaderSize(r, readChunk), left: math.MaxInt64}
+	archive := tar.NewReader(stream)
 	_, err := archive.Next()
 	if err == io.EOF {
 		return badRequest("the body is not a tar archive: it has no entry")
@@ -104,29 +108,14 @@ func followTar(r io.Reader) error {
 	for err == nil {
 		_, err = archive.Next()
 	}
-	if err == io.EOF && !end.reached {
-		_, err = io.Copy(io.Discard, end) // padding
-	} else if err == io.EOF {
-		err = io.ErrUnexpectedEOF
+	if err == io.EOF {
+		err = stream.drain()
 	}
 	var tooMany *http.MaxBytesError
 	if err == nil || errors.As(err, &tooMany) || errors.Is(err, errEngineStopped) {
 		return err
 	}
 	return badRequest("the body is not a whole tar archive: %v", err)
-}
-
-// endNoticer notes that its reader's end was reached: a tar reader takes that for the
-// archive's end too, where the end mark of two zero blocks is missing.
-type endNoticer struct {
-	r       io.Reader
-	reached bool
-}
-
-func (e *endNoticer) Read(p []byte) (int, error) {
-	n, err := e.r.Read(p)
-	e.reached = e.reached || err == io.EOF
-	return n, err
 }
 
 // ensureImage makes sure that the engine has the image, and pulls it if it does not.

@@ -32,8 +32,10 @@ const (
 	labelParams  = "duxcore.params"  // the service's serviceParams, as JSON
 )
 
-// undoTime is for undoing a create that failed, whatever became of its request.
-const undoTime = 2 * time.Minute
+const (
+	undoTime = 2 * time.Minute // for undoing a create that failed, whatever became of its request
+	lateTime = 5 * time.Second // that the engine may be at work on the last call of a daemon that died
+)
 
 // journal holds one service's containers by role. A role that is not there has an empty ID.
 type journal map[string]container.Summary
@@ -51,33 +53,27 @@ func containerName(role, id string) string {
 // ctx ends; calls that change the engine's state are not, because the engine may
 // carry them out nevertheless, and later.
 func (s *server) create(ctx context.Context, p serviceParams, registryAuth string) error {
-	unlock, err := s.locks.lock(ctx, p.ID)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if _, err := s.settle(ctx, p.ID); err != nil {
-		return err
-	}
-	// Known early, before a download. It is the renaming at the end that decides.
-	if c, err := s.engine.api().ContainerInspect(ctx, p.ID); err == nil && c.Name == "/"+p.ID {
-		return failure(http.StatusConflict, "there is a container %q already", p.ID)
-	}
-	if err := s.ensureImage(ctx, p.Image, registryAuth); err != nil {
-		return err
-	}
-	if err := s.binds.makeEmpty(p.ID, p.owner()); err != nil {
-		return err
-	}
-	if err := s.createContents(ctx, p); err != nil {
-		undo, cancel := context.WithTimeout(s.life, undoTime)
-		defer cancel()
-		if _, err := s.settle(undo, p.ID); err != nil {
-			s.log.Warn("a failed create is still to be undone", "id", p.ID, "err", err)
+	return s.change(ctx, p.ID, func(journal) error {
+		// Known early, before a download. It is the renaming at the end that decides.
+		if c, err := s.engine.api().ContainerInspect(ctx, p.ID); err == nil && c.Name == "/"+p.ID {
+			return failure(http.StatusConflict, "there is a container %q already", p.ID)
+		}
+		if err := s.ensureImage(ctx, p.Image, registryAuth); err != nil {
+			return err
+		}
+		if err := s.binds.makeEmpty(p.ID, p.owner()); err != nil {
+			return err
+		}
+		err := s.createContents(ctx, p)
+		if err != nil {
+			undo, cancel := context.WithTimeout(s.life, undoTime)
+			defer cancel()
+			if _, err := s.settle(undo, p.ID); err != nil {
+				s.log.Warn("a failed create is still to be undone", "id", p.ID, "err", err)
+			}
 		}
 		return err
-	}
-	return nil
+	})
 }
 
 // createContents is the part of create that the journal covers.
@@ -91,19 +87,17 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 	}
 	if p.BindContents != "" {
 		limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
-		if err := s.binds.fill(p.ID, p.owner(), func(dir *os.Root) error {
+		err = s.binds.fill(p.ID, p.owner(), func(dir *os.Root) error {
 			return s.fetch.unpack(ctx, p.BindContents, dir, limits, p.owner())
-		}); err != nil {
-			return err
-		}
+		})
 	}
-	if err := ctx.Err(); err != nil {
-		return err
+	if err == nil {
+		err = ctx.Err()
 	}
-	if err := s.engine.api().ContainerRename(change, created.ID, p.ID); err != nil {
-		return fmt.Errorf("cannot name the container: %w", err)
+	if err == nil {
+		err = s.engine.api().ContainerRename(change, created.ID, p.ID)
 	}
-	return nil
+	return err
 }
 
 // setEnv replaces the service's variables, from the next start on. The container that
@@ -111,66 +105,60 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 // that has the engine's defaults and choices in it. It shares the current one's
 // anonymous volumes, which stay anonymous, so that they go with the last container.
 func (s *server) setEnv(ctx context.Context, id string, env []string) error {
-	unlock, found, err := s.begin(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	current := found[roleCurrent]
-	var p serviceParams
-	if err := json.Unmarshal([]byte(current.Labels[labelParams]), &p); err != nil {
-		return fmt.Errorf("cannot read the label %s of service %q: %w", labelParams, id, err)
-	}
-	p.Env = env
-	config, host := s.containerSpec(p)
-	config.Image = current.ImageID // the name may mean another image by now
-	host.VolumesFrom = []string{current.ID}
-	if found.has(roleNext) {
-		if err := s.move(ctx, found, id, roleNext, rolePrev); err != nil {
-			return err
+	return s.changeExisting(ctx, id, func(found journal) error {
+		current := found[roleCurrent]
+		var p serviceParams
+		if err := json.Unmarshal([]byte(current.Labels[labelParams]), &p); err != nil {
+			return fmt.Errorf("cannot read the label %s of service %q: %w", labelParams, id, err)
 		}
-	}
-	_, err = s.engine.api().ContainerCreate(ctx, config, host, nil, nil, containerName(roleNext, id))
-	_, settleErr := s.settle(ctx, id) // removes the earlier next one, or gives it its name back
-	if err != nil {
-		return fmt.Errorf("cannot create the container with the new environment: %w", err)
-	}
-	return settleErr
+		p.Env = env
+		config, host := s.containerSpec(p)
+		config.Image = current.ImageID // the name may mean another image by now
+		host.VolumesFrom = []string{current.ID}
+		if found.has(roleNext) {
+			if err := s.move(ctx, found, id, roleNext, rolePrev); err != nil {
+				return err
+			}
+		}
+		_, err := s.engine.api().ContainerCreate(ctx, config, host, nil, nil, containerName(roleNext, id))
+		_, settleErr := s.settle(ctx, id) // removes the earlier next one, or gives it its name back
+		if err != nil {
+			return fmt.Errorf("cannot create the container with the new environment: %w", err)
+		}
+		return settleErr
+	})
 }
 
 // control starts, stops or restarts a service. What holds already is no error.
 func (s *server) control(ctx context.Context, id, op string) error {
-	unlock, found, err := s.begin(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	current := found[roleCurrent]
-	if op == "start" && current.State == container.StateRunning {
+	return s.changeExisting(ctx, id, func(found journal) error {
+		current := found[roleCurrent]
+		if op == "start" && current.State == container.StateRunning {
+			return nil
+		}
+		if op != "start" {
+			seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
+			if err := s.engine.api().ContainerStop(ctx, current.ID, container.StopOptions{Timeout: &seconds}); err != nil {
+				return fmt.Errorf("cannot stop the service: %w", err)
+			}
+		}
+		s.stats.forget(id, nil)
+		if op == "stop" {
+			return nil
+		}
+		if found.has(roleNext) {
+			if err := s.drop(ctx, found, roleCurrent, false); err != nil {
+				return err
+			}
+			if err := s.move(ctx, found, id, roleNext, roleCurrent); err != nil {
+				return err
+			}
+		}
+		if err := s.engine.api().ContainerStart(ctx, found[roleCurrent].ID, container.StartOptions{}); err != nil {
+			return fmt.Errorf("cannot start the service: %w", err)
+		}
 		return nil
-	}
-	if op != "start" {
-		seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
-		if err := s.engine.api().ContainerStop(ctx, current.ID, container.StopOptions{Timeout: &seconds}); err != nil {
-			return fmt.Errorf("cannot stop the service: %w", err)
-		}
-	}
-	s.stats.forget(id, nil)
-	if op == "stop" {
-		return nil
-	}
-	if found.has(roleNext) {
-		if err := s.drop(ctx, found, roleCurrent, false); err != nil {
-			return err
-		}
-		if err := s.move(ctx, found, id, roleNext, roleCurrent); err != nil {
-			return err
-		}
-	}
-	if err := s.engine.api().ContainerStart(ctx, found[roleCurrent].ID, container.StartOptions{}); err != nil {
-		return fmt.Errorf("cannot start the service: %w", err)
-	}
-	return nil
+	})
 }
 
 // kill takes no lock: it must not wait behind the stop that it is there to cut short.
@@ -185,45 +173,56 @@ func (s *server) kill(ctx context.Context, id string) error {
 // remove deletes a service with all that belongs to it, or the one of container and
 // bind directory that is left.
 func (s *server) remove(ctx context.Context, id string) error {
+	_, noDir := s.binds.root.Lstat(id) // before settling, which removes an empty one without a container
+	return s.change(ctx, id, func(found journal) error {
+		if found.has(roleCurrent) {
+			if err := s.move(ctx, found, id, roleCurrent, roleGone); err != nil {
+				return err
+			}
+			defer s.stats.forget(id, nil)
+			_, err := s.settle(ctx, id)
+			return err
+		}
+		if noDir != nil {
+			return noSuchService(id)
+		}
+		return s.binds.remove(ctx, id)
+	})
+}
+
+// change runs do under the service's lock, with its settled containers. While the engine
+// is still at work on the last call of a daemon that died, names are taken and listed
+// containers not found: it begins again until that is over, for lateTime at most.
+func (s *server) change(ctx context.Context, id string, do func(found journal) error) error {
 	unlock, err := s.locks.lock(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	_, noDir := s.binds.root.Lstat(id) // now: settling removes an empty one without a container
-	found, err := s.settle(ctx, id)
-	if err != nil {
-		return err
-	}
-	if found.has(roleCurrent) {
-		if err := s.move(ctx, found, id, roleCurrent, roleGone); err != nil {
+	for end := time.Now().Add(lateTime); ; {
+		found, err := s.settle(ctx, id)
+		if err == nil {
+			err = do(found)
+		}
+		if !errdefs.IsConflict(err) && !errdefs.IsNotFound(err) || time.Now().After(end) {
 			return err
 		}
-		defer s.stats.forget(id, nil)
-		_, err := s.settle(ctx, id)
-		return err
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(lateTime / 50):
+		}
 	}
-	if noDir != nil {
-		return noSuchService(id)
-	}
-	return s.binds.remove(ctx, id)
 }
 
-// begin opens an operation that changes a service: under its lock, and settled. It
-// returns the containers that the service has, the current one always among them.
-func (s *server) begin(ctx context.Context, id string) (unlock func(), found journal, err error) {
-	unlock, err = s.locks.lock(ctx, id)
-	if err != nil {
-		return nil, nil, err
-	}
-	found, err = s.settle(ctx, id)
-	if err == nil && !found.has(roleCurrent) {
-		err = noSuchService(id)
-	}
-	if err != nil {
-		unlock()
-	}
-	return unlock, found, err
+// changeExisting is change for a service that must exist.
+func (s *server) changeExisting(ctx context.Context, id string, do func(found journal) error) error {
+	return s.change(ctx, id, func(found journal) error {
+		if !found.has(roleCurrent) {
+			return noSuchService(id)
+		}
+		return do(found)
+	})
 }
 
 // settle finishes or undoes what an earlier operation on the service, perhaps of a

@@ -77,12 +77,17 @@ type hostPort struct {
 	HostPort string // "0": the engine chooses
 }
 
-func (h *hosts) UnmarshalJSON(text []byte) error {
+func (h *hosts) UnmarshalJSON(text []byte) (err error) {
 	if bytes.HasPrefix(text, []byte("[")) {
-		return decodeJSON(text, (*[]hostPort)(h))
+		err = decodeJSON(text, (*[]hostPort)(h))
+	} else {
+		*h = make(hosts, 1)
+		err = decodeJSON(text, &(*h)[0])
 	}
-	*h = make(hosts, 1)
-	return decodeJSON(text, &(*h)[0])
+	if err != nil {
+		return badRequest("port_map: %v", err)
+	}
+	return nil
 }
 
 // createService answers POST /service.
@@ -197,18 +202,14 @@ func (s *server) lookup(ctx context.Context, id string) (container.InspectRespon
 
 // current returns the service's container. Where a start is just putting the next one
 // in its place, it waits until that is done.
-func (s *server) current(ctx context.Context, id string, found journal) (container.Summary, error) {
+func (s *server) current(ctx context.Context, id string, found journal) (current container.Summary, err error) {
 	if !found.has(roleCurrent) && found.has(roleNext) {
-		unlock, settled, err := s.begin(ctx, id)
-		if err == nil {
-			unlock()
-		}
-		return settled[roleCurrent], err
+		err = s.change(ctx, id, func(settled journal) error { found = settled; return nil })
 	}
-	if !found.has(roleCurrent) {
-		return container.Summary{}, noSuchService(id)
+	if err == nil && !found.has(roleCurrent) {
+		err = noSuchService(id)
 	}
-	return found[roleCurrent], nil
+	return found[roleCurrent], err
 }
 
 // inspect inspects a container by its name or full id if it is that of service id.
