@@ -48,8 +48,8 @@ func openBinds(path string) (*bindRoot, error) {
 		return nil, err
 	}
 	lock, err := root.Open(".")
-	if err == nil {
-		err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == nil && syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+		err = errors.New("in use by another daemon")
 	}
 	if err == nil {
 		// Other users of the host must not reach the setuid programs that a service may have.
@@ -58,7 +58,7 @@ func openBinds(path string) (*bindRoot, error) {
 	b := &bindRoot{root, path, lock}
 	if err != nil {
 		b.close()
-		return nil, fmt.Errorf("%s: %w (is another daemon using it?)", path, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return b, nil
 }

@@ -125,7 +125,7 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 	if !errdefs.IsNotFound(err) {
 		return err
 	}
-	if strings.HasPrefix(name, "sha256:") {
+	if imageID.MatchString(name) { // no registry knows it
 		return failure(http.StatusNotFound, "no image %q", name)
 	}
 	progress, err := s.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -247,7 +248,7 @@ func decodeJSON(text []byte, v any) error {
 	case errors.As(err, &api):
 		return api
 	case errors.As(err, &wrongType):
-		return badRequest("%s: a JSON %s is not allowed here", wrongType.Field, wrongType.Value)
+		return badRequest("%s: a JSON %s is not allowed here", cmp.Or(wrongType.Field, "the body"), wrongType.Value)
 	case err == io.EOF:
 		return badRequest("the body is empty")
 	case err != nil:

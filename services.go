@@ -37,6 +37,7 @@ var (
 	imageName = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?` + imagePath + `(/` + imagePath + `)*` +
 		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
 	userName  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+	imageID   = regexp.MustCompile(`^(sha256:.*|[0-9a-f]{64})$`)
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
 
@@ -163,7 +164,7 @@ func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
 
 // setServiceEnv answers PATCH /service/{id}/env.
 func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
-	var body map[string]*string
+	var body map[string]any
 	if err := readJSON(w, r, &body); err != nil {
 		return err
 	}
@@ -172,10 +173,11 @@ func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
 	}
 	env := make([]string, 0, len(body))
 	for _, name := range slices.Sorted(maps.Keys(body)) {
-		if name == "" || strings.ContainsAny(name, "=\x00") || body[name] == nil || strings.Contains(*body[name], "\x00") {
+		value, ok := body[name].(string)
+		if name == "" || !ok || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
 			return badRequest("%q: must be a name without = and NUL, its value a string without NUL", name)
 		}
-		env = append(env, name+"="+*body[name])
+		env = append(env, name+"="+value)
 	}
 	return s.setEnv(r.Context(), r.PathValue("id"), env)
 }
