@@ -129,6 +129,9 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 		return failure(http.StatusNotFound, "no image %q", name)
 	}
 	progress, err := s.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
+	if errdefs.IsNotFound(err) {
+		return failure(http.StatusNotFound, "cannot pull the image: %v", err)
+	}
 	if err != nil {
 		return fmt.Errorf("cannot pull the image: %w", err)
 	}

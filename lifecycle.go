@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -302,33 +303,31 @@ func (s *server) killContainer(ctx context.Context, containerID string) error {
 	return err
 }
 
-// settleEvery settles all services, at each interval until ctx ends.
-func (s *server) settleEvery(ctx context.Context, interval time.Duration) {
-	ticker := time.NewTicker(interval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			s.settleAll(ctx)
-		}
-	}
-}
-
-// settleAll settles every service that has something to settle and no operation under
-// way. It logs what it cannot do: the next round tries again.
+// settleAll settles every service that has more, or less, than a current container,
+// perhaps a next one, and a bind directory, and no operation under way. It logs what
+// it cannot do: the next round tries again.
 func (s *server) settleAll(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, s.createTimeout)
 	defer cancel()
-	ids, err := s.unsettled(ctx)
-	if err != nil {
+	err := s.engine.ping(ctx)
+	all, listErr := s.ownContainers(ctx, "")
+	entries, dirErr := fs.ReadDir(s.binds.root.FS(), ".")
+	if err = cmp.Or(err, listErr, dirErr); err != nil {
 		s.log.Warn("cannot look for unfinished operations", "err", err)
 		return
 	}
+	for _, entry := range entries {
+		id := strings.TrimPrefix(strings.TrimPrefix(entry.Name(), stagingPrefix), gonePrefix)
+		if serviceID.MatchString(id) && (id != entry.Name() || all[id] == nil) {
+			all[id] = nil
+		}
+	}
 	ended, end := context.WithCancel(ctx)
 	end()
-	for _, id := range ids {
+	for id, found := range all {
+		if found.has(roleCurrent) && !found.has(roleNew) && !found.has(rolePrev) && !found.has(roleGone) {
+			continue
+		}
 		unlock, err := s.locks.lock(ended, id)
 		if err != nil {
 			continue // whoever has the lock settles
@@ -338,31 +337,6 @@ func (s *server) settleAll(ctx context.Context) {
 		}
 		unlock()
 	}
-}
-
-// unsettled returns the ids of services that have more, or less, than a current
-// container, perhaps a next one, and a bind directory.
-func (s *server) unsettled(ctx context.Context) (ids []string, err error) {
-	if err := s.engine.ping(ctx); err != nil {
-		return nil, err
-	}
-	all, err := s.ownContainers(ctx, "")
-	if err != nil {
-		return nil, err
-	}
-	for id, found := range all {
-		if !found.has(roleCurrent) || found.has(roleNew) || found.has(rolePrev) || found.has(roleGone) {
-			ids = append(ids, id)
-		}
-	}
-	names, err := fs.ReadDir(s.binds.root.FS(), ".")
-	for _, entry := range names {
-		id := strings.TrimPrefix(strings.TrimPrefix(entry.Name(), stagingPrefix), gonePrefix)
-		if serviceID.MatchString(id) && (id != entry.Name() || all[id] == nil) {
-			ids = append(ids, id)
-		}
-	}
-	return ids, err
 }
 
 // ownContainers returns the containers of this daemon by service, of all or of one. It

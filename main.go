@@ -107,7 +107,16 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	defer endLife()
 	s := newServer(life, ctx, cfg, key, engine, binds, log)
 	s.settleAll(life)
-	background.Go(func() { s.settleEvery(life, time.Minute) })
+	background.Go(func() { // ends with life
+		for minute := time.Tick(time.Minute); ; {
+			select {
+			case <-minute:
+				s.settleAll(life)
+			case <-life.Done():
+				return
+			}
+		}
+	})
 
 	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
