@@ -104,6 +104,10 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
 			"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
 	}()
+	if len(r.TransferEncoding) > 0 {
+		// net/http drops a Content-Length beside it: RFC 9112, section 6.1, wants the end of the connection then.
+		w.Header().Set("Connection", "close")
+	}
 	if !s.key.authorizes(r) {
 		w.Header().Set("Connection", "close")
 		s.fail(w, r, failure(http.StatusUnauthorized, "Accessing this daemon requires core authorization."))
