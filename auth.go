@@ -55,15 +55,18 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	if err != nil {
 		return coreKey{}, err
 	}
-	if size := info.Size(); !info.Mode().IsRegular() || size < minKeyBytes || size > maxKeyBytes {
+	if !info.Mode().IsRegular() || info.Size() > maxKeyBytes {
 		return coreKey{}, fmt.Errorf("the core key %s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
 	}
 	key, err := os.ReadFile(path)
 	if err != nil {
 		return coreKey{}, err
+	}
+	if len(key) < minKeyBytes {
+		return coreKey{}, fmt.Errorf("the core key %s must have at least %d bytes", path, minKeyBytes)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
 	}
 	return sha256.Sum256(key), nil
 }

@@ -1,0 +1,724 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/versions"
+)
+
+// fakeEngine is a stateful Docker Engine that answers as 20.10 does, on a unix socket.
+// A call that it does not know fails the test; any call that copies files does.
+type fakeEngine struct {
+	t      testing.TB
+	socket string
+
+	mu         sync.Mutex
+	server     *http.Server
+	version    string // the newest API version that it speaks
+	recorded   []string
+	intercept  func(http.ResponseWriter, *http.Request) bool
+	containers []*fakeContainer // in order of creation
+	images     []*fakeImage
+	remote     []string // images that a pull finds
+	frames     int      // of statistics sent so far
+}
+
+type fakeContainer struct {
+	ID, Name   string // without the slash
+	Labels     map[string]string
+	Running    bool
+	Config     container.Config
+	HostConfig container.HostConfig
+	imageID    string
+	started    bool // once at least
+}
+
+type fakeImage struct {
+	id   string
+	tags []string
+	cmd  []string
+}
+
+func newFakeEngine(t testing.TB) *fakeEngine {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "engine") // t.TempDir's name can be too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &fakeEngine{t: t, socket: filepath.Join(dir, "s"), version: "1.41"}
+	e.reopen()
+	t.Cleanup(func() { e.close(); os.RemoveAll(dir) })
+	return e
+}
+
+func (e *fakeEngine) host() string { return "unix://" + e.socket }
+
+// close makes the socket vanish and breaks off what is under way.
+func (e *fakeEngine) close() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.server.Close()
+}
+
+func (e *fakeEngine) reopen() {
+	listener, err := net.Listen("unix", e.socket)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.server = &http.Server{Handler: e}
+	go e.server.Serve(listener) // ends with close
+}
+
+// calls returns what was asked so far, without pings, as "METHOD /path?query".
+func (e *fakeEngine) calls() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.recorded)
+}
+
+// setIntercept has f called before each call that is not a ping. It returns true where
+// it has answered itself.
+func (e *fakeEngine) setIntercept(f func(http.ResponseWriter, *http.Request) bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.intercept = f
+}
+
+func (e *fakeEngine) setVersion(version string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.version = version
+}
+
+// addImage adds an image with a command, or returns the one that has the name.
+func (e *fakeEngine) addImage(name string) (id string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if found := e.findImage(name); found != nil {
+		return found.id
+	}
+	return e.newImage(name, []string{"/run"}).id
+}
+
+// addRemote lets a pull of name succeed.
+func (e *fakeEngine) addRemote(name string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.remote = append(e.remote, tagged(name))
+}
+
+// addForeign adds a running container that somebody else made.
+func (e *fakeEngine) addForeign(name string, labels map[string]string) (id string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c := &fakeContainer{ID: randomHex(), Name: name, Labels: labels, Running: true, started: true, imageID: "sha256:" + randomHex()}
+	c.Config.Labels = labels
+	e.containers = append(e.containers, c)
+	return c.ID
+}
+
+func (e *fakeEngine) container(name string) (fakeContainer, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if c := e.byName(name); c != nil {
+		return *c, true
+	}
+	return fakeContainer{}, false
+}
+
+func (e *fakeEngine) names() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	names := []string{}
+	for _, c := range e.containers {
+		names = append(names, c.Name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// imageTags returns the tags of all images, sorted; for an image without one, its id.
+func (e *fakeEngine) imageTags() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	tags := []string{}
+	for _, img := range e.images {
+		tags = append(tags, img.tags...)
+		if len(img.tags) == 0 {
+			tags = append(tags, img.id)
+		}
+	}
+	slices.Sort(tags)
+	return tags
+}
+
+var versionPrefix = regexp.MustCompile(`^/v1\.[0-9]+`)
+
+func (e *fakeEngine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/_ping" {
+		e.mu.Lock()
+		w.Header().Set("Api-Version", e.version)
+		e.mu.Unlock()
+		return
+	}
+	path := r.URL.EscapedPath()
+	version := versionPrefix.FindString(path)
+	path = strings.TrimPrefix(path, version)
+	if r.URL.Query().Get("fromSrc") == "" {
+		// To its end, or net/http does not notice when the client leaves.
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			return
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+	}
+	e.mu.Lock()
+	call := r.Method + " " + path
+	if r.URL.RawQuery != "" {
+		call += "?" + r.URL.RawQuery
+	}
+	e.recorded = append(e.recorded, call)
+	intercept, newest := e.intercept, e.version
+	e.mu.Unlock()
+	if intercept != nil && intercept(w, r) {
+		return
+	}
+	if asked := strings.TrimPrefix(version, "/v"); versions.GreaterThan(asked, newest) {
+		reply(w, 400, "client version "+asked+" is too new. Maximum supported API version is "+newest)
+		return
+	}
+	e.answer(w, r, path)
+}
+
+// answer dispatches by hand: a ServeMux would redirect odd paths, and tests must see them.
+func (e *fakeEngine) answer(w http.ResponseWriter, r *http.Request, path string) {
+	switch r.Method + " " + path {
+	case "GET /containers/json":
+		e.list(w, r)
+		return
+	case "POST /containers/create":
+		e.create(w, r)
+		return
+	case "POST /images/create":
+		if r.URL.Query().Has("fromSrc") {
+			e.importImage(w, r)
+		} else {
+			e.pull(w, r)
+		}
+		return
+	}
+	kind, ref, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
+	action := ""
+	// Names of images have slashes.
+	if cut := strings.LastIndex(ref, "/"); cut >= 0 && r.Method != http.MethodDelete {
+		ref, action = ref[:cut], ref[cut:]
+	}
+	switch r.Method + " " + kind + action {
+	case "GET containers/stats":
+		e.stats(w, r, ref)
+	case "GET containers/json", "POST containers/start", "POST containers/stop", "POST containers/kill",
+		"POST containers/rename", "DELETE containers":
+		e.onContainer(w, r, ref, action)
+	case "GET images/json", "POST images/tag", "DELETE images":
+		e.onImage(w, r, ref, action)
+	default:
+		e.t.Errorf("the engine was asked %s %s", r.Method, path)
+		reply(w, 404, "page not found")
+	}
+}
+
+func reply(w http.ResponseWriter, status int, message string) {
+	replyJSON(w, status, map[string]string{"message": message})
+}
+
+func replyJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(v)
+}
+
+func (e *fakeEngine) byName(name string) *fakeContainer {
+	for _, c := range e.containers {
+		if c.Name == name {
+			return c
+		}
+	}
+	return nil
+}
+
+// find resolves a full id, then a name, then a prefix of ids, and answers if it cannot.
+func (e *fakeEngine) find(w http.ResponseWriter, ref string) *fakeContainer {
+	var byPrefix []*fakeContainer
+	for _, c := range e.containers {
+		if c.ID == ref {
+			return c
+		}
+		if strings.HasPrefix(c.ID, ref) {
+			byPrefix = append(byPrefix, c)
+		}
+	}
+	if c := e.byName(ref); c != nil {
+		return c
+	}
+	if len(byPrefix) == 1 {
+		return byPrefix[0]
+	}
+	if len(byPrefix) > 1 {
+		reply(w, 500, "Multiple IDs found with provided prefix: "+ref)
+	} else {
+		reply(w, 404, "No such container: "+ref)
+	}
+	return nil
+}
+
+func (e *fakeEngine) list(w http.ResponseWriter, r *http.Request) {
+	var filter struct{ Label map[string]bool }
+	if text := r.URL.Query().Get("filters"); text != "" {
+		if err := json.Unmarshal([]byte(text), &filter); err != nil {
+			e.t.Errorf("the engine was asked for filters %s: %v", text, err)
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	found := []container.Summary{}
+	for _, c := range e.containers {
+		matches := c.Running || r.URL.Query().Get("all") == "1"
+		for label := range filter.Label {
+			key, value, _ := strings.Cut(label, "=")
+			got, ok := c.Labels[key]
+			matches = matches && ok && got == value
+		}
+		if matches {
+			found = append(found, container.Summary{ID: c.ID, Names: []string{"/" + c.Name}, Image: c.Config.Image,
+				ImageID: c.imageID, Labels: c.Labels, State: c.state()})
+		}
+	}
+	slices.Reverse(found) // newest first
+	replyJSON(w, 200, found)
+}
+
+func (c *fakeContainer) state() container.ContainerState {
+	switch {
+	case c.Running:
+		return container.StateRunning
+	case c.started:
+		return container.StateExited
+	}
+	return container.StateCreated
+}
+
+var fakeName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+
+// nameRefusal returns the engine's answer to a container's new name, or 0.
+func (e *fakeEngine) nameRefusal(name string) (status int, message string) {
+	if !fakeName.MatchString(name) {
+		return 400, fmt.Sprintf("Invalid container name (%s), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed", name)
+	}
+	if other := e.byName(name); other != nil {
+		return 409, fmt.Sprintf(`Conflict. The container name "/%s" is already in use by container "%s". `+
+			`You have to remove (or rename) that container to be able to reuse that name.`, name, other.ID)
+	}
+	return 0, ""
+}
+
+func (e *fakeEngine) create(w http.ResponseWriter, r *http.Request) {
+	var body container.CreateRequest
+	if err := json.NewDecoder(r.Body).Decode(&body); err != nil || body.Config == nil || body.HostConfig == nil {
+		e.t.Errorf("the engine was sent a container that it cannot read: %v", err)
+		reply(w, 400, "invalid JSON")
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	name := r.URL.Query().Get("name")
+	img := e.findImage(body.Image)
+	switch status, message := e.nameRefusal(name); {
+	case img == nil:
+		reply(w, 404, "No such image: "+tagged(body.Image))
+		return
+	case len(img.cmd) == 0 && len(body.Cmd) == 0:
+		reply(w, 400, "No command specified")
+		return
+	case status != 0:
+		reply(w, status, message)
+		return
+	}
+	for _, m := range body.HostConfig.Mounts {
+		if _, err := os.Stat(m.Source); err != nil {
+			reply(w, 400, `invalid mount config for type "bind": bind source path does not exist: `+m.Source)
+			return
+		}
+	}
+	c := &fakeContainer{ID: randomHex(), Name: name, Labels: body.Labels, Config: *body.Config, HostConfig: *body.HostConfig, imageID: img.id}
+	e.containers = append(e.containers, c)
+	replyJSON(w, 201, container.CreateResponse{ID: c.ID, Warnings: []string{}})
+}
+
+func (e *fakeEngine) onContainer(w http.ResponseWriter, r *http.Request, ref, action string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c := e.find(w, ref)
+	if c == nil {
+		return
+	}
+	status := http.StatusNoContent
+	switch action {
+	case "/json":
+		replyJSON(w, 200, container.InspectResponse{
+			ContainerJSONBase: &container.ContainerJSONBase{ID: c.ID, Name: "/" + c.Name, Image: c.imageID, HostConfig: &c.HostConfig,
+				State: &container.State{Status: c.state(), Running: c.Running}},
+			Config: &c.Config,
+		})
+		return
+	case "/start":
+		if c.Running {
+			status = http.StatusNotModified
+		}
+		c.Running, c.started = true, true
+	case "/stop":
+		if !c.Running {
+			status = http.StatusNotModified
+		}
+		c.Running = false
+	case "/kill":
+		if !c.Running {
+			reply(w, 409, fmt.Sprintf("Cannot kill container: %s: Container %s is not running", ref, c.ID))
+			return
+		}
+		c.Running = false
+	case "/rename":
+		if status, message := e.nameRefusal(r.URL.Query().Get("name")); status != 0 {
+			reply(w, status, "Error when allocating new name: "+message)
+			return
+		}
+		c.Name = r.URL.Query().Get("name")
+	default:
+		if c.Running && r.URL.Query().Get("force") != "1" {
+			reply(w, 409, "You cannot remove a running container "+c.ID+". Stop the container before attempting removal or force remove")
+			return
+		}
+		e.containers = slices.DeleteFunc(e.containers, func(other *fakeContainer) bool { return other == c })
+	}
+	w.WriteHeader(status)
+}
+
+const zeroTime = "0001-01-01T00:00:00Z"
+
+// stats sends one complete frame, or many of which the first has no earlier sample. Of
+// a container that does not run it sends frames without a time, and does not end.
+func (e *fakeEngine) stats(w http.ResponseWriter, r *http.Request, ref string) {
+	e.mu.Lock()
+	c := e.find(w, ref)
+	e.mu.Unlock()
+	if c == nil {
+		return
+	}
+	preread := zeroTime
+	if r.URL.Query().Get("stream") != "1" {
+		preread = time.Now().Add(-time.Second).UTC().Format(time.RFC3339Nano)
+	}
+	for every := time.NewTicker(3 * time.Millisecond); ; {
+		e.mu.Lock()
+		read := time.Now().UTC().Format(time.RFC3339Nano)
+		if !c.Running {
+			read, preread = zeroTime, zeroTime
+		}
+		e.frames++
+		frame := fmt.Sprintf(`{"read":%q,"preread":%q,"pids_stats":{"current":%d},"name":%q,"id":%q}`+"\n",
+			read, preread, e.frames, "/"+c.Name, c.ID)
+		gone := !slices.Contains(e.containers, c)
+		e.mu.Unlock()
+		if _, err := io.WriteString(w, frame); err != nil || gone || r.URL.Query().Get("stream") != "1" {
+			return
+		}
+		w.(http.Flusher).Flush()
+		preread = read
+		select {
+		case <-every.C:
+		case <-r.Context().Done():
+			return
+		}
+	}
+}
+
+// tagged completes an image's name as the engine does.
+func tagged(name string) string {
+	name = strings.TrimPrefix(name, "docker.io/")
+	name = strings.TrimPrefix(name, "library/")
+	if !strings.Contains(name[strings.LastIndex(name, "/")+1:], ":") {
+		name += ":latest"
+	}
+	return name
+}
+
+func (e *fakeEngine) findImage(name string) *fakeImage {
+	for _, img := range e.images {
+		if name != "" && (img.id == name || slices.Contains(img.tags, tagged(name))) {
+			return img
+		}
+	}
+	return nil
+}
+
+func (e *fakeEngine) newImage(name string, cmd []string) *fakeImage {
+	img := &fakeImage{id: "sha256:" + randomHex(), cmd: cmd}
+	if name != "" {
+		img.tags = []string{tagged(name)}
+	}
+	e.images = append(e.images, img)
+	return img
+}
+
+// importImage makes an image without a command of any body that is complete.
+func (e *fakeEngine) importImage(w http.ResponseWriter, r *http.Request) {
+	if _, err := io.Copy(io.Discard, r.Body); err != nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	replyJSON(w, 200, map[string]string{"status": e.newImage("", nil).id})
+}
+
+func (e *fakeEngine) pull(w http.ResponseWriter, r *http.Request) {
+	name := r.URL.Query().Get("fromImage")
+	if tag := r.URL.Query().Get("tag"); tag != "" {
+		name += ":" + tag
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !slices.Contains(e.remote, tagged(name)) {
+		reply(w, 404, "pull access denied for "+name+", repository does not exist or may require 'docker login'")
+		return
+	}
+	e.newImage(name, []string{"/run"})
+	replyJSON(w, 200, map[string]string{"status": "Status: Downloaded newer image for " + name})
+}
+
+// imageReference is the engine's grammar of images' names, and of ids.
+var imageReference = regexp.MustCompile(`^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
+
+func (e *fakeEngine) onImage(w http.ResponseWriter, r *http.Request, name, action string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !imageReference.MatchString(name) {
+		reply(w, 400, "no such image: "+name+": invalid reference format")
+		return
+	}
+	img := e.findImage(name)
+	if img == nil {
+		reply(w, 404, "No such image: "+name)
+		return
+	}
+	switch {
+	case r.Method == http.MethodDelete:
+		img.tags = slices.DeleteFunc(img.tags, func(tag string) bool { return tag == tagged(name) || name == img.id })
+		if len(img.tags) == 0 {
+			e.images = slices.DeleteFunc(e.images, func(other *fakeImage) bool { return other == img })
+		}
+		replyJSON(w, 200, []map[string]string{{"Deleted": img.id}})
+	case action == "/tag":
+		img.tags = append(img.tags, tagged(r.URL.Query().Get("repo")+":"+r.URL.Query().Get("tag")))
+		w.WriteHeader(http.StatusCreated)
+	default:
+		replyJSON(w, 200, map[string]any{"Id": img.id, "RepoTags": img.tags, "Config": map[string]any{"Cmd": img.cmd}})
+	}
+}
+
+func randomHex() string {
+	b := make([]byte, 32)
+	rand.Read(b)
+	return hex.EncodeToString(b)
+}
+
+// daemon is one that runs, and how to reach it.
+type daemon struct {
+	url    string
+	key    string // base64
+	binds  string // absolute path
+	log    *syncBuffer
+	client *http.Client
+	stop   func() error // stops it, once, and returns what run returned
+}
+
+// syncBuffer is a log that can be read while it is written.
+type syncBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+// startDaemon runs the daemon against the engine at dockerHost until the test ends.
+func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon {
+	t.Helper()
+	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	cfg.addr, cfg.coreKey, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"), filepath.Join(dir, "binds")
+	cfg.dockerHost = dockerHost
+	if change != nil {
+		change(&cfg)
+	}
+	d := &daemon{log: &syncBuffer{}, client: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}}
+	ctx, cancel := context.WithCancel(context.Background())
+	listening, ended := make(chan net.Addr, 1), make(chan error, 1)
+	go func() {
+		ended <- run(ctx, cfg, slog.New(slog.NewTextHandler(d.log, nil)), func(a net.Addr) { listening <- a })
+	}()
+	d.stop = sync.OnceValue(func() error {
+		d.client.CloseIdleConnections()
+		cancel()
+		return <-ended
+	})
+	select {
+	case addr := <-listening:
+		d.url = "http://" + addr.String()
+	case err := <-ended:
+		cancel()
+		t.Fatalf("the daemon did not start: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := d.stop(); err != nil {
+			t.Errorf("the daemon ended with: %v", err)
+		}
+	})
+	key, err := os.ReadFile(cfg.coreKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.key = base64.StdEncoding.EncodeToString(key)
+	if d.binds, err = filepath.EvalSymlinks(cfg.binds); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// answer is a response, read to its end.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// request returns a request with the core key, to be changed and sent.
+func (d *daemon) request(t testing.TB, method, path string, body io.Reader) *http.Request {
+	t.Helper()
+	r, err := http.NewRequest(method, d.url+path, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("X-Duxcore-CoreKey", d.key)
+	return r
+}
+
+func (d *daemon) send(t testing.TB, r *http.Request) answer {
+	t.Helper()
+	response, err := d.client.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer{response.StatusCode, response.Header, string(body)}
+}
+
+func (d *daemon) do(t testing.TB, method, path, body string) answer {
+	t.Helper()
+	return d.send(t, d.request(t, method, path, strings.NewReader(body)))
+}
+
+// want fails the test unless the answer has the status and the texts, and the one shape
+// of errors if it is one.
+func (a answer) want(t testing.TB, status int, substrings ...string) answer {
+	t.Helper()
+	if a.status != status {
+		t.Fatalf("status %d, want %d; body %s", a.status, status, a.body)
+	}
+	for _, text := range substrings {
+		if !strings.Contains(a.body, text) {
+			t.Errorf("body %s, want %q in it", a.body, text)
+		}
+	}
+	if status < 400 {
+		return a
+	}
+	var shape struct {
+		Error struct {
+			Code                int
+			Reason, Description string
+		}
+	}
+	decoder := json.NewDecoder(strings.NewReader(a.body))
+	decoder.DisallowUnknownFields()
+	err := decoder.Decode(&shape)
+	if e := shape.Error; err != nil || e.Code != status || e.Reason != http.StatusText(status) || e.Description == "" {
+		t.Errorf("body %s is not an error of the one shape: %v", a.body, err)
+	}
+	if got := a.header.Get("Content-Type"); got != "application/json" {
+		t.Errorf("an error's Content-Type is %q", got)
+	}
+	return a
+}
+
+// createBodyJSON returns a body of POST /service. Fields in extra, which may be empty,
+// take the place of those of the same name.
+func createBodyJSON(id, extra string) string {
+	quoted, _ := json.Marshal(id)
+	var fields []string
+	for _, field := range []string{`"id":` + string(quoted), `"image":"img:1"`, `"bind_dir":"/data"`, extra} {
+		name, _, _ := strings.Cut(field, ":")
+		if field == extra || !strings.Contains(extra, name+":") {
+			fields = append(fields, field)
+		}
+	}
+	return `{"type":"raw","params":{` + strings.TrimSuffix(strings.Join(fields, ","), ",") + `}}`
+}
+
+// waitFor returns when the condition holds.
+func waitFor(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.After(10 * time.Second)
+	for every := time.Tick(2 * time.Millisecond); !condition(); {
+		select {
+		case <-every:
+		case <-deadline:
+			t.Fatalf("waited for 10 s: %s", what)
+		}
+	}
+}

@@ -1,0 +1,237 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func environment(values map[string]string) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		value, ok := values[name]
+		return value, ok
+	}
+}
+
+// flagTest is a flag with two values that are not its default, and where they arrive.
+type flagTest struct {
+	name, env, fallback string
+	values              [2]string
+	get                 func(config) any
+	want                [2]any
+}
+
+var flags = []flagTest{
+	{"addr", "DUXCORE_ADDR", ":8000", [2]string{"127.0.0.1:1", ":2"}, func(c config) any { return c.addr }, [2]any{"127.0.0.1:1", ":2"}},
+	{"corekey", "DUXCORE_COREKEY", "corekey.bin", [2]string{"/a", "/b"}, func(c config) any { return c.coreKey }, [2]any{"/a", "/b"}},
+	{"binds", "DUXCORE_BINDS", "binds", [2]string{"/a", "/b"}, func(c config) any { return c.binds }, [2]any{"/a", "/b"}},
+	{"tls-cert", "DUXCORE_TLS_CERT", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsCert }, [2]any{"/a", "/b"}},
+	{"tls-key", "DUXCORE_TLS_KEY", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsKey }, [2]any{"/a", "/b"}},
+	{"network", "DUXCORE_NETWORK", "", [2]string{"tenants", "none"}, func(c config) any { return c.network }, [2]any{"tenants", "none"}},
+	{"pids-limit", "DUXCORE_PIDS_LIMIT", "2048", [2]string{"1", "99"}, func(c config) any { return c.pidsLimit }, [2]any{int64(1), int64(99)}},
+	{"stop-timeout", "DUXCORE_STOP_TIMEOUT", "30s", [2]string{"1s", "2m"}, func(c config) any { return c.stopTimeout }, [2]any{time.Second, 2 * time.Minute}},
+	{"create-timeout", "DUXCORE_CREATE_TIMEOUT", "30m0s", [2]string{"1s", "2h"}, func(c config) any { return c.createTimeout }, [2]any{time.Second, 2 * time.Hour}},
+	{"fetch-allow", "DUXCORE_FETCH_ALLOW", "", [2]string{"10.0.0.0/8, fd00::/8", "192.168.0.0/16"},
+		func(c config) any { return fmt.Sprint(c.fetchAllow) }, [2]any{"[10.0.0.0/8 fd00::/8]", "[192.168.0.0/16]"}},
+	{"max-bind-bytes", "DUXCORE_MAX_BIND_BYTES", "10737418240", [2]string{"1", "2"}, func(c config) any { return c.maxBindBytes }, [2]any{int64(1), int64(2)}},
+	{"max-bind-files", "DUXCORE_MAX_BIND_FILES", "250000", [2]string{"1", "2"}, func(c config) any { return c.maxBindFiles }, [2]any{int64(1), int64(2)}},
+	{"max-image-bytes", "DUXCORE_MAX_IMAGE_BYTES", "17179869184", [2]string{"1", "2"}, func(c config) any { return c.maxImageBytes }, [2]any{int64(1), int64(2)}},
+}
+
+// otherHalf completes what is valid only as a pair.
+var otherHalf = map[string]string{"tls-cert": "tls-key", "tls-key": "tls-cert"}
+
+func TestEveryFlagHasAnEnvironmentTwinAndBeatsIt(t *testing.T) {
+	t.Parallel()
+	for _, f := range flags {
+		var pair []string
+		if other := otherHalf[f.name]; other != "" {
+			pair = []string{"-" + other, "x"}
+		}
+		env := environment(map[string]string{f.env: f.values[0]})
+		for _, test := range []struct {
+			args []string
+			env  func(string) (string, bool)
+			want any
+		}{
+			{[]string{"-" + f.name, f.values[0]}, environment(nil), f.want[0]},
+			{[]string{"--" + f.name + "=" + f.values[1]}, environment(nil), f.want[1]},
+			{nil, env, f.want[0]},
+			{[]string{"-" + f.name, f.values[1]}, env, f.want[1]},
+		} {
+			c, err := parseConfig(append(test.args, pair...), test.env, io.Discard)
+			if got := f.get(c); err != nil || got != test.want {
+				t.Errorf("-%s with %q: %v, %v; want %v", f.name, test.args, got, err, test.want)
+			}
+		}
+	}
+}
+
+func TestHelpExplainsEachFlagInOneLine(t *testing.T) {
+	t.Parallel()
+	for _, arg := range []string{"-h", "-help", "--help"} {
+		var out bytes.Buffer
+		if _, err := parseConfig([]string{arg}, environment(nil), &out); !errors.Is(err, flag.ErrHelp) {
+			t.Fatalf("%s: %v", arg, err)
+		}
+		var explained []string
+		for line := range strings.Lines(out.String()) {
+			name, text, _ := strings.Cut(strings.TrimPrefix(line, "  -"), " ")
+			if !strings.HasPrefix(line, "  -") {
+				continue
+			}
+			explained = append(explained, name)
+			at := slices.IndexFunc(flags, func(f flagTest) bool { return f.name == name })
+			if at >= 0 && flags[at].fallback != "" && !strings.Contains(strings.ReplaceAll(text, `"`, ""), "(default "+flags[at].fallback+")") {
+				t.Errorf("-%s: its default %s is not in %q", name, flags[at].fallback, text)
+			}
+			if len(strings.TrimSpace(text)) < 15 {
+				t.Errorf("-%s is not explained: %q", name, line)
+			}
+		}
+		want := []string{"version"}
+		for _, f := range flags {
+			want = append(want, f.name)
+		}
+		slices.Sort(want)
+		if !slices.Equal(explained, want) {
+			t.Errorf("explained are %q, want %q", explained, want)
+		}
+	}
+}
+
+func TestBadConfigurationIsRefused(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		args []string
+		env  map[string]string
+		want []string // all of them in one error
+	}{
+		{[]string{"-network", "host"}, nil, []string{"-network"}},
+		{[]string{"-network", "container:web"}, nil, []string{"-network"}},
+		{nil, map[string]string{"DUXCORE_NETWORK": "host"}, []string{"-network"}},
+		{[]string{"-tls-cert", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
+		{[]string{"-tls-key", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
+		{[]string{"-tls-key", "a"}, map[string]string{"DUXCORE_TLS_CERT": ""}, []string{"-tls-cert and -tls-key go together"}},
+		{[]string{"-pids-limit", "0"}, nil, []string{"-pids-limit"}},
+		{[]string{"-pids-limit", "-1"}, nil, []string{"-pids-limit"}},
+		{[]string{"-pids-limit", "many"}, nil, []string{"-pids-limit", `"many"`}},
+		{nil, map[string]string{"DUXCORE_PIDS_LIMIT": ""}, []string{"DUXCORE_PIDS_LIMIT"}},
+		{[]string{"-stop-timeout", "30"}, nil, []string{"-stop-timeout", `"30"`}},
+		{[]string{"-stop-timeout", "-1s"}, nil, []string{"-stop-timeout"}},
+		{[]string{"-create-timeout", "0"}, nil, []string{"-create-timeout"}},
+		{[]string{"-max-bind-bytes", "0"}, nil, []string{"-max-bind-bytes"}},
+		{[]string{"-max-bind-bytes", "10GiB"}, nil, []string{"-max-bind-bytes"}},
+		{[]string{"-max-bind-files", "-5"}, nil, []string{"-max-bind-files"}},
+		{[]string{"-max-image-bytes", "0"}, nil, []string{"-max-image-bytes"}},
+		{[]string{"-fetch-allow", "10.0.0.0"}, nil, []string{"-fetch-allow"}},
+		{[]string{"-fetch-allow", "10.0.0.0/8,10.0.0.0/33"}, nil, []string{"-fetch-allow"}},
+		{[]string{"-fetch-allow", "intranet"}, nil, []string{"-fetch-allow", "intranet"}},
+		{[]string{"-privileged"}, nil, []string{"privileged"}},
+		{[]string{"-addr"}, nil, []string{"addr"}},
+		{[]string{"serve"}, nil, []string{`"serve"`}},
+		{
+			[]string{"-pids-limit", "x", "-stop-timeout=1", "-network", "host", "-tls-cert", "a", "-max-bind-files", "0", "serve"},
+			map[string]string{"DUXCORE_FETCH_ALLOW": "y", "DUXCORE_CREATE_TIMEOUT": "z"},
+			[]string{"-pids-limit", "-stop-timeout", "-network", "-tls-cert", "-max-bind-files", "serve", "DUXCORE_FETCH_ALLOW", "DUXCORE_CREATE_TIMEOUT"},
+		},
+	} {
+		_, err := parseConfig(test.args, environment(test.env), io.Discard)
+		if err == nil {
+			t.Errorf("%q %v is accepted", test.args, test.env)
+			continue
+		}
+		for _, want := range test.want {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%q %v: %q is not in %q", test.args, test.env, want, err)
+			}
+		}
+	}
+}
+
+func TestVersionIsAFlagAlone(t *testing.T) {
+	t.Parallel()
+	c, err := parseConfig([]string{"-version"}, environment(nil), io.Discard)
+	if err != nil || !c.version {
+		t.Errorf("%v, %v", c.version, err)
+	}
+	c, err = parseConfig(nil, environment(map[string]string{"DUXCORE_VERSION": "1"}), io.Discard)
+	if err != nil || c.version {
+		t.Errorf("from the environment: %v, %v", c.version, err)
+	}
+	if got := version(); !strings.HasPrefix(got, "duxcore-daemon ") || !strings.Contains(got, "go1.") {
+		t.Errorf("the version is %q", got)
+	}
+}
+
+func TestPlainHTTPBeyondLoopbackIsOneWarning(t *testing.T) {
+	t.Parallel()
+	const warning = "without TLS"
+	cert, key, _ := selfSigned(t)
+	for _, test := range []struct {
+		addr, cert, key string
+		want            int
+	}{
+		{":0", "", "", 1}, {"0.0.0.0:0", "", "", 1}, {"127.0.0.1:0", "", "", 0}, {"[::1]:0", "", "", 0}, {":0", cert, key, 0},
+	} {
+		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.addr, c.tlsCert, c.tlsKey = test.addr, test.cert, test.key })
+		if got := strings.Count(d.log.String(), warning); got != test.want {
+			t.Errorf("%s with the certificate %q: %d warnings", test.addr, test.cert, got)
+		}
+	}
+}
+
+func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	dir := t.TempDir()
+	if err := errors.Join(os.Mkdir(dir+"/real", 0o755), os.Symlink("real", dir+"/link")); err != nil {
+		t.Fatal(err)
+	}
+	d := startDaemon(t, e.host(), func(c *config) { c.binds = dir + "/link" })
+	if info, err := os.Stat(dir + "/real"); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v", info.Mode(), err)
+	}
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	if c, _ := e.container("web"); c.HostConfig.Mounts[0].Source != dir+"/real/web" || c.Labels["duxcore.binds"] != dir+"/real" {
+		t.Errorf("mounts %v, labels %v", c.HostConfig.Mounts, c.Labels)
+	}
+}
+
+func TestBadBindRootStopsTheDaemon(t *testing.T) {
+	t.Parallel()
+	file := t.TempDir() + "/file"
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{file, file + "/below", "/proc/binds", "/dev/null"} {
+		if _, err := startError(t, func(c *config) { c.binds = path }); err == nil {
+			t.Errorf("runs with the bind root %s", path)
+		}
+	}
+}
+
+func TestBadEngineAddressStopsTheDaemon(t *testing.T) {
+	t.Parallel()
+	for _, host := range []string{"nonsense", "unix//x"} {
+		if _, err := startError(t, func(c *config) { c.dockerHost = host }); err == nil {
+			t.Errorf("runs with the engine at %s", host)
+		}
+	}
+}
+
+func TestAddressInUseStopsTheDaemon(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	if _, err := startError(t, func(c *config) { c.addr = strings.TrimPrefix(d.url, "http://") }); err == nil {
+		t.Error("runs on an address in use")
+	}
+}

@@ -1,0 +1,730 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// state is what a request may have changed: containers, images and bind directories.
+func state(t testing.TB, e *fakeEngine, d *daemon) string {
+	t.Helper()
+	entries, err := os.ReadDir(d.binds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all strings.Builder
+	for _, entry := range entries {
+		all.WriteString(" dir:" + entry.Name())
+	}
+	for _, name := range e.names() {
+		c, _ := e.container(name)
+		all.WriteString(" container:" + name + ":" + c.ID)
+		if c.Running {
+			all.WriteString(":running")
+		}
+	}
+	return all.String() + " images:" + strings.Join(e.imageTags(), ",")
+}
+
+// Each bad value of POST /service, and what the answer must name. A value replaces that
+// of createBodyJSON.
+var badParams = []struct{ extra, field string }{
+	{`"id":""`, "id"}, {`"id":null`, "id"}, {`"id":5`, "id"}, {`"id":["ab"]`, "id"},
+
+	{`"image":""`, "image"}, {`"image":null`, "image"}, {`"image":7`, "image"}, {`"image":" "`, "image"},
+	{`"image":"../containers/x"`, "image"}, {`"image":"a/../../b"`, "image"}, {`"image":"a?x=1"`, "image"},
+	{`"image":"a#b"`, "image"}, {`"image":"a%2e"`, "image"}, {`"image":"a\nb"`, "image"}, {`"image":"/a"`, "image"},
+	{`"image":"a//b"`, "image"}, {`"image":"a/"`, "image"}, {`"image":"-a"`, "image"}, {`"image":"é"`, "image"},
+	{`"image":"` + strings.Repeat("a", 513) + `"`, "image"},
+
+	{`"bind_dir":""`, "bind_dir"}, {`"bind_dir":null`, "bind_dir"}, {`"bind_dir":3`, "bind_dir"}, {`"bind_dir":"/"`, "bind_dir"},
+	{`"bind_dir":"//"`, "bind_dir"}, {`"bind_dir":"."`, "bind_dir"}, {`"bind_dir":".."`, "bind_dir"},
+	{`"bind_dir":"a/../.."`, "bind_dir"}, {`"bind_dir":"/proc"`, "bind_dir"}, {`"bind_dir":"proc/1"`, "bind_dir"},
+	{`"bind_dir":"/x/../proc/self"`, "bind_dir"}, {`"bind_dir":"/sys/fs"`, "bind_dir"}, {`"bind_dir":"//dev//"`, "bind_dir"},
+	{`"bind_dir":"/dev/shm"`, "bind_dir"}, {`"bind_dir":"/a\nb"`, "bind_dir"}, {`"bind_dir":"/a\u0000"`, "bind_dir"},
+	{`"bind_dir":"/a\u007f"`, "bind_dir"}, {`"bind_dir":"/\u001b[2J"`, "bind_dir"},
+
+	{`"bind_contents":"x"`, "bind_contents"}, {`"bind_contents":"/etc/passwd"`, "bind_contents"},
+	{`"bind_contents":"file:///etc/passwd"`, "bind_contents"}, {`"bind_contents":"ftp://example.com/a"`, "bind_contents"},
+	{`"bind_contents":"//example.com/a"`, "bind_contents"}, {`"bind_contents":"http://"`, "bind_contents"},
+	{`"bind_contents":"http:///a"`, "bind_contents"}, {`"bind_contents":"http://["`, "bind_contents"},
+	{`"bind_contents":"unix:///run/docker.sock"`, "bind_contents"}, {`"bind_contents":{}`, "bind_contents"},
+
+	{`"cmd":"a"`, "cmd"}, {`"cmd":[1]`, "cmd"}, {`"cmd":["a\u0000"]`, "cmd"}, {`"shell":"sh"`, "shell"}, {`"shell":["\u0000"]`, "shell"},
+	{`"env":{"A":"1"}`, "env"}, {`"env":["A"]`, "env"}, {`"env":["=1"]`, "env"}, {`"env":[""]`, "env"}, {`"env":[null]`, "env"},
+	{`"env":["A=\u0000"]`, "env"},
+
+	{`"user":1000`, "user"}, {`"user":"a b"`, "user"}, {`"user":":"`, "user"}, {`"user":"1:"`, "user"}, {`"user":":1"`, "user"},
+	{`"user":"1:2:3"`, "user"}, {`"user":"2147483648"`, "user"}, {`"user":"0:2147483648"`, "user"}, {`"user":"4294967296"`, "user"},
+	{`"user":"-1"`, "user"}, {`"user":"99999999999999999999"`, "user"}, {`"user":"é"`, "user"}, {`"user":"a\nb"`, "user"},
+
+	{`"working_dir":"x"`, "working_dir"}, {`"working_dir":"/proc/self/fd/8"`, "working_dir"}, {`"working_dir":"//proc"`, "working_dir"},
+	{`"working_dir":"/a/../proc/1/cwd"`, "working_dir"}, {`"working_dir":"/a\u0000"`, "working_dir"}, {`"working_dir":1`, "working_dir"},
+
+	{`"hostname":"a_b"`, "hostname"}, {`"hostname":"-a"`, "hostname"}, {`"hostname":"a-"`, "hostname"}, {`"hostname":"a.b"`, "hostname"},
+	{`"hostname":"a b"`, "hostname"}, {`"hostname":"é"`, "hostname"}, {`"hostname":"` + strings.Repeat("a", 64) + `"`, "hostname"},
+	{`"hostname":"a\n"`, "hostname"},
+
+	{`"open_stdin":"yes"`, "open_stdin"}, {`"tty":1`, "tty"}, {`"network_disabled":"true"`, "network_disabled"},
+
+	{`"max_cpu":0`, "max_cpu"}, {`"max_cpu":-1`, "max_cpu"}, {`"max_cpu":1.5`, "max_cpu"}, {`"max_cpu":"50000"`, "max_cpu"},
+	{`"max_cpu":999`, "max_cpu"}, {`"max_cpu":1e30`, "max_cpu"}, {`"max_cpu":9223372036854775807`, "max_cpu"},
+	{`"max_ram":0`, "max_ram"}, {`"max_ram":-1`, "max_ram"}, {`"max_ram":1`, "max_ram"}, {`"max_ram":6291455`, "max_ram"},
+	{`"max_ram":"1g"`, "max_ram"}, {`"max_ram":9223372036854775807`, "max_ram"}, {`"max_ram":9223372036854775808`, "max_ram"},
+
+	{`"port_map":[]`, "port_map"}, {`"port_map":"80"`, "port_map"}, {`"port_map":{"80":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"/tcp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"0/tcp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"65536/tcp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"-1/tcp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"080/tcp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"80/TCP":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/icmp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"80/tcp/udp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80-90/tcp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"80/tcp ":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/tcp":null}`, "port_map"}, {`"port_map":{"80/tcp":5}`, "port_map"}, {`"port_map":{"80/tcp":"80"}`, "port_map"},
+	{`"port_map":{"80/tcp":[]}`, "port_map"}, {`"port_map":{"80/tcp":[null]}`, "port_map"}, {`"port_map":{"80/tcp":[[]]}`, "port_map"},
+	{`"port_map":{"80/tcp":{}}`, "HostPort"}, {`"port_map":{"80/tcp":{"HostPort":80}}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":""}}`, "HostPort"}, {`"port_map":{"80/tcp":{"HostPort":"65536"}}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"-1"}}`, "HostPort"}, {`"port_map":{"80/tcp":{"HostPort":"80-90"}}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"http"}}`, "HostPort"}, {`"port_map":{"80/tcp":[{"HostPort":"1"},{"HostPort":"x"}]}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"x"}}`, "HostIp"}, {`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"1.2.3"}}`, "HostIp"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"localhost"}}`, "HostIp"}, {`"port_map":{"80/tcp":{"HostPort":"1","HostIp":7}}`, "HostIp"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"fe80::1%eth0"}}`, "HostIp"},
+
+	// A mistyped limit must not become no limit, and nothing asks for more than the seed has.
+	{`"max_memory":1`, "max_memory"}, {`"privileged":true`, "privileged"}, {`"Binds":["/:/host"]`, "Binds"},
+	{`"HostConfig":{}`, "HostConfig"}, {`"devices":[]`, "devices"}, {`"port_map":{"80/tcp":{"HostPort":"1","Host":"x"}}`, "Host"},
+	{`"port_map":{"80/tcp":[{"HostPort":"1"},{"HostPort":"2","x":1}]}`, "x"},
+}
+
+func TestBadServiceLeavesNothing(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	before, callsBefore := state(t, e, d), len(e.calls())
+	bodies := map[string]string{
+		`{"params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:                 "type",
+		`{"type":null,"params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:     "type",
+		`{"type":"docker","params":{"id":"web","image":"img:1","bind_dir":"/data"}}`: "type",
+		`{"type":"RAW","params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:    "type",
+		`{"type":["raw"],"params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:  "type",
+		`{"type":"raw"}`:                "id",
+		`{"type":"raw","params":null}`:  "id",
+		`{"type":"raw","params":[]}`:    "params",
+		`{"type":"raw","params":"web"}`: "params",
+		`{"type":"raw","id":"web"}`:     "id",
+		`{"type":"raw","params":{"id":"web","image":"img:1","bind_dir":"/data"},"start":true}`: "start",
+		`{"type":"raw","params":{"id":"web","bind_dir":"/data"}}`:                              "image",
+		`{"type":"raw","params":{"id":"web","image":"img:1"}}`:                                 "bind_dir",
+	}
+	for _, bad := range badParams {
+		bodies[createBodyJSON("web", bad.extra)] = bad.field
+	}
+	for body, field := range bodies {
+		a := d.do(t, "POST", "/service", body)
+		if a.status != 400 || !strings.Contains(a.body, field) {
+			t.Errorf("%s: %d %s, want 400 and %q", body, a.status, a.body, field)
+		}
+		if after := state(t, e, d); after != before {
+			t.Fatalf("%s left %s", body, after)
+		}
+	}
+	if asked := e.calls()[callsBefore:]; len(asked) > 0 {
+		t.Errorf("the engine was asked %q", asked)
+	}
+}
+
+// What only the SDK or the engine can see to be wrong is still the client's mistake.
+func TestServiceThatTheEngineRefusesLeavesNothing(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	imported := d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+	var answer struct {
+		ID string `json:"image_id"`
+	}
+	if err := json.Unmarshal([]byte(imported.body), &answer); err != nil {
+		t.Fatal(err)
+	}
+	before := state(t, e, d)
+	for _, test := range []struct {
+		extra  string
+		status int
+		text   string
+	}{
+		{`"image":"` + answer.ID + `"`, 400, "No command specified"},
+		{`"image":"IMG:1"`, 400, "image"},
+		{`"image":"a:b:c"`, 400, "image"},
+		{`"image":"img:"`, 400, "image"},
+		{`"image":"img@sha256:zz"`, 400, "image"},
+		{`"image":"img:` + strings.Repeat("a", 129) + `"`, 400, "image"},
+		{`"image":"` + strings.Repeat("ab", 32) + `"`, 404, "abab"},
+		{`"image":"no-such-image:1"`, 404, "no-such-image"},
+		{`"image":"example.com:5000/no/image"`, 404, "example.com:5000/no/image"},
+		{`"image":"sha256:` + strings.Repeat("ab", 32) + `"`, 404, "sha256:abab"},
+	} {
+		a := d.do(t, "POST", "/service", createBodyJSON("web", test.extra))
+		if a.status != test.status || !strings.Contains(a.body, test.text) {
+			t.Errorf("%s: %d %s, want %d and %q", test.extra, a.status, a.body, test.status, test.text)
+		}
+		if after := state(t, e, d); after != before {
+			t.Fatalf("%s left %s", test.extra, after)
+		}
+	}
+}
+
+func TestBadRequestsToAServiceChangeNothing(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	before, callsBefore := state(t, e, d), len(e.calls())
+	for _, test := range []struct{ method, path, body, text string }{
+		{"POST", "/service/web/ctl", `{}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":""}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":null}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":5}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":["start"]}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":"Start"}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":"remove"}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":"start\u0000"}`, "op"},
+		{"POST", "/service/web/ctl", `{"op":"start","force":true}`, "force"},
+		{"POST", "/service/web/ctl", `{"operation":"start"}`, "operation"},
+		{"PATCH", "/service/web/env", `{"A":1}`, "A"},
+		{"PATCH", "/service/web/env", `{"A":true}`, "A"},
+		{"PATCH", "/service/web/env", `{"A":null}`, "A"},
+		{"PATCH", "/service/web/env", `{"A":["1"]}`, "A"},
+		{"PATCH", "/service/web/env", `{"B":"1","A":{}}`, "A"},
+		{"PATCH", "/service/web/env", `{"":"1"}`, "name"},
+		{"PATCH", "/service/web/env", `{"A=B":"1"}`, "A=B"},
+		{"PATCH", "/service/web/env", `{"=":"1"}`, "="},
+		{"PATCH", "/service/web/env", `{"A\u0000":"1"}`, "NUL"},
+		{"PATCH", "/service/web/env", `{"A":"1\u0000"}`, "A"},
+		{"PATCH", "/service/web/env", `["A=1"]`, "body"},
+		{"PATCH", "/service/web/env", `null`, "body"},
+	} {
+		d.do(t, test.method, test.path, test.body).want(t, 400, test.text)
+		if after := state(t, e, d); after != before {
+			t.Fatalf("%s %s %s left %s", test.method, test.path, test.body, after)
+		}
+	}
+	if asked := e.calls()[callsBefore:]; len(asked) > 0 {
+		t.Errorf("the engine was asked %q", asked)
+	}
+}
+
+func TestUploadThatIsNoWholeTarLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	whole := wholeTar()
+	flipped := []byte(whole)
+	flipped[0] ^= 1 // the header's checksum is wrong now
+	for name, body := range map[string]string{
+		"empty": "", "text": "not a tar", "a block of text": strings.Repeat("x", 512), "JSON": createBodyJSON("web", ""),
+		"only the end mark": strings.Repeat("\x00", 1024), "no end mark": whole[:1024], "half an end mark": whole[:1024+512],
+		"cut in the header": whole[:300], "cut in the file": whole[:514], "cut in the padding": whole[:600],
+		"wrong checksum": string(flipped), "gzip": "\x1f\x8b\x08\x00" + strings.Repeat("\x00", 600),
+	} {
+		if a := d.do(t, "POST", "/docker/image", body); a.status != 400 || len(e.imageTags()) > 0 {
+			t.Errorf("%s: %d %s, images %q", name, a.status, a.body, e.imageTags())
+		}
+	}
+	d.do(t, "POST", "/docker/image", whole).want(t, 201)
+}
+
+func TestUploadThatIsTooLargeLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = int64(len(wholeTar())) })
+	d.do(t, "POST", "/docker/image", wholeTar()+"\x00").want(t, 413, "2048")
+	r := d.request(t, "POST", "/docker/image", io.MultiReader(strings.NewReader(wholeTar()), strings.NewReader("\x00")))
+	r.ContentLength = -1
+	d.send(t, r).want(t, 413, "2048")
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+}
+
+// After an upload, whatever became of it, its connection is good for more, or closed.
+func TestRequestAfterAnUpload(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	for range 20 { // it depends on what net/http is at
+		for _, upload := range []string{wholeTar(), "", strings.Repeat("x", 512), wholeTar()[:700]} {
+			d.do(t, "POST", "/docker/image", upload)
+			d.do(t, "GET", "/service", "").want(t, 200)
+		}
+	}
+}
+
+func TestUploadThatBreaksOffLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	ended := make(chan struct{})
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == "POST" {
+			e.importImage(w, r)
+			close(ended)
+			return true
+		}
+		return false
+	})
+	d := startDaemon(t, e.host(), nil)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\nContent-Length: 99999\r\n\r\n"+wholeTar())
+	conn.Close()
+	<-ended
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+}
+
+func TestEveryImportKeepsATagOfItsOwn(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	for range 3 {
+		d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+	}
+	tags := e.imageTags()
+	if len(tags) != 3 {
+		t.Errorf("images %q", tags)
+	}
+	for _, tag := range tags {
+		if !strings.HasPrefix(tag, "duxcore/import:") {
+			t.Errorf("an import is called %q", tag)
+		}
+	}
+}
+
+func TestImportThatCannotBeTaggedLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, "/tag") {
+			reply(w, 500, "no space")
+			return true
+		}
+		return false
+	})
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 502, "no space")
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+}
+
+func TestMissingImageIsPulledWithTheClientsCredentials(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addRemote("example.com/team/app:2")
+	d := startDaemon(t, e.host(), nil)
+	credentials := make(chan http.Header, 100)
+	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("X-Registry-Auth") != "" || strings.HasSuffix(r.URL.Path, "/images/create") {
+			credentials <- r.Header
+		}
+		return false
+	})
+	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON("web", `"image":"example.com/team/app:2"`)))
+	r.Header.Set("X-Registry-Auth", "eyJ1Ijoi")
+	d.send(t, r).want(t, 201)
+	if got := <-credentials; got.Get("X-Registry-Auth") != "eyJ1Ijoi" {
+		t.Errorf("the pull carried %q", got)
+	}
+	if len(credentials) > 0 {
+		t.Error("more than the pull carried the credentials")
+	}
+	calls := len(e.calls())
+	d.do(t, "POST", "/service", createBodyJSON("web2", `"image":"example.com/team/app:2"`)).want(t, 201)
+	for _, call := range e.calls()[calls:] {
+		if strings.Contains(call, "fromImage") {
+			t.Errorf("an image that is there was pulled: %s", call)
+		}
+	}
+}
+
+func TestFailedPullLeavesNothing(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		engineStatus int
+		engineBody   string
+		status       int
+		text         string
+	}{
+		{200, `{"status":"Pulling"}` + "\n" + `{"errorDetail":{"message":"disk full"},"error":"disk full"}` + "\n", 502, "disk full"},
+		{200, `{"error":"manifest broken"}{"status":"Done"}`, 502, "manifest broken"},
+		{200, `{"status":"Pulling"}` + "\n" + `{"stat`, 502, ""},
+		{200, `<html>`, 502, ""},
+		{404, `{"message":"pull access denied"}`, 404, "pull access denied"},
+		{500, `{"message":"no such host"}`, 502, "no such host"},
+		{401, `{"message":"unauthorized"}`, 502, "unauthorized"},
+		{403, `{"message":"denied"}`, 502, "denied"},
+		// A registry that lies: the image is not there afterwards.
+		{200, `{"status":"Done"}`, 404, "img:1"},
+	} {
+		e := newFakeEngine(t)
+		d := startDaemon(t, e.host(), nil)
+		before := state(t, e, d)
+		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasSuffix(r.URL.Path, "/images/create") {
+				return false
+			}
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(test.engineStatus)
+			io.WriteString(w, test.engineBody)
+			return true
+		})
+		d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, test.status, test.text)
+		if after := state(t, e, d); after != before {
+			t.Errorf("%d %s left %s", test.engineStatus, test.engineBody, after)
+		}
+	}
+}
+
+func TestMissingImageIDIsNotPulled(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	id := "sha256:" + strings.Repeat("0a", 32)
+	d.do(t, "POST", "/service", createBodyJSON("web", `"image":"`+id+`"`)).want(t, 404, id)
+	for _, call := range e.calls() {
+		if strings.HasPrefix(call, "POST") {
+			t.Errorf("the engine was asked %s", call)
+		}
+	}
+}
+
+// Ids that are none, as they stand in a path and as they stand in JSON.
+var badIDs = []struct{ path, json string }{
+	{"..", `".."`}, {"%2e%2e", `"%2e%2e"`}, {".%2e", `".%2e"`}, {".", `"."`}, {"%2F", `"/"`}, {"a%2Fb", `"a/b"`},
+	{"..%2Fcontainers", `"../containers"`}, {"web%2F..%2F..%2Fimages", `"web/../../images"`}, {"%2Fetc%2Fpasswd", `"/etc/passwd"`},
+	{"web%2Fjson%3F", `"web/json?"`}, {"web%3Fforce=1", `"web?force=1"`}, {"web%23", `"web#"`}, {"web%00", `"web\u0000"`},
+	{"%00", `"\u0000"`}, {"a:b", `"a:b"`}, {"a.b", `"a.b"`}, {"web.", `"web."`}, {".web", `".web"`}, {".new.web", `".new.web"`},
+	{"duxcore.new.web", `"duxcore.new.web"`}, {"duxcore.gone.web", `"duxcore.gone.web"`}, {"-web", `"-web"`}, {"_web", `"_web"`},
+	{"w", `"w"`}, {"7", `"7"`}, {strings.Repeat("w", 64), `"` + strings.Repeat("w", 64) + `"`},
+	{strings.Repeat("0", 64), `"` + strings.Repeat("0", 64) + `"`}, {strings.Repeat("w", 4000), `"` + strings.Repeat("w", 4000) + `"`},
+	{"we%20b", `"we b"`}, {"%20web", `" web"`}, {"web%20", `"web "`}, {"web%0A", `"web\n"`}, {"%0Aweb", `"\nweb"`}, {"web%09", `"web\t"`},
+	{"w%C3%A9b", `"wéb"`}, {"%D1%80web", `"рweb"`}, {"%EF%BD%97eb", `"ｗeb"`}, {"web%E2%80%8B", `"web\u200b"`}, {"%D9%A1%D9%A2", `"١٢"`},
+	{"we%FFb", `"we\ufffdb"`}, {"web%E2%80%AE", `"web\u202e"`}, {"w%5Cb", `"w\\b"`}, {"web*", `"web*"`}, {"web;x", `"web;x"`},
+	{"web,db", `"web,db"`}, {"%25web", `"%web"`}, {"$web", `"$web"`}, {"~web", `"~web"`}, {"web@", `"web@"`}, {"%22web%22", `"\"web\""`},
+}
+
+func TestIDsThatAreNoneReachNothing(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	foreign := e.addForeign("foreign", nil)
+	before, callsBefore := state(t, e, d), len(e.calls())
+	ids := append(slices.Clone(badIDs), struct{ path, json string }{foreign, `"` + foreign + `"`})
+	for _, id := range ids {
+		d.do(t, "POST", "/service", createBodyJSON("x", `"id":`+id.json)).want(t, 400, "id")
+		for _, call := range serviceCalls {
+			method, rest, body := call.method, call.path, call.body
+			a, _ := sendRaw(t, d, method+" /service/"+id.path+rest+" HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+
+				"\r\nContent-Length: "+strconv.Itoa(len(body))+"\r\nConnection: close\r\n\r\n"+body)
+			if a.want(t, 404); strings.Contains(a.body, d.binds) {
+				t.Errorf("an error shows a path of the host: %s", a.body)
+			}
+		}
+		if after := state(t, e, d); after != before {
+			t.Fatalf("%s left %s", id.path, after)
+		}
+	}
+	if asked := e.calls()[callsBefore:]; len(asked) > 0 {
+		t.Errorf("the engine was asked %q", asked)
+	}
+}
+
+// serviceCalls are all requests to one service; their paths follow /service/{id}.
+var serviceCalls = []struct{ method, path, body string }{
+	{"GET", "", ""}, {"GET", "/stats", ""}, {"GET", "/stats?stream=true", ""},
+	{"POST", "/ctl", `{"op":"start"}`}, {"POST", "/ctl", `{"op":"stop"}`}, {"POST", "/ctl", `{"op":"restart"}`},
+	{"POST", "/ctl", `{"op":"kill"}`}, {"PATCH", "/env", `{"A":"1"}`}, {"DELETE", "", ""},
+}
+
+func TestContainersOfOthersAreNotServices(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	labels := func(id, binds string) map[string]string {
+		return map[string]string{"duxcore.service": id, "duxcore.binds": binds, "duxcore.params": createBodyJSON(id, "")}
+	}
+	ids := []string{"unlabelled", "other-daemon", "other-id", "renamed", "no-service", "longer"}
+	full := e.addForeign("unlabelled", nil)
+	e.addForeign("other-daemon", labels("other-daemon", d.binds+"2"))
+	e.addForeign("other-id", labels("web", d.binds))
+	e.addForeign("renamed-by-hand", labels("renamed", d.binds))
+	e.addForeign("no-service", map[string]string{"duxcore.binds": d.binds})
+	e.addForeign("longer", labels("longe", d.binds))
+	e.addForeign("duxcore.new.half", labels("half", d.binds+"2"))
+	e.addForeign("duxcore.gone.dead", nil)
+	// The engine answers to this one's id, and its labels speak of that.
+	renamed := labels("", d.binds)
+	short := e.addForeign("somebody-elses", renamed)[:12]
+	renamed["duxcore.service"] = short
+	ids = append(ids, short, "half", "dead", full[:2], full[:12], full[:63])
+	// Two whose ids begin alike: asked for what they share, the engine answers 500.
+	first := map[string]bool{full[:2]: true}
+	for {
+		id := e.addForeign("", nil)
+		if first[id[:2]] {
+			ids = append(ids, id[:2])
+			break
+		}
+		first[id[:2]] = true
+	}
+	before := state(t, e, d)
+	for _, id := range ids {
+		for _, call := range serviceCalls {
+			d.do(t, call.method, "/service/"+id+call.path, call.body).want(t, 404, id)
+		}
+	}
+	if list := d.do(t, "GET", "/service", "").want(t, 200, `"/web"`); strings.Count(list.body, `"Id"`) != 1 {
+		t.Errorf("the list is %s", list.body)
+	}
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
+	}
+	for _, taken := range []string{"unlabelled", "other-daemon"} {
+		d.do(t, "POST", "/service", createBodyJSON(taken, "")).want(t, 409, taken)
+	}
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
+	}
+}
+
+// A service may have an id with which the id of somebody else's container begins.
+func TestServiceNamedLikeThePrefixOfAnID(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	foreign := e.addForeign("foreign", nil)
+	before := state(t, e, d)
+	id := foreign[:8]
+	d.do(t, "POST", "/service", createBodyJSON(id, "")).want(t, 201)
+	for _, call := range serviceCalls {
+		if !strings.Contains(call.path, "stream") && d.do(t, call.method, "/service/"+id+call.path, call.body).status >= 300 {
+			t.Errorf("%s %s of %s failed", call.method, call.path, id)
+		}
+	}
+	d.do(t, "GET", "/service/"+id, "").want(t, 404)
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
+	}
+}
+
+// FuzzServiceID sends any id everywhere that one is accepted. All that the engine may
+// then be asked about is that id or a container made for it.
+func FuzzServiceID(f *testing.F) {
+	for _, id := range badIDs {
+		f.Add(id.path)
+		var decoded string
+		if err := json.Unmarshal([]byte(id.json), &decoded); err != nil {
+			f.Fatal(err)
+		}
+		f.Add(decoded)
+	}
+	for _, good := range []string{"web", "a1", "A_b-9", strings.Repeat("z", 63), "containers", "json", "create", "service", "ctl"} {
+		f.Add(good)
+	}
+	e := newFakeEngine(f)
+	e.addImage("img:1")
+	e.addForeign("foreign", nil)
+	d := startDaemon(f, e.host(), nil)
+	before := state(f, e, d)
+	f.Fuzz(func(t *testing.T, id string) {
+		// As it stands in a path, an id ends where that goes on.
+		inPath, _ := url.PathUnescape(id[:strings.IndexAny(id+"/", "/?")])
+		made := map[string]bool{}
+		var asked []string
+		var mu sync.Mutex
+		e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			if filter := r.URL.Query().Get("filters"); filter != "" && !strings.Contains(filter, "duxcore.service") {
+				return false // the daemon looks after all services once a minute
+			}
+			for _, name := range []string{id, "duxcore.new." + id, "duxcore.next." + id} {
+				if c, ok := e.container(name); ok {
+					made[c.ID] = true
+				}
+			}
+			asked = append(asked, versionPrefix.ReplaceAllString(r.URL.EscapedPath(), "")+"?"+r.URL.Query().Get("name"))
+			return false
+		})
+		body, err := json.Marshal(map[string]any{"type": "raw", "params": map[string]string{"id": id, "image": "img:1", "bind_dir": "/data"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a := d.do(t, "POST", "/service", string(body)); (a.status == 201) != plainID(id) {
+			t.Errorf("create %q: %d %s", id, a.status, a.body)
+		}
+		for _, call := range serviceCalls {
+			if strings.Contains(call.path, "stream") {
+				continue
+			}
+			d.do(t, call.method, "/service/"+url.PathEscape(id)+call.path, call.body)
+			raw := d.request(t, call.method, "/", strings.NewReader(call.body))
+			raw.URL.Opaque = "/service/" + id + call.path
+			if response, err := d.client.Do(raw); err == nil { // else no request line can hold it
+				response.Body.Close()
+			}
+		}
+		e.setIntercept(nil)
+		mu.Lock()
+		defer mu.Unlock()
+		for _, call := range asked {
+			path, name, _ := strings.Cut(call, "?")
+			kind, rest, _ := strings.Cut(path[1:], "/")
+			about, _, _ := strings.Cut(rest, "/")
+			_, renamed, _ := strings.Cut(strings.TrimPrefix(name, "duxcore."), ".")
+			switch {
+			case plainID(inPath) && (path == "/containers/json" || path == "/containers/"+inPath+"/json"):
+			case !plainID(id):
+				t.Errorf("id %q made the daemon ask the engine %s", id, call)
+			case path == "/containers/json" || path == "/images/img:1/json":
+			case path == "/containers/create" && renamed == id:
+			case kind == "containers" && (about == id || made[about]) && (name == "" || name == id || renamed == id):
+			default:
+				t.Errorf("id %q made the daemon ask the engine %s", id, call)
+			}
+		}
+		if after := state(t, e, d); after != before {
+			t.Fatalf("id %q left %s", id, after)
+		}
+	})
+}
+
+// plainID says in other words than the daemon what an id is.
+func plainID(id string) bool {
+	return len(id) >= 2 && len(id) <= 63 && id[0] != '-' && id[0] != '_' &&
+		strings.IndexFunc(id, func(r rune) bool { return !strings.ContainsRune(idCharacters, r) }) < 0
+}
+
+const idCharacters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
+
+// granted has the daemon create a service and returns all that the engine was asked to
+// give it, a field a line, without those that are zero and so the engine's default.
+func granted(t *testing.T, change func(*config), extra string) string {
+	t.Helper()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), change)
+	sent := make(chan []byte, 1)
+	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, "/containers/create") {
+			body, _ := io.ReadAll(r.Body)
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			sent <- body
+		}
+		return false
+	})
+	d.do(t, "POST", "/service", createBodyJSON("web", extra)).want(t, 201)
+	var config map[string]any
+	if err := json.Unmarshal(<-sent, &config); err != nil {
+		t.Fatal(err)
+	}
+	host := config["HostConfig"].(map[string]any)
+	delete(config, "HostConfig")
+	return strings.ReplaceAll(fieldLines("", config)+fieldLines("HostConfig.", host), d.binds, "BINDS")
+}
+
+func fieldLines(prefix string, fields map[string]any) string {
+	var text strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
+		value, _ := json.Marshal(fields[name])
+		if !slices.Contains([]string{"null", `""`, "0", "false", "[]", "{}", "[0,0]"}, string(value)) {
+			text.WriteString(prefix + name + " " + string(value) + "\n")
+		}
+	}
+	return text.String()
+}
+
+// CVE-2023-32080 and others: no service may have more than what is written here.
+func TestEverythingThatAServiceIsGranted(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name   string
+		change func(*config)
+		extra  string
+		want   string
+	}{
+		{"minimal", nil, "", `Image "img:1"
+Labels {"duxcore.binds":"BINDS","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\"}","duxcore.service":"web"}
+OpenStdin true
+StopTimeout 30
+Tty true
+HostConfig.CapDrop ["CAP_AUDIT_WRITE","CAP_MKNOD","CAP_NET_RAW","CAP_SETFCAP","CAP_SETPCAP"]
+HostConfig.CgroupnsMode "private"
+HostConfig.IpcMode "private"
+HostConfig.LogConfig {"Config":{"max-file":"3","max-size":"10m"},"Type":"json-file"}
+HostConfig.Mounts [{"Source":"BINDS/web","Target":"/data","Type":"bind"}]
+HostConfig.PidsLimit 2048
+HostConfig.RestartPolicy {"MaximumRetryCount":0,"Name":"no"}
+HostConfig.SecurityOpt ["no-new-privileges"]
+`},
+		{"without a network", nil, `"network_disabled":true`, `Image "img:1"
+Labels {"duxcore.binds":"BINDS","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\",\"network_disabled\":true}","duxcore.service":"web"}
+NetworkDisabled true
+OpenStdin true
+StopTimeout 30
+Tty true
+HostConfig.CapDrop ["CAP_AUDIT_WRITE","CAP_MKNOD","CAP_NET_RAW","CAP_SETFCAP","CAP_SETPCAP"]
+HostConfig.CgroupnsMode "private"
+HostConfig.IpcMode "private"
+HostConfig.LogConfig {"Config":{"max-file":"3","max-size":"10m"},"Type":"json-file"}
+HostConfig.Mounts [{"Source":"BINDS/web","Target":"/data","Type":"bind"}]
+HostConfig.NetworkMode "none"
+HostConfig.PidsLimit 2048
+HostConfig.RestartPolicy {"MaximumRetryCount":0,"Name":"no"}
+HostConfig.SecurityOpt ["no-new-privileges"]
+`},
+		{"maximal", func(c *config) { c.network, c.pidsLimit, c.stopTimeout = "tenants", 100, 7*time.Second }, maximal, `Cmd ["run","--all"]
+Env ["A=1","B=x y=z"]
+ExposedPorts {"53/udp":{},"80/tcp":{},"9/sctp":{}}
+Hostname "web-1"
+Image "img:1"
+Labels {"duxcore.binds":"BINDS","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"x:/etc:ro\",\"cmd\":[\"run\",\"--all\"],\"shell\":[\"/bin/sh\",\"-c\"],\"user\":\"1000:1001\",\"working_dir\":\"/srv\",\"env\":[\"A=1\",\"B=x y=z\"],\"open_stdin\":false,\"tty\":false,\"hostname\":\"web-1\",\"port_map\":{\"53/udp\":[{\"HostIp\":\"::1\",\"HostPort\":\"53\"}],\"80/tcp\":[{\"HostIp\":\"127.0.0.1\",\"HostPort\":\"8080\"},{\"HostPort\":\"0\"}],\"9/sctp\":[{\"HostPort\":\"9\"}]},\"max_cpu\":50000,\"max_ram\":67108864}","duxcore.service":"web"}
+Shell ["/bin/sh","-c"]
+StopTimeout 7
+User "1000:1001"
+WorkingDir "/srv"
+HostConfig.CapDrop ["CAP_AUDIT_WRITE","CAP_MKNOD","CAP_NET_RAW","CAP_SETFCAP","CAP_SETPCAP"]
+HostConfig.CgroupnsMode "private"
+HostConfig.CpuPeriod 100000
+HostConfig.CpuQuota 50000
+HostConfig.IpcMode "private"
+HostConfig.LogConfig {"Config":{"max-file":"3","max-size":"10m"},"Type":"json-file"}
+HostConfig.Memory 67108864
+HostConfig.MemorySwap 67108864
+HostConfig.Mounts [{"Source":"BINDS/web","Target":"/x:/etc:ro","Type":"bind"}]
+HostConfig.NetworkMode "tenants"
+HostConfig.PidsLimit 100
+HostConfig.PortBindings {"53/udp":[{"HostIp":"::1","HostPort":"53"}],"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostIp":"","HostPort":"0"}],"9/sctp":[{"HostIp":"","HostPort":"9"}]}
+HostConfig.RestartPolicy {"MaximumRetryCount":0,"Name":"no"}
+HostConfig.SecurityOpt ["no-new-privileges"]
+`},
+	} {
+		if got := granted(t, test.change, test.extra); got != test.want {
+			t.Errorf("%s: got\n%s\nwant\n%s", test.name, got, test.want)
+		}
+	}
+}
+
+const maximal = `"bind_dir":"x:/etc:ro","bind_contents":"","cmd":["run","--all"],"shell":["/bin/sh","-c"],"user":"1000:1001",` +
+	`"working_dir":"/srv","env":["A=1","B=x y=z"],"open_stdin":false,"tty":false,"hostname":"web-1","network_disabled":false,` +
+	`"port_map":{"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostPort":"0"}],"53/udp":{"HostIp":"::1","HostPort":"53"},` +
+	`"9/sctp":{"HostPort":"9"}},"max_cpu":50000,"max_ram":67108864`
