@@ -20,6 +20,8 @@ const (
 	gonePrefix    = ".gone." // a bind directory on its way out
 )
 
+const maxDepth = 64 // descriptors that removing a tree may hold
+
 // bindRoot is the directory that holds the bind directories. Every access to it and to
 // what is below goes through os.Root, because customers write there.
 type bindRoot struct {
@@ -144,11 +146,7 @@ func (b *bindRoot) removeLeftovers(ctx context.Context, id string) error {
 	return nil
 }
 
-// removeTree removes the directory name with all that is in it, without following a
-// link out of it, with four descriptors and little memory however deep and wide it is:
-// a customer nests 60,000 directories in seconds, and os.Root.RemoveAll holds a
-// descriptor for each. It works on two levels only and lifts what is below, each
-// directory once, to the first, under a name that nobody can have foreseen.
+// removeTree removes name with all that is in it, and follows no link out of it.
 func (b *bindRoot) removeTree(ctx context.Context, name string) error {
 	if err := b.root.Remove(name); err == nil || errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -158,46 +156,49 @@ func (b *bindRoot) removeTree(ctx context.Context, name string) error {
 		return err
 	}
 	defer tree.Close()
-	err = emptyDir(ctx, tree, func(first string) error {
-		dir, err := tree.OpenRoot(first)
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		if err := emptyDir(ctx, dir, func(second string) error {
-			return tree.Rename(first+"/"+second, rand.Text())
-		}); err != nil {
-			return err
-		}
-		return tree.Remove(first)
-	})
-	if err != nil {
+	if err := empty(ctx, tree, tree, "", 0); err != nil {
 		return err
 	}
 	return b.root.Remove(name)
 }
 
-// emptyDir removes all entries of dir, except that it leaves directories that are not
-// empty to deal, which must take them away. It goes on until it reads an empty directory.
-func emptyDir(ctx context.Context, dir *os.Root, deal func(name string) error) error {
+// empty removes all that is in dir, which lies in tree at that path and depth. A customer
+// nests 60,000 directories in seconds, and os.Root.RemoveAll holds a descriptor for each:
+// at maxDepth, directories are lifted to the top of tree instead, to be met there later,
+// under a name that nobody can have foreseen.
+func empty(ctx context.Context, tree, dir *os.Root, at string, depth int) error {
 	for {
 		entries, err := readSome(dir)
-		if len(entries) == 0 {
+		if len(entries) == 0 || err != nil {
 			return err
 		}
 		for _, entry := range entries {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			err := dir.Remove(entry.Name())
-			if err != nil && entry.IsDir() {
-				err = deal(entry.Name())
+			name := entry.Name()
+			err := ctx.Err()
+			if err == nil && entry.IsDir() && depth == maxDepth {
+				err = tree.Rename(at+name, rand.Text())
+			} else if err == nil {
+				if entry.IsDir() {
+					err = emptyChild(ctx, tree, dir, name, at, depth)
+				}
+				if err == nil {
+					err = dir.Remove(name)
+				}
 			}
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}
 	}
+}
+
+func emptyChild(ctx context.Context, tree, dir *os.Root, name, at string, depth int) error {
+	child, err := dir.OpenRoot(name)
+	if err != nil {
+		return err
+	}
+	defer child.Close()
+	return empty(ctx, tree, child, at+name+"/", depth+1)
 }
 
 // readSome returns the first entries of a directory: none, and no error, if it is empty.

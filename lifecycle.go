@@ -247,7 +247,11 @@ func (s *server) settle(ctx context.Context, id string) (journal, error) {
 		err = s.move(ctx, found, id, rolePrev, roleNext)
 	}
 	if err == nil && found.has(roleNext) && !found.has(roleCurrent) {
-		err = s.move(ctx, found, id, roleNext, roleCurrent)
+		if _, noDir := s.binds.root.Lstat(id); noDir == nil {
+			err = s.move(ctx, found, id, roleNext, roleCurrent)
+		} else { // a dead daemon's PATCH, made after the service was deleted
+			err = s.drop(ctx, found, roleNext, true)
+		}
 	}
 	if err == nil {
 		err = s.settleDirs(ctx, id, found)

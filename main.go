@@ -106,7 +106,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	defer background.Wait()
 	defer endLife()
 	s := newServer(life, ctx, cfg, key, engine, binds, log)
-	s.settleAll(life)
+	s.settleAll(ctx)
 	background.Go(func() { // ends with life
 		for minute := time.Tick(time.Minute); ; {
 			select {

@@ -1,0 +1,1333 @@
+//go:build integration
+
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/filters"
+	"github.com/docker/docker/api/types/image"
+	"github.com/docker/docker/client"
+	"github.com/docker/go-connections/nat"
+)
+
+// These tests run the daemon on the machine's Docker Engine, and testdata/probe in its
+// containers. They touch nothing that they did not make: others may use the engine.
+
+// machine is a daemon on the real engine, with the probe's image imported through it.
+type machine struct {
+	*daemon
+	engine *client.Client
+	image  string // the probe's id
+}
+
+func newMachine(t *testing.T, change func(*config)) *machine {
+	t.Helper()
+	engine, err := client.NewClientWithOpts(client.FromEnv, client.WithAPIVersionNegotiation())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := engine.Ping(t.Context()); err != nil {
+		t.Fatalf("these tests need a Docker Engine: %v", err)
+	}
+	t.Cleanup(func() { engine.Close() })
+	m := &machine{daemon: startDaemon(t, "", change), engine: engine}
+	m.image = m.importImage(t, string(tarOf(t, file("probe", buildProbe(t)))))
+	m.cleanUp(t, m.binds, m.image)
+	return m
+}
+
+// buildProbe returns the static binary of testdata/probe.
+func buildProbe(t *testing.T) string {
+	t.Helper()
+	binary, err := builtProbe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return binary
+}
+
+var builtProbe = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "probe")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(dir)
+	build := exec.Command("go", "build", "-ldflags=-s -w", "-o", dir+"/probe", "./testdata/probe")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if output, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("cannot build the probe: %w\n%s", err, output)
+	}
+	binary, err := os.ReadFile(dir + "/probe")
+	return string(binary), err
+})
+
+// entry is one of a tar archive that a test makes.
+type entry struct {
+	tar.Header
+	content string
+}
+
+func file(name, content string) entry {
+	return entry{tar.Header{Name: name, Mode: 0o755, Size: int64(len(content)), Uid: 7, Gid: 8}, content}
+}
+
+func tarOf(t *testing.T, entries ...entry) []byte {
+	t.Helper()
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	for _, e := range entries {
+		if err := w.WriteHeader(&e.Header); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, e.content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return archive.Bytes()
+}
+
+func gzipped(t *testing.T, content []byte) []byte {
+	t.Helper()
+	var zipped bytes.Buffer
+	w := gzip.NewWriter(&zipped)
+	if _, err := w.Write(content); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return zipped.Bytes()
+}
+
+func (m *machine) importImage(t *testing.T, archive string) (id string) {
+	t.Helper()
+	var body struct {
+		ImageID string `json:"image_id"`
+	}
+	decode(t, m.do(t, "POST", "/docker/image", archive).want(t, http.StatusCreated).body, &body)
+	return body.ImageID
+}
+
+// cleanUp removes, when the test ends, the containers of the daemon with these bind
+// directories, with their volumes, and then an image.
+func (m *machine) cleanUp(t *testing.T, binds, imageRef string) {
+	t.Cleanup(func() {
+		for _, c := range m.containers(t, binds) {
+			options := container.RemoveOptions{Force: true, RemoveVolumes: true}
+			if err := m.engine.ContainerRemove(context.Background(), c.ID, options); err != nil && !errdefs.IsNotFound(err) {
+				t.Error(err)
+			}
+		}
+		if imageRef == "" {
+			return
+		}
+		options := image.RemoveOptions{Force: true, PruneChildren: true}
+		if _, err := m.engine.ImageRemove(context.Background(), imageRef, options); err != nil && !errdefs.IsNotFound(err) {
+			t.Error(err)
+		}
+	})
+}
+
+// containers returns what a daemon has on the engine, unfinished ones included.
+func (m *machine) containers(t *testing.T, binds string) []container.Summary {
+	t.Helper()
+	list, err := m.engine.ContainerList(context.Background(), container.ListOptions{
+		All: true, Filters: filters.NewArgs(filters.Arg("label", labelBinds+"="+binds))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+// wantNothing fails the test unless the daemon has no container and no directory.
+func (m *machine) wantNothing(t *testing.T) {
+	t.Helper()
+	for _, c := range m.containers(t, m.binds) {
+		t.Errorf("there is a container %v", c.Names)
+	}
+	names, err := os.ReadDir(m.binds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		t.Errorf("there is a bind directory %s", name.Name())
+	}
+}
+
+// newID returns a service id that nobody else uses.
+func newID() string { return "it-" + strings.ToLower(rand.Text()) }
+
+// createAs asks for a service that runs the probe. Fields in extra replace its own.
+func (m *machine) createAs(t *testing.T, id, extra string) answer {
+	t.Helper()
+	params := fmt.Sprintf(`"image":%q,"cmd":["/probe","run","/data"]`, m.image)
+	return m.do(t, "POST", "/service", createBodyJSON(id, strings.Trim(params+","+extra, ",")))
+}
+
+func (m *machine) create(t *testing.T, extra string) (id string) {
+	t.Helper()
+	id = newID()
+	m.createAs(t, id, extra).want(t, http.StatusCreated)
+	return id
+}
+
+func (m *machine) ctl(t *testing.T, id, op string) {
+	t.Helper()
+	m.do(t, "POST", "/service/"+id+"/ctl", `{"op":"`+op+`"}`).want(t, http.StatusNoContent)
+}
+
+func (m *machine) setEnv(t *testing.T, id, body string) {
+	t.Helper()
+	m.do(t, "PATCH", "/service/"+id+"/env", body).want(t, http.StatusNoContent)
+}
+
+// get returns what GET says about a service.
+func (m *machine) get(t *testing.T, id string) (c container.InspectResponse) {
+	t.Helper()
+	decode(t, m.do(t, "GET", "/service/"+id, "").want(t, http.StatusOK).body, &c)
+	return c
+}
+
+func decode(t *testing.T, text string, v any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), v); err != nil {
+		t.Fatalf("%v in %.200s", err, text)
+	}
+}
+
+// report is what the probe says that it sees.
+type report struct {
+	Args, Env, Interfaces []string
+	UID, GID              int
+	Dir, Hostname         string
+	Terminal              bool
+	Status                string            // /proc/self/status
+	Cgroup                map[string]string // limits, by the kernel's file name
+	Files                 map[string]string // under the bind directory: owner, mode and content
+	Starts                string            // a byte for each start that the volume has seen
+	Stdin                 string            // its first line, or "EOF"
+	Forks                 int               // that worked
+}
+
+// report waits for the probe's report and takes it away, so that the next is a new one.
+func (m *machine) report(t *testing.T, id string) (r report) {
+	t.Helper()
+	path := filepath.Join(m.binds, id, "report.json")
+	waitFor(t, "the probe's report", func() bool { _, err := os.Stat(path); return err == nil })
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	decode(t, string(text), &r)
+	return r
+}
+
+// status returns a line of the probe's /proc/self/status.
+func (r report) status(name string) string {
+	for line := range strings.Lines(r.Status) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}
+
+// limit returns what the kernel's first or, with version 2 of cgroups, second file says.
+func (r report) limit(v1, v2 string) string {
+	text, ok := r.Cgroup[v1]
+	if !ok {
+		text = r.Cgroup[v2]
+	}
+	return strings.TrimSpace(text)
+}
+
+func TestServiceRunsAsAsked(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, `"cmd":["/probe","run","/srv/a b","$HOME","two words",""],"shell":["/bin/x","-c"],
+		"bind_dir":"srv/a b/","user":"1234:2345","working_dir":"/work/here","hostname":"Named-1","env":["A=1","B=x=y z"],
+		"tty":false,"network_disabled":true,"max_cpu":25000,"max_ram":67108864`)
+	m.ctl(t, id, "start")
+	r, c := m.report(t, id), m.get(t, id)
+
+	for _, check := range []struct {
+		what      string
+		got, want any
+	}{
+		{"cmd", r.Args, []string{"/probe", "run", "/srv/a b", "$HOME", "two words", ""}},
+		{"shell", []string(c.Config.Shell), []string{"/bin/x", "-c"}},
+		{"user", [2]int{r.UID, r.GID}, [2]int{1234, 2345}},
+		{"working_dir", r.Dir, "/work/here"},
+		{"hostname", r.Hostname, "Named-1"},
+		{"env A", slices.Contains(r.Env, "A=1"), true},
+		{"env B", slices.Contains(r.Env, "B=x=y z"), true},
+		{"tty", r.Terminal, false},
+		{"network_disabled", r.Interfaces, []string{"lo"}},
+		{"max_cpu", r.limit("cpu.cfs_quota_us", "cpu.max"), cmp.Or(r.onV2("25000 100000"), "25000")},
+		{"its period", r.limit("cpu.cfs_period_us", "cpu.max"), cmp.Or(r.onV2("25000 100000"), "100000")},
+		{"max_ram", r.limit("memory.limit_in_bytes", "memory.max"), "67108864"},
+		{"no swap on top", c.HostConfig.MemorySwap, int64(67108864)},
+		{"bind directory's owner", strings.HasPrefix(r.Files["."], "1234:2345 "), true},
+		{"no_new_privs", r.status("NoNewPrivs"), "1"},
+		{"no capability as another user", r.status("CapEff"), "0000000000000000"},
+	} {
+		if fmt.Sprint(check.got) != fmt.Sprint(check.want) {
+			t.Errorf("%s: the service has %v, want %v", check.what, check.got, check.want)
+		}
+	}
+	for file, want := range map[string]string{"memory.memsw.limit_in_bytes": "67108864", "memory.swap.max": "0"} {
+		// Neither is there where the kernel does not account swap.
+		if got, ok := r.Cgroup[file]; ok && strings.TrimSpace(got) != want {
+			t.Errorf("%s is %q, want %s", file, got, want)
+		}
+	}
+}
+
+// onV2 returns text where the kernel has version 2 of cgroups.
+func (r report) onV2(text string) string {
+	if _, ok := r.Cgroup["cpu.max"]; ok {
+		return text
+	}
+	return ""
+}
+
+func TestServiceThatAsksForNothingIsConfined(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, func(c *config) { c.pidsLimit = 77 })
+	id := m.create(t, "")
+	m.ctl(t, id, "start")
+	r, c := m.report(t, id), m.get(t, id)
+	// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, NET_BIND_SERVICE, SYS_CHROOT
+	const capabilities = "00000000000404fb"
+
+	for _, check := range []struct {
+		what      string
+		got, want any
+	}{
+		{"user", [2]int{r.UID, r.GID}, [2]int{0, 0}},
+		{"working directory", r.Dir, "/"},
+		{"hostname", r.Hostname, c.ID[:12]},
+		{"tty", r.Terminal, true},
+		{"stdin", c.Config.OpenStdin, true},
+		{"network", r.Interfaces, []string{"lo", "eth0"}},
+		{"CPU quota", r.limit("cpu.cfs_quota_us", "cpu.max"), cmp.Or(r.onV2("max 100000"), "-1")},
+		{"pids limit", r.limit("pids.max", "pids.max"), "77"},
+		{"bounding capabilities", r.status("CapBnd"), capabilities},
+		{"effective capabilities", r.status("CapEff"), capabilities},
+		{"permitted capabilities", r.status("CapPrm"), capabilities},
+		{"no_new_privs", r.status("NoNewPrivs"), "1"},
+		{"seccomp filter", r.status("Seccomp"), "2"},
+		{"bind directory's owner", strings.HasPrefix(r.Files["."], "0:0 "), true},
+	} {
+		if fmt.Sprint(check.got) != fmt.Sprint(check.want) {
+			t.Errorf("%s: the service has %v, want %v", check.what, check.got, check.want)
+		}
+	}
+}
+
+func TestStdinIsOpenOrClosed(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for _, test := range []struct {
+		extra string
+		send  string
+		want  string
+	}{
+		{`"tty":true`, "over the terminal\n", "over the terminal\n"},
+		{`"tty":false,"open_stdin":true`, "over a pipe\n", "over a pipe\n"},
+		{`"tty":false,"open_stdin":false`, "", "EOF"},
+	} {
+		t.Run(test.extra, func(t *testing.T) {
+			t.Parallel()
+			id := m.create(t, `"cmd":["/probe","stdin","/data"],`+test.extra)
+			if test.send != "" {
+				attached, err := m.engine.ContainerAttach(t.Context(), id, container.AttachOptions{Stream: true, Stdin: true})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer attached.Close()
+				m.ctl(t, id, "start")
+				if _, err := io.WriteString(attached.Conn, test.send); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				m.ctl(t, id, "start")
+			}
+			if got := m.report(t, id).Stdin; got != test.want {
+				t.Errorf("the service read %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestPublishedPortsAnswerFromTheHost(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for name, test := range map[string]struct {
+		ports  string // of TCP port 8080 and UDP port 8081
+		chosen bool   // by the engine
+	}{
+		"object, chosen port": {`"8080/tcp":{"HostIp":"127.0.0.1","HostPort":"0"},"8081/udp":{"HostIp":"127.0.0.1","HostPort":"0"}`, true},
+		"array, chosen port":  {`"8080/tcp":[{"HostIp":"127.0.0.1","HostPort":"0"}],"8081/udp":[{"HostPort":"0"}]`, true},
+		"array of two":        {`"8080/tcp":[{"HostIp":"127.0.0.1","HostPort":"TCP"},{"HostIp":"127.0.0.1","HostPort":"0"}],"8081/udp":{"HostIp":"127.0.0.1","HostPort":"UDP"}`, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tcp, udp := freePorts(t)
+			id := m.create(t, `"port_map":{`+strings.NewReplacer("TCP", tcp, "UDP", udp).Replace(test.ports)+`}`)
+			m.ctl(t, id, "start")
+			m.report(t, id)
+			published := m.get(t, id).NetworkSettings.Ports
+			for port, answer := range map[nat.Port]string{"8080/tcp": "tcp hello\n", "8081/udp": "udp hello\n"} {
+				if len(published[port]) == 0 {
+					t.Errorf("%s is not published: %v", port, published)
+				}
+				for _, end := range published[port] {
+					if end.HostIP == "::" { // the engine adds it to "all addresses"
+						continue
+					}
+					if got := ask(t, port.Proto(), net.JoinHostPort("127.0.0.1", end.HostPort)); got != answer {
+						t.Errorf("%s at %v: the host reads %q, want %q", port, end, got, answer)
+					}
+				}
+			}
+			if slices.Contains(published["8080/tcp"], nat.PortBinding{HostIP: "127.0.0.1", HostPort: tcp}) == test.chosen {
+				t.Errorf("published at %v, want 127.0.0.1 and the port asked for, %s", published, tcp)
+			}
+		})
+	}
+}
+
+// freePorts returns a TCP and a UDP port of the host that nobody uses.
+func freePorts(t *testing.T) (tcp, udp string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	packets, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer packets.Close()
+	_, tcp, _ = net.SplitHostPort(listener.Addr().String())
+	_, udp, _ = net.SplitHostPort(packets.LocalAddr().String())
+	return tcp, udp
+}
+
+// ask sends a line and returns the answer.
+func ask(t *testing.T, network, address string) string {
+	t.Helper()
+	conn, err := net.DialTimeout(network, address, 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := io.WriteString(conn, "hello\n"); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(conn).ReadString('\n')
+	if err != nil {
+		t.Error(err)
+	}
+	return line
+}
+
+func TestMemoryHogIsKilled(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, `"cmd":["/probe","hog","/data"],"max_ram":33554432`)
+	m.ctl(t, id, "start")
+	m.waitForEnd(t, id)
+	if state := m.get(t, id).State; !state.OOMKilled || state.ExitCode != 137 {
+		t.Errorf("OOMKilled is %v, exit code %d, want true and 137", state.OOMKilled, state.ExitCode)
+	}
+}
+
+// waitForEnd waits until the service has ended and returns its exit code.
+func (m *machine) waitForEnd(t *testing.T, id string) int64 {
+	t.Helper()
+	ended, failed := m.engine.ContainerWait(t.Context(), id, container.WaitConditionNotRunning)
+	select {
+	case end := <-ended:
+		return end.StatusCode
+	case err := <-failed:
+		t.Fatal(err)
+		return 0
+	}
+}
+
+func TestForkBombStopsAtThePidsLimit(t *testing.T) {
+	t.Parallel()
+	const limit = 60
+	m := newMachine(t, func(c *config) { c.pidsLimit = limit })
+	id := m.create(t, `"cmd":["/probe","forks","/data"]`)
+	m.ctl(t, id, "start")
+	// The probe has threads of its own: a few, not half of the limit.
+	if forks := m.report(t, id).Forks; forks < limit/2 || forks >= limit {
+		t.Errorf("the service could fork %d times, want fewer than %d", forks, limit)
+	}
+}
+
+func TestBindDirectoryIsWrittenOnBothSides(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, "")
+	if err := os.WriteFile(filepath.Join(m.binds, id, "from-host"), []byte("written outside"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.ctl(t, id, "start")
+	if got, want := m.report(t, id).Files["from-host"], "0:0 -rw------- written outside"; got != want {
+		t.Errorf("the service sees %q, want %q", got, want)
+	}
+	if text, err := os.ReadFile(filepath.Join(m.binds, id, "from-container")); err != nil || string(text) != "written inside" {
+		t.Errorf("the host reads %q, %v", text, err)
+	}
+}
+
+func TestBindContentsArriveInTheService(t *testing.T) {
+	t.Parallel()
+	archive := gzipped(t, tarOf(t,
+		entry{tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o750, Uid: 7, Gid: 8}, ""},
+		file("dir/program", "contents"),
+		entry{tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "dir/program", Uid: 7, Gid: 8}, ""}))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Write(archive)
+	}))
+	t.Cleanup(server.Close)
+	m := newMachine(t, func(c *config) { c.fetchAllow = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} })
+
+	for user, owner := range map[string]string{"1234:2345": "1234:2345", "1234": "1234:0", "": "7:8"} {
+		t.Run("user "+user, func(t *testing.T) {
+			t.Parallel()
+			id := m.create(t, fmt.Sprintf(`"user":%q,"bind_contents":"%s/a.tar.gz"`, user, server.URL))
+			m.ctl(t, id, "start")
+			files := m.report(t, id).Files
+			for name, want := range map[string]string{"dir": "drwxr-x--- ", "dir/program": "-rwxr-xr-x contents", "link": "Lrwxrwxrwx "} {
+				if want = owner + " " + want; files[name] != want {
+					t.Errorf("%s: the service sees %q, want %q", name, files[name], want)
+				}
+			}
+		})
+	}
+}
+
+// imageWithVolume makes an image of the probe that declares a volume and a variable.
+func (m *machine) imageWithVolume(t *testing.T) string {
+	t.Helper()
+	ref := "duxcore-test/" + newID() + ":1"
+	archive := tarOf(t, file("probe", buildProbe(t)))
+	progress, err := m.engine.ImageImport(t.Context(), image.ImportSource{Source: bytes.NewReader(archive), SourceName: "-"}, ref,
+		image.ImportOptions{Changes: []string{"VOLUME /vol", "ENV FROM_IMAGE=underneath"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer progress.Close()
+	m.cleanUp(t, m.binds, ref)
+	if text, err := io.ReadAll(progress); err != nil || !bytes.Contains(text, []byte("sha256:")) {
+		t.Fatalf("cannot import: %s %v", text, err)
+	}
+	return ref
+}
+
+func TestEnvChangesAtTheNextStart(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, fmt.Sprintf(`"image":%q,"env":["ENV=first"],
+		"user":"0:7","working_dir":"/vol","hostname":"kept","tty":false,"port_map":{"8080/tcp":{"HostPort":"0"}},"max_cpu":50000,"max_ram":67108864`, m.imageWithVolume(t)))
+	starts := ""
+	wantEnv := func(when string, env []string, want string) {
+		t.Helper()
+		got := slices.DeleteFunc(slices.Clone(env), func(v string) bool { return !strings.HasPrefix(v, "ENV") && v != "FROM_IMAGE=underneath" })
+		slices.Sort(got)
+		if strings.Join(got, " ") != want {
+			t.Errorf("%s: the environment is %q, want %q", when, got, want)
+		}
+	}
+	// The probe counts its starts in the volume, which must outlive each container.
+	wantStarted := func(when, want string) {
+		t.Helper()
+		r := m.report(t, id)
+		wantEnv(when+", in the service", r.Env, want)
+		wantEnv(when+", in GET", m.get(t, id).Config.Env, want)
+		if starts += "x"; r.Starts != starts {
+			t.Errorf("%s: the volume holds %q, want %q", when, r.Starts, starts)
+		}
+	}
+
+	m.ctl(t, id, "start")
+	wantStarted("after the first start", "ENV=first FROM_IMAGE=underneath")
+	first := m.get(t, id)
+	m.setEnv(t, id, `{"ENV":"lost","ENV_LOST":"x"}`)
+	wantEnv("with a change that waits", m.get(t, id).Config.Env, "ENV=first FROM_IMAGE=underneath")
+	m.setEnv(t, id, `{"ENV":"second"}`)
+	m.ctl(t, id, "start")
+	if c := m.get(t, id); c.ID != first.ID || c.State.StartedAt != first.State.StartedAt {
+		t.Error("start of a running service restarted it")
+	}
+	wantEnv("after a start of a running service", m.get(t, id).Config.Env, "ENV=first FROM_IMAGE=underneath")
+	m.ctl(t, id, "restart")
+	wantStarted("after the restart", "ENV=second FROM_IMAGE=underneath")
+	if got, want := withoutEnv(t, m.get(t, id)), withoutEnv(t, first); got != want {
+		t.Errorf("more than the environment has changed:\n%s\n%s", want, got)
+	}
+
+	m.ctl(t, id, "stop")
+	m.setEnv(t, id, `{"ENV":"third"}`)
+	wantEnv("stopped", m.get(t, id).Config.Env, "ENV=second FROM_IMAGE=underneath")
+	m.ctl(t, id, "start")
+	wantStarted("after stop and start", "ENV=third FROM_IMAGE=underneath")
+
+	m.setEnv(t, id, `{}`)
+	m.ctl(t, id, "restart")
+	wantStarted("without variables", "FROM_IMAGE=underneath")
+	m.setEnv(t, id, `{"ENV":"never used"}`)
+	if list := m.containers(t, m.binds); len(list) != 2 {
+		t.Errorf("the service has %d containers, want the current one and the next", len(list))
+	}
+
+	volume := first.Mounts[slices.IndexFunc(first.Mounts, func(p container.MountPoint) bool { return p.Destination == "/vol" })].Name
+	if _, err := m.engine.VolumeInspect(t.Context(), volume); err != nil {
+		t.Errorf("the volume before the service is deleted: %v", err)
+	}
+	m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+	if _, err := m.engine.VolumeInspect(t.Context(), volume); !errdefs.IsNotFound(err) {
+		t.Errorf("the volume after the service is deleted: %v", err)
+	}
+	m.wantNothing(t)
+}
+
+// withoutEnv returns a service's settings but for those in which its environment shows.
+func withoutEnv(t *testing.T, c container.InspectResponse) string {
+	t.Helper()
+	c.Config.Env, c.Config.Image, c.HostConfig.VolumesFrom = nil, "", nil
+	delete(c.Config.Labels, labelParams)
+	return toJSON(t, []any{c.Name, c.Image, c.Config, c.HostConfig})
+}
+
+func TestControlDoesWhatIsAskedAndNothingTwice(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, "")
+	for i, step := range []struct {
+		op       string
+		running  bool
+		restarts bool
+	}{
+		{"stop", false, false},
+		{"kill", false, false},
+		{"start", true, true},
+		{"start", true, false},
+		{"restart", true, true},
+		{"stop", false, false},
+		{"stop", false, false},
+		{"restart", true, true},
+		{"kill", false, false},
+		{"kill", false, false},
+		{"start", true, true},
+	} {
+		before := m.get(t, id).State
+		m.ctl(t, id, step.op)
+		waitFor(t, "the service's state", func() bool { return m.get(t, id).State.Running == step.running })
+		after := m.get(t, id).State
+		if restarted := after.StartedAt != before.StartedAt; restarted != step.restarts {
+			t.Errorf("step %d, %s: started anew is %v, want %v", i, step.op, restarted, step.restarts)
+		}
+		if stopped := step.op == "stop" && before.Running; stopped && after.ExitCode != 0 {
+			t.Errorf("step %d: the service was not stopped by SIGTERM but ended with %d", i, after.ExitCode)
+		}
+		if killed := step.op == "kill" && before.Running; killed && after.ExitCode != 137 {
+			t.Errorf("step %d: the service was not killed but ended with %d", i, after.ExitCode)
+		}
+		if step.restarts {
+			m.report(t, id) // it has its signal handlers by now
+		}
+	}
+}
+
+func TestKillDoesNotWaitBehindAStop(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, func(c *config) { c.stopTimeout = time.Hour })
+	id := m.create(t, `"cmd":["/probe","stubborn","/data"]`)
+	m.ctl(t, id, "start")
+	m.report(t, id)
+
+	stop := m.request(t, "POST", "/service/"+id+"/ctl", strings.NewReader(`{"op":"stop"}`))
+	stopped := make(chan string, 1)
+	go func() {
+		response, err := m.client.Do(stop)
+		if err != nil {
+			stopped <- err.Error()
+			return
+		}
+		response.Body.Close()
+		stopped <- response.Status
+	}()
+	waitFor(t, "SIGTERM at the service", func() bool {
+		_, err := os.Stat(filepath.Join(m.binds, id, "terminated"))
+		return err == nil
+	})
+	select {
+	case status := <-stopped:
+		t.Fatalf("the stop ended with %s before the kill: the test shows nothing", status)
+	default:
+	}
+	m.ctl(t, id, "kill") // would take the hour, and fail, behind the stop
+	if status := <-stopped; status != "204 No Content" {
+		t.Errorf("the stop ended with %s", status)
+	}
+	if state := m.get(t, id).State; state.Running || state.ExitCode != 137 {
+		t.Errorf("running is %v, exit code %d, want killed", state.Running, state.ExitCode)
+	}
+}
+
+func TestStatsAreCompleteAndAnswerForStoppedServices(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, "")
+	stats := func() (s container.StatsResponse) {
+		decode(t, m.do(t, "GET", "/service/"+id+"/stats", "").want(t, http.StatusOK).body, &s)
+		return s
+	}
+	if s := stats(); s.Name != "/"+id || !s.Read.IsZero() {
+		t.Errorf("stats of a service that does not run: %+v", s)
+	}
+	m.ctl(t, id, "start")
+	if s := stats(); s.Name != "/"+id || s.PreRead.IsZero() || !s.Read.After(s.PreRead) || s.PreCPUStats.SystemUsage == 0 ||
+		s.MemoryStats.Usage == 0 || s.PidsStats.Current == 0 || len(s.Networks) == 0 {
+		t.Errorf("stats of a running service are not complete: %+v", s)
+	}
+	m.ctl(t, id, "stop")
+	if s := stats(); s.Name != "/"+id || !s.Read.IsZero() {
+		t.Errorf("stats of a stopped service: %+v", s)
+	}
+}
+
+func TestGetIsTheEnginesInspect(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, "")
+	for _, op := range []string{"", "start", "stop"} {
+		if op != "" {
+			m.ctl(t, id, op)
+		}
+		got := m.do(t, "GET", "/service/"+id, "").want(t, http.StatusOK).body
+		if _, want, err := m.engine.ContainerInspectWithRaw(t.Context(), id, false); err != nil || got != string(want) {
+			t.Errorf("after %q: got %s, want %s, %v", op, got, want, err)
+		}
+	}
+}
+
+func TestListShowsOnlyThisDaemonsServices(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	other := &machine{daemon: startDaemon(t, "", nil), engine: m.engine, image: m.image}
+	other.cleanUp(t, other.binds, "")
+	mine := []string{m.create(t, ""), m.create(t, "")}
+	theirs := []string{other.create(t, "")}
+	m.setEnv(t, mine[0], `{"A":"1"}`) // has a second container, which is no service
+	m.foreign(t, newID(), nil)
+
+	for d, want := range map[*machine][]string{m: mine, other: theirs} {
+		var list []container.Summary
+		decode(t, d.do(t, "GET", "/service", "").want(t, http.StatusOK).body, &list)
+		var got []string
+		for _, c := range list {
+			got = append(got, strings.TrimPrefix(strings.Join(c.Names, " "), "/"))
+		}
+		slices.Sort(got)
+		slices.Sort(want)
+		if !slices.Equal(got, want) {
+			t.Errorf("the list shows %q, want %q", got, want)
+		}
+	}
+}
+
+// foreign runs the probe in a container that no daemon made and returns its id.
+func (m *machine) foreign(t *testing.T, name string, labels map[string]string) string {
+	t.Helper()
+	created, err := m.engine.ContainerCreate(t.Context(), &container.Config{Image: m.image, Labels: labels,
+		Cmd: []string{"/probe", "run", "/tmp"}, WorkingDir: "/tmp"}, &container.HostConfig{NetworkMode: "none"}, nil, nil, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		err := m.engine.ContainerRemove(context.Background(), created.ID, container.RemoveOptions{Force: true})
+		if err != nil && !errdefs.IsNotFound(err) {
+			t.Error(err)
+		}
+	})
+	if err := m.engine.ContainerStart(t.Context(), created.ID, container.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	return created.ID
+}
+
+func TestForeignContainersAreNotFoundAndUntouched(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	byName, forged, misnamed := newID(), newID(), newID()
+	byPrefix := m.foreign(t, newID(), nil)
+	targets := map[string]string{ // ids of containers by what a request calls them
+		byName:        m.foreign(t, byName, nil),
+		forged:        m.foreign(t, forged, map[string]string{labelService: forged, labelBinds: m.binds + "/other"}),
+		misnamed:      m.foreign(t, misnamed, map[string]string{labelService: "it-another", labelBinds: m.binds}),
+		byPrefix[:12]: byPrefix,
+		byPrefix[:63]: byPrefix,
+	}
+	inspect := func(containerID string) string {
+		_, raw, err := m.engine.ContainerInspectWithRaw(t.Context(), containerID, false)
+		if err != nil {
+			t.Error(err)
+		}
+		return string(raw)
+	}
+	before := map[string]string{}
+	for _, containerID := range targets {
+		before[containerID] = inspect(containerID)
+	}
+	for name, containerID := range targets {
+		for _, request := range []struct{ method, path, body string }{
+			{"GET", "", ""}, {"GET", "/stats", ""}, {"PATCH", "/env", `{"A":"1"}`},
+			{"POST", "/ctl", `{"op":"start"}`}, {"POST", "/ctl", `{"op":"stop"}`},
+			{"POST", "/ctl", `{"op":"restart"}`}, {"POST", "/ctl", `{"op":"kill"}`}, {"DELETE", "", ""},
+		} {
+			m.do(t, request.method, "/service/"+name+request.path, request.body).want(t, http.StatusNotFound, "no service")
+		}
+		if after := inspect(containerID); after != before[containerID] {
+			t.Errorf("container %s was touched:\n%s\n%s", name, before[containerID], after)
+		}
+	}
+	m.createAs(t, byName, "").want(t, http.StatusConflict)
+	if after := inspect(targets[byName]); after != before[targets[byName]] {
+		t.Error("a create of its name touched a container")
+	}
+	if entries, err := os.ReadDir(m.binds); err != nil || len(entries) != 0 {
+		t.Errorf("there are bind directories: %v %v", entries, err)
+	}
+}
+
+func TestTakenIDIsAConflict(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, `"env":["WHOSE=first"]`)
+	before := m.get(t, id)
+	m.createAs(t, id, `"env":["WHOSE=second"]`).want(t, http.StatusConflict)
+	if after := m.get(t, id); after.ID != before.ID || !slices.Contains(after.Config.Env, "WHOSE=first") {
+		t.Error("the second create touched the service")
+	}
+	if _, err := os.Stat(filepath.Join(m.binds, id)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBindDirectoryWithDataIsNeitherUsedNorErased(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := newID()
+	data := filepath.Join(m.binds, id, "data")
+	writeFile(t, data, "precious")
+	m.createAs(t, id, "").want(t, http.StatusConflict, "not empty")
+	wantFile(t, data, "precious")
+	if list := m.containers(t, m.binds); len(list) != 0 {
+		t.Errorf("there are containers: %v", list)
+	}
+
+	// The operator moves it away; an empty leftover is no obstacle.
+	if err := os.Remove(data); err != nil {
+		t.Fatal(err)
+	}
+	m.createAs(t, id, "").want(t, http.StatusCreated)
+}
+
+// writeFile writes a file and makes the directories that it is in.
+func writeFile(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantFile(t *testing.T, path, content string) {
+	t.Helper()
+	if text, err := os.ReadFile(path); err != nil || string(text) != content {
+		t.Errorf("%s holds %q, %v, want %q", path, text, err, content)
+	}
+}
+
+func TestDeleteRemovesWhatIsLeft(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for name, lose := range map[string]func(t *testing.T, id string){
+		"nothing is lost": func(t *testing.T, id string) {},
+		"the directory is lost": func(t *testing.T, id string) {
+			if err := os.RemoveAll(filepath.Join(m.binds, id)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"the container is lost": func(t *testing.T, id string) {
+			if err := m.engine.ContainerRemove(t.Context(), id, container.RemoveOptions{Force: true}); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			id := m.create(t, "")
+			m.ctl(t, id, "start")
+			m.report(t, id)
+			writeFile(t, filepath.Join(m.binds, id, "dir/file"), "")
+			lose(t, id)
+			m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+			m.wantNothing(t)
+			m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNotFound)
+		})
+	}
+}
+
+func TestFailedCreateLeavesNothing(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Write(gzipped(t, tarOf(t, file("a", "x"), file("../b", "y"))))
+	}))
+	t.Cleanup(server.Close)
+	m := newMachine(t, func(c *config) { c.fetchAllow = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} })
+	for name, test := range map[string]struct {
+		extra  string
+		status int
+	}{
+		"an image without a command": {`"cmd":[]`, http.StatusBadRequest},
+		"hostile contents":           {fmt.Sprintf(`"bind_contents":"%s"`, server.URL), http.StatusBadRequest},
+		"no such image":              {`"image":"sha256:` + strings.Repeat("0", 64) + `"`, http.StatusNotFound},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m.createAs(t, newID(), test.extra).want(t, test.status)
+			m.wantNothing(t)
+		})
+	}
+}
+
+func TestImportsKeepTagsOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for _, marker := range []string{newID(), newID()} {
+		id := m.importImage(t, string(tarOf(t, file(marker, marker))))
+		m.cleanUp(t, m.binds, id)
+		inspected, err := m.engine.ImageInspect(t.Context(), id)
+		if want := []string{"duxcore/import:" + id[len("sha256:"):][:12]}; err != nil || !slices.Equal(inspected.RepoTags, want) {
+			t.Errorf("the image's tags are %q, %v, want %q", inspected.RepoTags, err, want)
+		}
+		if got := m.holding(t, marker); !slices.Equal(got, []string{id}) {
+			t.Errorf("images that hold what was uploaded: %q, want %q", got, id)
+		}
+	}
+}
+
+// holding returns the ids of the images made by importing something with marker in it.
+func (m *machine) holding(t *testing.T, marker string) (ids []string) {
+	t.Helper()
+	all, err := m.engine.ImageList(t.Context(), image.ListOptions{All: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, found := range all {
+		// Larger or older ones are not this test's. Others' images may go meanwhile.
+		if found.Size > 1<<20 || time.Since(time.Unix(found.Created, 0)) > time.Hour {
+			continue
+		}
+		saved, err := m.engine.ImageSave(t.Context(), []string{found.ID})
+		if err != nil {
+			continue
+		}
+		text, err := io.ReadAll(saved)
+		saved.Close()
+		if err == nil && bytes.Contains(text, []byte(marker)) {
+			ids = append(ids, found.ID)
+		}
+	}
+	return ids
+}
+
+func TestFailedImportLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	marker := newID()
+	archive := string(tarOf(t, file("first-"+marker, strings.Repeat(marker, 2000)), file("second-"+marker, strings.Repeat(marker, 100))))
+	end := strings.TrimRight(archive, "\x00") // the end of the second file's content
+	lastBlock := (len(end) + 511) / 512 * 512
+	earlier := m.emptyImages(t)
+	for name, body := range map[string]string{
+		"empty":                        "",
+		"zeros":                        strings.Repeat("\x00", 10240),
+		"text":                         strings.Repeat("not a tar "+marker, 200),
+		"gzipped":                      string(gzipped(t, []byte(archive))),
+		"cut in the first header":      archive[:300],
+		"cut after the first header":   archive[:512],
+		"cut in the first content":     archive[:20_000],
+		"cut in the second header":     archive[:strings.Index(archive, "second-")+200],
+		"cut in the second content":    archive[:len(end)-1000],
+		"cut in the padding":           archive[:lastBlock-1],
+		"cut before the end mark":      archive[:lastBlock],
+		"cut in the end mark":          archive[:lastBlock+512],
+		"broken in the second header":  strings.Replace(archive, "second-", "broken-", 1),
+		"something else after a while": archive[:lastBlock] + strings.Repeat("rubbish!", 64) + strings.Repeat("\x00", 1024),
+	} {
+		t.Run(name, func(t *testing.T) { m.do(t, "POST", "/docker/image", body).want(t, http.StatusBadRequest) })
+	}
+	t.Run("broken off", func(t *testing.T) { m.breakOff(t, archive, 20_000) })
+	t.Run("broken off before the end mark", func(t *testing.T) { m.breakOff(t, archive, lastBlock) })
+
+	// An image of one of those would be complete by the time that a later one is.
+	good := m.importImage(t, archive)
+	m.cleanUp(t, m.binds, good)
+	for _, id := range m.holding(t, marker) {
+		if id != good {
+			t.Errorf("a failed import left the image %s", id)
+			m.cleanUp(t, m.binds, id)
+		}
+	}
+	for id := range m.emptyImages(t) {
+		if !earlier[id] {
+			t.Errorf("a failed import left the empty image %s", id)
+			m.cleanUp(t, m.binds, id)
+		}
+	}
+}
+
+func TestConnectionServesOnAfterAnUpload(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	good := string(tarOf(t, file(newID(), "")))
+	for name, body := range map[string]string{"whole": good, "cut": good[:1024], "no tar": strings.Repeat("x", 10_000)} {
+		for range 10 {
+			answer := m.do(t, "POST", "/docker/image", body)
+			if answer.status == http.StatusCreated {
+				m.cleanUp(t, m.binds, strings.Split(answer.body, `"`)[3])
+			}
+			if after := m.do(t, "GET", "/service", ""); after.status != http.StatusOK {
+				t.Fatalf("%s: the upload's answer is %d, that of the next request %d %s", name, answer.status, after.status, after.body)
+			}
+		}
+	}
+}
+
+// emptyImages returns the ids of imported images with nothing in them.
+func (m *machine) emptyImages(t *testing.T) map[string]bool {
+	t.Helper()
+	all, err := m.engine.ImageList(t.Context(), image.ListOptions{All: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids := map[string]bool{}
+	for _, found := range all {
+		if found.Size == 0 {
+			ids[found.ID] = true
+		}
+	}
+	return ids
+}
+
+// breakOff uploads the first bytes of an archive, closes the connection, and waits until
+// the daemon is done with it.
+func (m *machine) breakOff(t *testing.T, archive string, bytes int) {
+	t.Helper()
+	const line = `route="POST /docker/image"`
+	before := strings.Count(m.log.String(), line)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(m.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: daemon\r\nX-Duxcore-CoreKey: %s\r\nContent-Length: %d\r\n\r\n%s",
+		m.key, len(archive), archive[:bytes])
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the end of the upload", func() bool { return strings.Count(m.log.String(), line) > before })
+}
+
+// registry is the least that the engine needs to pull from.
+type registry struct {
+	address string
+	login   string // user:password; empty for none
+	objects map[string]blob
+}
+
+// blob is a manifest or other content, by the path's last element.
+type blob struct{ kind, content string }
+
+func newRegistry(t *testing.T, login string) *registry {
+	r := &registry{login: login, objects: map[string]blob{}}
+	server := httptest.NewServer(r)
+	t.Cleanup(server.Close)
+	r.address = strings.TrimPrefix(server.URL, "http://")
+	return r
+}
+
+func (r *registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+	user, password, _ := req.BasicAuth()
+	if r.login != "" && user+":"+password != r.login {
+		w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+		w.WriteHeader(http.StatusUnauthorized)
+		io.WriteString(w, `{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}`)
+		return
+	}
+	object, ok := r.objects[req.URL.Path[strings.LastIndex(req.URL.Path, "/")+1:]]
+	if req.URL.Path != "/v2/" && !ok {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusNotFound)
+		io.WriteString(w, `{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown","detail":{}}]}`)
+		return
+	}
+	w.Header().Set("Content-Type", object.kind)
+	w.Header().Set("Docker-Content-Digest", digest(object.content))
+	w.Header().Set("Content-Length", strconv.Itoa(len(object.content)))
+	io.WriteString(w, object.content)
+}
+
+func digest(content string) string { return fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(content))) }
+
+func (r *registry) add(kind, content string) map[string]any {
+	r.objects[digest(content)] = blob{kind, content}
+	return map[string]any{"mediaType": kind, "digest": digest(content), "size": len(content)}
+}
+
+// push puts an image of the layers, which are tar archives, under a tag. It returns the
+// image's name and its layers' digests.
+func (r *registry) push(t *testing.T, tag string, layers ...[]byte) (name string, digests []string) {
+	t.Helper()
+	var diffs []string
+	var descriptors []any
+	for _, layer := range layers {
+		diffs = append(diffs, digest(string(layer)))
+		zipped := string(gzipped(t, layer))
+		digests = append(digests, digest(zipped))
+		descriptors = append(descriptors, r.add("application/vnd.docker.image.rootfs.diff.tar.gzip", zipped))
+	}
+	const manifest = "application/vnd.docker.distribution.manifest.v2+json"
+	config := r.add("application/vnd.docker.container.image.v1+json", toJSON(t, map[string]any{
+		"architecture": runtime.GOARCH, "os": "linux", "config": map[string]any{"Cmd": []string{"/probe", "run", "/data"}},
+		"rootfs": map[string]any{"type": "layers", "diff_ids": diffs}}))
+	r.objects[tag] = blob{manifest, toJSON(t, map[string]any{"schemaVersion": 2, "mediaType": manifest, "config": config, "layers": descriptors})}
+	r.add(manifest, r.objects[tag].content) // the engine asks for the tag, then for what it means
+	return r.address + "/duxcore-test/probe:" + tag, digests
+}
+
+func toJSON(t *testing.T, v any) string {
+	t.Helper()
+	text, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func TestImageIsPulledFromARegistry(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for name, test := range map[string]struct{ login, auth string }{
+		"open":         {"", ""},
+		"with a login": {"someone:secret", `{"username":"someone","password":"secret"}`},
+	} {
+		r := newRegistry(t, test.login)
+		ref, _ := r.push(t, "good", tarOf(t, file("probe", buildProbe(t))), tarOf(t, file(newID(), "")))
+		m.cleanUp(t, m.binds, ref)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			id := newID()
+			m.createFrom(t, id, ref, test.auth).want(t, http.StatusCreated)
+			m.ctl(t, id, "start")
+			if args := m.report(t, id).Args; !slices.Equal(args, []string{"/probe", "run", "/data"}) {
+				t.Errorf("the service runs %q, want the image's command", args)
+			}
+		})
+	}
+}
+
+// createFrom asks for a service of an image to be pulled, with its own command.
+func (m *machine) createFrom(t *testing.T, id, ref, auth string) answer {
+	t.Helper()
+	r := m.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id, fmt.Sprintf(`"image":%q`, ref))))
+	if auth != "" {
+		r.Header.Set("X-Registry-Auth", base64.URLEncoding.EncodeToString([]byte(auth)))
+	}
+	return m.send(t, r)
+}
+
+func TestFailedPullIsAnErrorAndLeavesNothing(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	open, closed := newRegistry(t, ""), newRegistry(t, "someone:secret")
+	missing := open.address + "/duxcore-test/probe:missing"
+	// The engine notices when it has most of the image, in an answer that began with 200.
+	spoiled, layers := open.push(t, "spoiled", tarOf(t, file(newID(), "")), tarOf(t, file(newID(), strings.Repeat("x", 1<<16))))
+	last := open.objects[layers[1]]
+	last.content = last.content[:len(last.content)-1] + "?"
+	open.objects[layers[1]] = last
+	lacking, layers := open.push(t, "lacking", tarOf(t, file(newID(), "")), tarOf(t, file(newID(), "")))
+	delete(open.objects, layers[1])
+	secret, _ := closed.push(t, "secret", tarOf(t, file(newID(), "")))
+
+	for name, test := range map[string]struct {
+		ref, auth string
+		status    int
+		says      string
+	}{
+		"no such tag":          {missing, "", http.StatusNotFound, "missing"},
+		"a layer is broken":    {spoiled, "", http.StatusBadGateway, "verification failed"},
+		"a layer is not there": {lacking, "", http.StatusBadGateway, "unknown"},
+		"no login":             {secret, "", http.StatusBadGateway, "no basic auth"},
+		"a wrong login":        {secret, `{"username":"someone","password":"guess"}`, http.StatusBadGateway, "auth"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m.cleanUp(t, m.binds, test.ref)
+			answer := m.createFrom(t, newID(), test.ref, test.auth).want(t, test.status, test.says)
+			if strings.Contains(answer.body, "guess") {
+				t.Errorf("the error shows the password: %s", answer.body)
+			}
+			if _, err := m.engine.ImageInspect(t.Context(), test.ref); !errdefs.IsNotFound(err) {
+				t.Errorf("the image: %v", err)
+			}
+			m.wantNothing(t)
+		})
+	}
+}
+
+func TestTwoDaemonsNeverShareBinds(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, "")
+	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-binds", m.binds, "-corekey", filepath.Join(t.TempDir(), "corekey.bin")},
+		func(string) (string, bool) { return "", false }, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	err = run(ctx, cfg, slog.New(slog.DiscardHandler), func(net.Addr) { cancel() })
+	if err == nil || !strings.Contains(err.Error(), "in use by another daemon") {
+		t.Errorf("the second daemon ended with %v", err)
+	}
+	m.get(t, id)
+}
+
+func TestDaemonsLeaveEachOthersHalfMadeServicesAlone(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	binds, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	half := map[string]string{} // directories of half-made services by the containers' names
+	for _, role := range []string{roleNew, roleGone} {
+		id := newID()
+		name := containerName(role, id)
+		half[name] = filepath.Join(binds, id)
+		writeFile(t, filepath.Join(half[name], "file"), "content")
+		m.foreign(t, name, map[string]string{labelService: id, labelBinds: binds})
+		// The same directory is no trace of a service where another daemon looks.
+		writeFile(t, filepath.Join(m.binds, id, "file"), "content")
+	}
+	if err := m.stop(); err != nil {
+		t.Fatal(err)
+	}
+	startDaemon(t, "", func(c *config) { c.binds = m.binds }) // settles all that is its own
+	for name, dir := range half {
+		if c, err := m.engine.ContainerInspect(t.Context(), name); err != nil || !c.State.Running {
+			t.Errorf("container %s was touched: %v", name, err)
+		}
+		wantFile(t, filepath.Join(dir, "file"), "content")
+		wantFile(t, filepath.Join(m.binds, filepath.Base(dir), "file"), "content")
+	}
+
+	startDaemon(t, "", func(c *config) { c.binds = binds })
+	for name, dir := range half {
+		if _, err := m.engine.ContainerInspect(t.Context(), name); !errdefs.IsNotFound(err) {
+			t.Errorf("container %s is not gone after its own daemon started: %v", name, err)
+		}
+		if _, err := os.Stat(dir); !os.IsNotExist(err) {
+			t.Errorf("directory %s is not gone after its own daemon started: %v", dir, err)
+		}
+	}
+}
+
+func TestDeeplyNestedTreeIsDeleted(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, `"cmd":["/probe","nest","/data","60000"]`)
+	m.ctl(t, id, "start")
+	if code := m.waitForEnd(t, id); code != 0 {
+		t.Fatalf("the probe ended with %d", code)
+	}
+	m.client.Timeout = 0 // a busy disk takes minutes
+	m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+	m.wantNothing(t)
+}
+
+func TestDeleteNeverFollowsALinkThatACustomerSwapsIn(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	canary := t.TempDir()
+	inside := map[string]string{"top": "intact", "sub/f1": "intact", "sub/deep/f2": "intact"}
+	for name, content := range inside {
+		writeFile(t, filepath.Join(canary, name), content)
+	}
+	relative, err := filepath.Rel(filepath.Join(m.binds, "id"), canary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, target := range slices.Repeat([]string{canary, relative}, 5) {
+		t.Run(fmt.Sprintf("round %d", i), func(t *testing.T) {
+			t.Parallel()
+			id := m.create(t, fmt.Sprintf(`"cmd":["/probe","swap","/data",%q]`, target))
+			m.ctl(t, id, "start")
+			m.report(t, id)
+			m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+			if _, err := os.Lstat(filepath.Join(m.binds, id)); !os.IsNotExist(err) {
+				t.Errorf("the bind directory: %v", err)
+			}
+			for name, content := range inside {
+				wantFile(t, filepath.Join(canary, name), content)
+			}
+		})
+	}
+}
