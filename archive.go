@@ -270,12 +270,12 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 		return nil
 	case outside(h.Name) || name == "." && h.Typeflag != tar.TypeDir:
 		return badRequest("bind_contents: entry %.1024q: its path leads out of the archive", h.Name)
-	case name == ".":
-		return u.root.Chmod(".", permissions(h))
 	case len(name) > maxEntryPath:
 		return badRequest("bind_contents: entry %.1024q: its path has more than %d bytes", h.Name, maxEntryPath)
 	case h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32:
 		return badRequest("bind_contents: entry %.1024q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
+	case name == ".":
+		return u.root.Chmod(".", permissions(h))
 	}
 	parent, err := u.open(path.Dir(name))
 	if err == nil {

@@ -1,0 +1,808 @@
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// An entry is one of a tar file, written by hand: archive/tar writes no broken ones.
+type entry struct {
+	name, link         string
+	kind               byte // of the typeflags; 0 for a regular file
+	mode               int64
+	uid, gid           int64
+	size               int64 // that the header claims; 0 for the body's own
+	mtime              int64
+	body               string
+	realSize           int64 // of an old GNU sparse file without data
+	checksumOff, noPad bool
+}
+
+func file(name, body string) entry      { return entry{name: name, body: body} }
+func dir(name string) entry             { return entry{name: name, kind: '5', mode: 0o755} }
+func symlink(name, target string) entry { return entry{name: name, kind: '2', link: target} }
+func hardLink(name, to string) entry    { return entry{name: name, kind: '1', link: to} }
+func global(records ...string) entry    { e := pax(records...); e.kind = 'g'; return e }
+
+// pax is an extended header for the next entry. Its records are KEY=VALUE.
+func pax(records ...string) entry {
+	body := ""
+	for _, r := range records {
+		length := len(r) + 3
+		for len(strconv.Itoa(length))+len(r)+2 > length {
+			length++
+		}
+		body += fmt.Sprintf("%d %s\n", length, r)
+	}
+	return entry{name: "pax", kind: 'x', body: body}
+}
+
+// bytes returns the header and the padded body.
+func (e entry) bytes() []byte {
+	block := make([]byte, 512)
+	if e.kind == 0 {
+		e.kind = '0'
+	}
+	if e.mode == 0 {
+		e.mode = 0o644
+	}
+	if e.size == 0 {
+		e.size = int64(len(e.body))
+	}
+	copy(block[:100], e.name)
+	tarNumber(block[100:108], e.mode)
+	tarNumber(block[108:116], e.uid)
+	tarNumber(block[116:124], e.gid)
+	tarNumber(block[124:136], e.size)
+	tarNumber(block[136:148], e.mtime)
+	block[156] = e.kind
+	copy(block[157:257], e.link)
+	copy(block[257:], "ustar\x0000")
+	if e.kind == 'S' {
+		copy(block[257:], "ustar  \x00")
+		tarNumber(block[483:495], e.realSize)
+	}
+	sealHeader(block)
+	if e.checksumOff {
+		block[150] ^= 1
+	}
+	all := append(block, e.body...)
+	if !e.noPad {
+		all = append(all, make([]byte, -len(e.body)&511)...)
+	}
+	return all
+}
+
+func sealHeader(block []byte) {
+	copy(block[148:156], "        ")
+	sum := 0
+	for _, b := range block {
+		sum += int(b)
+	}
+	copy(block[148:], fmt.Sprintf("%06o\x00", sum))
+}
+
+// tarNumber writes octal digits, or where they do not do, base 256.
+func tarNumber(field []byte, v int64) {
+	if text := fmt.Sprintf("%0*o", len(field)-1, v); v >= 0 && len(text) < len(field) {
+		copy(field, text)
+		return
+	}
+	for i := range slices.Backward(field) {
+		field[i] = byte(v)
+		v >>= 8
+	}
+	field[0] |= 0x80
+}
+
+var tarEnd = make([]byte, 1024)
+
+func tarOf(entries ...entry) (all []byte) {
+	for _, e := range entries {
+		all = append(all, e.bytes()...)
+	}
+	return all
+}
+
+func gzipped(parts ...[]byte) []byte {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	for _, part := range parts {
+		w.Write(part)
+	}
+	w.Close()
+	return b.Bytes()
+}
+
+func tgz(entries ...entry) []byte { return gzipped(tarOf(entries...), tarEnd) }
+
+// The corpus's archives are made for these limits.
+const (
+	corpusBytes   = 2 << 20
+	corpusEntries = 64
+)
+
+// A hostile archive either is refused or arrives as a harmless tree.
+type hostile struct {
+	name    string
+	archive []byte
+	status  int
+	entry   string            // that the error names, or how it begins
+	tree    map[string]string // with status 201: what describeNode says of each path
+}
+
+type tree = map[string]string
+
+// hostileArchives returns the corpus. Outside is an absolute path with a file "secret",
+// which also is neighbour/secret beside the directory that an archive is unpacked to.
+func hostileArchives(outside string) []hostile {
+	refused := func(name, named string, entries ...entry) hostile {
+		return hostile{name, tgz(entries...), 400, named, nil}
+	}
+	tooLarge := func(name, named string, entries ...entry) hostile {
+		return hostile{name, tgz(entries...), 413, named, nil}
+	}
+	harmless := func(name string, lays tree, entries ...entry) hostile {
+		return hostile{name, tgz(entries...), 201, "", lays}
+	}
+	broken := func(name string, archive []byte) hostile { return hostile{name, archive, 400, "", nil} }
+	kind := func(name string, k byte) entry { return entry{name: name, kind: k} }
+	owned := func(name string, uid, gid int64) entry { return entry{name: name, uid: uid, gid: gid} }
+	sparse := func(size string) []entry {
+		return []entry{pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=s", "GNU.sparse.realsize="+size), file("x", "0\n"+strings.Repeat("\x00", 510))}
+	}
+	tooMany := make([]entry, corpusEntries+1)
+	for i := range tooMany {
+		tooMany[i] = file(fmt.Sprint("f", i), "")
+	}
+	long := strings.Repeat("abcdefg/", 200)
+	zeros := make([]byte, 2*corpusBytes)
+	twoFifths := string(zeros[:corpusBytes*2/5])
+	good := tgz(dir("d"), file("d/x", strings.Repeat("contents", 300)), symlink("l", "d/x"))
+	plain := slices.Concat(tarOf(dir("d"), file("d/x", strings.Repeat("contents", 300))), tarEnd)
+
+	rows := []hostile{
+		refused("parent", "../neighbour/secret", file("../neighbour/secret", "pwned")),
+		refused("parent further down", "a/../../neighbour/new", file("a/../../neighbour/new", "pwned")),
+		refused("parent that stays inside", "a/../x", file("a/../x", "")),
+		refused("parent at the end", "a/..", file("a/..", "")),
+		refused("parent as a directory", "../", dir("../")),
+		refused("parent made by an extended header", "../neighbour/new", pax("path=../neighbour/new"), file("x", "")),
+		refused("parent made by a GNU long name", "../neighbour/new", entry{name: "././@LongLink", kind: 'L', body: "../neighbour/new\x00"}, file("x", "")),
+		refused("absolute", outside+"/secret", file(outside+"/secret", "pwned")),
+		refused("absolute with two slashes", "//"+outside, file("//"+outside+"/new", "pwned")),
+		refused("absolute directory", "/", dir("/")),
+		refused("empty name", "", file("", "x")),
+		refused("file as the root", ".", file(".", "x")),
+		refused("link as the root", "./", symlink("./", "a")),
+
+		refused("link out, absolute, then written through", "l", symlink("l", outside), file("l/secret", "pwned")),
+		refused("link out, relative, then written through", "l", symlink("l", "../neighbour"), file("l/secret", "pwned")),
+		refused("link to the parent", "l", symlink("l", "..")),
+		refused("link to the parent with a trailing slash", "l", symlink("l", "../")),
+		refused("link to the parent's parent from one level down", "d/l", symlink("d/l", "../../neighbour")),
+		refused("link with dots in front", "l", symlink("l", "././/../neighbour")),
+		refused("link out through a link's target", "m", dir("a/b"), symlink("l", "a/b"), symlink("m", "l/../../..")),
+		refused("link with a parent behind a name", "l", dir("d"), symlink("l", "d/../x")),
+		refused("link of no length", "l", symlink("l", "")),
+		refused("link longer than a path", "l", pax("linkpath="+strings.Repeat("d/", 3000)), symlink("l", "")),
+		refused("chain of links out", "b", symlink("a", "b"), symlink("b", ".."), file("a/neighbour/secret", "pwned")),
+		refused("chain of links inside, written through", "a/x", dir("d"), symlink("b", "d"), symlink("a", "b"), file("a/x", "pwned")),
+		refused("link inside, written through", "l/x", dir("d"), symlink("l", "d"), file("l/x", "pwned")),
+		refused("link inside, directory made through", "l/x/", dir("d"), symlink("l", "d"), dir("l/x/")),
+		refused("link inside, link made through", "l/x", dir("d/e"), symlink("l", "d/e"), symlink("l/x", "../../..")),
+		refused("link to the root, written through", "l/x", symlink("l", "."), file("l/x", "")),
+		refused("link to itself, written through", "l/x", symlink("l", "l"), file("l/x", "")),
+		refused("link over a file, then written through", "a/x", file("a", "1"), symlink("a", "."), file("a/x", "")),
+		harmless("link up to the root itself", tree{"a": "d0755", "a/b": "d0755", "a/b/l": "-> ../.."}, symlink("a/b/l", "../..")),
+		harmless("link replaced by a file, not followed", tree{"d": "d0755", "d/x": "0644 old", "l": "0644 new"},
+			file("d/x", "old"), symlink("l", "d/x"), file("l", "new")),
+		harmless("dangling link replaced by a file, not followed", tree{"l": "0644 new"}, symlink("l", "x"), file("l", "new")),
+		harmless("link replaced by a directory, not followed", tree{"d": "d0755", "l": "d0700"},
+			dir("d"), symlink("l", "d"), entry{name: "l", kind: '5', mode: 0o700}),
+		harmless("link replaced through a trailing slash, not followed (CVE-2025-22873)", tree{"d": "d0755", "l": "d0700"},
+			dir("d"), symlink("l", "d"), entry{name: "l/", kind: '5', mode: 0o700}),
+		harmless("link written through a trailing slash, not followed (CVE-2025-22873)", tree{"l": "0644 new"},
+			symlink("l", "x"), file("l/", "new")),
+		harmless("link replaced by a hard link", tree{"a": "0644 1", "l": "0644 1"}, file("a", "1"), symlink("l", "d"), hardLink("l", "a")),
+		harmless("link to itself", tree{"l": "-> l"}, symlink("l", "l")),
+
+		refused("hard link out, relative", "h", hardLink("h", "../neighbour/secret"), file("h", "pwned")),
+		refused("hard link out, absolute", "h", hardLink("h", outside+"/secret"), file("h", "pwned")),
+		refused("hard link with a parent that stays inside", "h", file("a", ""), dir("d"), hardLink("h", "d/../a")),
+		refused("hard link to a link", "h", file("a", ""), symlink("l", "a"), hardLink("h", "l")),
+		refused("hard link to a dangling link", "h", symlink("l", "x"), hardLink("h", "l"), file("h", "")),
+		refused("hard link through a link", "h", file("d/x", ""), symlink("l", "d"), hardLink("h", "l/x")),
+		refused("hard link made through a link", "l/h", file("d/x", ""), symlink("l", "d"), hardLink("l/h", "d/x")),
+		refused("hard link to itself", "a", file("a", "1"), hardLink("a", "a")),
+		refused("hard link to what is not there", "h", hardLink("h", "x")),
+		refused("hard link below what is not there", "h", hardLink("h", "x/y")),
+		refused("hard link to a directory", "h", dir("d"), hardLink("h", "d")),
+		refused("hard link to the root", "h", hardLink("h", ".")),
+		refused("hard link to nothing", "h", hardLink("h", "")),
+		harmless("hard link replaced, the other name left alone", tree{"a": "0644 1", "b": "0644 2"},
+			file("a", "1"), hardLink("b", "a"), file("b", "2")),
+
+		refused("directory replaced by a file", "d", dir("d"), file("d", "")),
+		refused("directory replaced by a link", "d", file("d/x", ""), symlink("d", ".")),
+		refused("directory replaced by a hard link", "d", file("a", ""), dir("d"), hardLink("d", "a")),
+		refused("file used as a directory", "a/b", file("a", ""), file("a/b", "")),
+		harmless("file replaced by a directory", tree{"a": "d0755", "a/b": "0644 2"}, file("a", "1"), dir("a"), file("a/b", "2")),
+		harmless("file replaced by a link, then written", tree{"a": "0644 2"}, file("a", "1"), symlink("a", "b"), file("a", "2")),
+		harmless("file twice", tree{"a": "0644 2"}, file("a", "11"), file("a", "2")),
+		harmless("file twice under two spellings", tree{"d": "d0755", "d/a": "0644 2"}, file("d/a", "1"), file("./d//a", "2")),
+		harmless("directory twice", tree{"d": "d0700", "d/x": "0644 1"}, dir("d"), file("d/x", "1"), entry{name: "d", kind: '5', mode: 0o700}),
+
+		refused("character device", "dev", kind("dev", '3')),
+		refused("block device", "dev", kind("dev", '4')),
+		refused("FIFO", "fifo", kind("fifo", '6')),
+		refused("FIFO over a file", "fifo", file("fifo", ""), kind("fifo", '6')),
+		refused("unknown type", "a", kind("a", 'Z')),
+		refused("type of no meaning", "a", kind("a", 1)),
+		refused("volume label", "a", kind("a", 'V')),
+		refused("continuation of another volume", "a", kind("a", 'M')),
+		refused("GNU dump directory", "a", kind("a", 'D')),
+		harmless("setuid, setgid and sticky", tree{"u": "0755 ", "g": "0755 ", "s": "d0777"},
+			entry{name: "u", mode: 0o4755}, entry{name: "g", mode: 0o2755}, entry{name: "s", kind: '5', mode: 0o1777}),
+		harmless("setuid on the root itself", tree{}, entry{name: "./", kind: '5', mode: 0o7755}),
+		harmless("type bits in the mode", tree{"a": "0644 "}, entry{name: "a", mode: 0o20644}),
+		harmless("capability", tree{"a": "0644 "}, pax("SCHILY.xattr.security.capability=\x01\x00\x00\x02\x00\x04\x00\x00"+strings.Repeat("\x00", 12)), file("a", "")),
+		refused("uid of 2^31", "a", owned("a", 1<<31, 0)),
+		refused("gid of 2^31", "a", owned("a", 0, 1<<31)),
+		refused("uid that chown takes for none", "a", owned("a", 1<<32-1, 0)),
+		refused("uid of 2^32", "a", owned("a", 1<<32, 0)),
+		refused("negative uid", "a", owned("a", -1, 0)),
+		refused("negative gid", "a", owned("a", 0, -2)),
+		refused("uid of 2^31 in an extended header", "a", pax("uid=2147483648"), file("a", "")),
+
+		harmless("global extended header", tree{"a": "0644 1"}, global("path=../neighbour/new", "size=9", "uid=4294967295", "mode=4777"), file("a", "1")),
+		harmless("global extended header with a hostile name", tree{"a": "0644 1"}, entry{name: "../neighbour/secret", kind: 'g'}, file("a", "1")),
+		broken("extended header over a megabyte", tgz(pax("comment="+string(zeros[:1<<20])), file("a", ""))),
+		tooLarge("extended headers of many bytes", "", pax("comment="+twoFifths), file("a", ""),
+			pax("comment="+twoFifths), file("b", ""), pax("comment="+twoFifths), file("c", "")),
+		tooLarge("extended headers without an entry", "", slices.Repeat([]entry{pax("comment=" + string(zeros[:1000]))}, 2000)...),
+		harmless("extended header of many records", tree{"a": "0644 "}, pax(slices.Repeat([]string{"k=v"}, 50_000)...), file("a", "")),
+		broken("extended header that is none", tgz(entry{name: "x", kind: 'x', body: "99999999 path=a\n"}, file("a", ""))),
+		broken("extended header with a size that is none", tgz(pax("size=-1"), file("a", ""))),
+		refused("path too long", "abcdefg/", pax("path="+long), file("x", "")),
+		refused("path of nearly a megabyte", "abcdefg/", pax("path="+strings.Repeat("abcdefg/", 60_000)), file("x", "")),
+		refused("parent in a path of nearly a megabyte", "../", pax("path="+strings.Repeat("../", 150_000)), file("x", "")),
+		refused("GNU long name too long", "abcdefg/", entry{name: "././@LongLink", kind: 'L', body: long}, file("x", "")),
+		refused("component too long", "yyyy", pax("path="+strings.Repeat("y", 256)), file("x", "")),
+		refused("component of a link's path too long", "yyyy", pax("path="+strings.Repeat("y", 256)+"/a"), symlink("x", "a")),
+		broken("NUL in a name", tgz(pax("path=a\x00b"), file("x", ""))),
+		broken("NUL in a link", tgz(pax("linkpath=a\x00b"), symlink("l", ""))),
+		refused("NUL in a sparse file's name", "a\x00b", pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=a\x00b", "GNU.sparse.realsize=0"),
+			file("x", "0\n"+strings.Repeat("\x00", 510))),
+		refused("control characters in a name", "../\x1b]0;x\a\n", file("../\x1b]0;x\a\n", "")),
+		harmless("times out of range", tree{"a": "0644 ", "b": "0644 ", "c": "0644 "}, pax("mtime=9223372036854775807"), file("a", ""),
+			pax("mtime=-9223372036854775808"), file("b", ""), entry{name: "c", mtime: -1}),
+
+		tooLarge("too many entries", "", tooMany...),
+		tooLarge("too many directories that no entry names", "", pax("path="+strings.Repeat("d/", corpusEntries+1)+"x"), file("x", "")),
+		tooLarge("file over the limit", "big", file("big", string(zeros))),
+		tooLarge("files that are over the limit together", "", file("a", twoFifths), file("b", twoFifths), file("c", twoFifths)),
+		tooLarge("size of all the bits", "big", entry{name: "big", size: math.MaxInt64}),
+		tooLarge("size of 4 EiB", "big", entry{name: "big", size: 1 << 62}),
+		tooLarge("size in an extended header", "big", pax("size=9223372036854775807"), file("big", "")),
+		broken("negative size", tgz(entry{name: "a", size: -512}, file("b", ""))),
+		tooLarge("old GNU sparse file", "s", entry{name: "s", kind: 'S', realSize: 1 << 40}),
+		tooLarge("old GNU sparse file of all the bits", "s", entry{name: "s", kind: 'S', realSize: math.MaxInt64}),
+		broken("old GNU sparse file of negative size", tgz(entry{name: "s", kind: 'S', realSize: -1})),
+		tooLarge("extended sparse file, version 1.0", "s", sparse("1099511627776")...),
+		tooLarge("extended sparse file, version 0.1", "s", pax("GNU.sparse.size=1099511627776", "GNU.sparse.numblocks=1", "GNU.sparse.map=0,0", "path=s"), file("x", "")),
+		tooLarge("extended sparse file, version 0.0", "s", pax("GNU.sparse.size=1099511627776", "GNU.sparse.numblocks=1", "GNU.sparse.offset=0", "GNU.sparse.numbytes=0", "path=s"), file("x", "")),
+		broken("extended sparse file of too many blocks", tgz(pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=s", "GNU.sparse.realsize=9"), file("x", "99999999999999\n"+strings.Repeat("\x00", 497)))),
+		tooLarge("sparse files that are over the limit together", "s", slices.Repeat(sparse("1200000"), 2)...),
+		tooLarge("sparse files paid for by a directory of negative size", "s",
+			slices.Concat([]entry{{name: "d", kind: '5', size: -1 << 40}}, slices.Repeat(sparse("1200000"), 2))...),
+		harmless("sparse file within the limit", tree{"s": "0644 \x00\x00\x00"}, sparse("3")...),
+		{"gzip bomb behind the end", gzipped(tarOf(file("a", "")), tarEnd, zeros), 413, "", nil},
+
+		broken("nothing", nil),
+		broken("text", []byte("<html>not found</html>")),
+		broken("bare tar", plain),
+		broken("zip", []byte("PK\x03\x04\x14\x00\x00\x00\x08\x00")),
+		broken("gzip of nothing", gzipped()),
+		broken("gzip of text", gzipped([]byte(strings.Repeat("not a tar file ", 100)))),
+		broken("header with a wrong checksum", tgz(file("a", "1"), entry{name: "b", checksumOff: true})),
+		broken("gzip with a wrong checksum", func() []byte { b := slices.Clone(good); b[len(b)-8] ^= 1; return b }()),
+		broken("gzip with a wrong length", func() []byte { b := slices.Clone(good); b[len(b)-1] ^= 1; return b }()),
+		broken("gzip with a flipped bit", func() []byte { b := slices.Clone(good); b[len(b)/2] ^= 16; return b }()),
+		broken("garbage behind the gzip stream", append(slices.Clone(good), "garbage"...)),
+		broken("zeros behind the gzip stream", append(slices.Clone(good), tarEnd...)),
+		{"garbage behind the end of the tar file", gzipped(tarOf(file("a", "1")), tarEnd, []byte("garbage")), 201, "", tree{"a": "0644 1"}},
+		{"gzip members", slices.Concat(gzipped(plain[:700]), gzipped(), gzipped(plain[700:])), 201, "",
+			tree{"d": "d0755", "d/x": "0644 " + strings.Repeat("contents", 300)}},
+		{"second tar file behind the first", slices.Concat(tgz(file("a", "1")), tgz(file("b", "2"))), 201, "", tree{"a": "0644 1"}},
+		broken("gzip member cut off behind a whole tar file", slices.Concat(tgz(file("a", "1")), good[:len(good)-9])),
+		broken("tar file without an end", gzipped(tarOf(file("a", "1")))),
+		broken("tar file with half an end", gzipped(tarOf(file("a", "1")), tarEnd[:512])),
+		broken("tar file with one zero block in it", gzipped(tarOf(file("a", "1")), tarEnd[:512], tarOf(file("b", "2")), tarEnd)),
+		broken("body without padding at the end", gzipped(entry{name: "a", body: "1", noPad: true}.bytes())),
+	}
+	for _, at := range []int{1, 9, 10, 15, len(good) / 2, len(good) - 9, len(good) - 8, len(good) - 4, len(good) - 1} {
+		rows = append(rows, broken(fmt.Sprint("gzip stream cut off at ", at), good[:at]))
+	}
+	for _, at := range []int{1, 511, 512, 513, 1023, 1024, 1500, 2000, len(plain) - 1024, len(plain) - 600, len(plain) - 512, len(plain) - 1} {
+		rows = append(rows, broken(fmt.Sprint("tar file cut off at ", at), gzipped(plain[:at])))
+	}
+	return rows
+}
+
+// A node is all there is to know about a file. Atime is 0 where reading a tree changes it.
+type node struct {
+	mode         fs.FileMode
+	uid, gid     uint32
+	mtime, atime int64
+	content      string // or a link's target
+	twin         string // the first path of the same file
+	capability   string
+	inode        uint64
+}
+
+// readTree reads all below dir but what is below skip. It leaves no trace in the times.
+func readTree(t testing.TB, dir, skip string) map[string]node {
+	t.Helper()
+	nodes, first := map[string]node{}, map[uint64]string{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if path == skip {
+			return fs.SkipDir
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		stat := info.Sys().(*syscall.Stat_t)
+		name, _ := filepath.Rel(dir, path)
+		n := node{mode: info.Mode(), uid: stat.Uid, gid: stat.Gid, mtime: info.ModTime().UnixNano(), inode: stat.Ino}
+		switch {
+		case d.Type() == fs.ModeSymlink:
+			n.content, err = os.Readlink(path)
+		case d.Type().IsRegular():
+			n.atime = stat.Atim.Nano()
+			n.content, err = readQuietly(path)
+			value := make([]byte, 64)
+			if size, err := syscall.Getxattr(path, "security.capability", value); err == nil {
+				n.capability = string(value[:size])
+			}
+			if first[stat.Ino] == "" {
+				first[stat.Ino] = name
+			}
+			n.twin = first[stat.Ino]
+		}
+		nodes[name] = n
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return nodes
+}
+
+// readQuietly reads a file without a change of its access time.
+func readQuietly(path string) (string, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOATIME, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	content, err := io.ReadAll(f)
+	return string(content), err
+}
+
+// wantSameTree reports each path that differs.
+func wantSameTree(t testing.TB, what string, got, want map[string]node) {
+	t.Helper()
+	for _, name := range slices.Sorted(maps.Keys(want)) {
+		if g, ok := got[name]; !ok {
+			t.Errorf("%s: %q is missing", what, name)
+		} else if g != want[name] {
+			t.Errorf("%s: %q is\n%+v, want\n%+v", what, name, g, want[name])
+		}
+	}
+	for name := range got {
+		if _, ok := want[name]; !ok {
+			t.Errorf("%s: there is a new %q", what, name)
+		}
+	}
+}
+
+// makeCanary makes a tree that shows when somebody writes to it or reads it.
+func makeCanary(t testing.TB, dir string) {
+	t.Helper()
+	old := time.Unix(1e9, 0)
+	if err := os.MkdirAll(filepath.Join(dir, "sub"), 0o751); err != nil {
+		t.Fatal(err)
+	}
+	for name, mode := range map[string]fs.FileMode{"secret": 0o640, "sub/secret": 0o604} {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(path, []byte("the canary's secret"), mode), os.Chmod(path, mode),
+			os.Chtimes(path, old, old.Add(time.Hour))); err != nil { // accessed before it was changed: relatime notes the next access
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink("secret", filepath.Join(dir, "link")), os.Chtimes(dir, old, old)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// describeNode is the short form that the corpus uses.
+func describeNode(n node) string {
+	switch {
+	case n.mode.Type() == fs.ModeSymlink:
+		return "-> " + n.content
+	case n.mode.IsDir():
+		return fmt.Sprintf("d%04o", n.mode&^fs.ModeDir)
+	}
+	return fmt.Sprintf("%04o %s", n.mode, n.content)
+}
+
+// wantHarmless fails unless the tree at dir is only data, its own, and leads nowhere else.
+func wantHarmless(t testing.TB, dir string, nodes, canary map[string]node) {
+	t.Helper()
+	for name, n := range nodes {
+		if n.mode&^(fs.ModePerm|fs.ModeDir|fs.ModeSymlink) != 0 || n.capability != "" {
+			t.Errorf("%q is more than data: %v, capability %q", name, n.mode, n.capability)
+		}
+		if end, err := filepath.EvalSymlinks(filepath.Join(dir, name)); err == nil && end != dir && !strings.HasPrefix(end, dir+"/") {
+			t.Errorf("%q leads to %s", name, end)
+		}
+		for _, c := range canary {
+			if n.inode == c.inode || c.mode.IsRegular() && c.content != "" && strings.Contains(n.content, c.content) {
+				t.Errorf("%q is a file from outside", name)
+			}
+		}
+	}
+}
+
+// description returns the text of an error answer.
+func description(t testing.TB, a answer) string {
+	t.Helper()
+	var body struct{ Error struct{ Description string } }
+	if err := json.Unmarshal([]byte(a.body), &body); err != nil {
+		t.Fatalf("body %q: %v", a.body, err)
+	}
+	return body.Error.Description
+}
+
+var loopback = networks("127.0.0.0/8")
+
+// serveArchives serves archives by path until the test ends, and returns its URL.
+func serveArchives(t *testing.T, archives map[string][]byte) string {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		archive, ok := archives[r.URL.Path]
+		if !ok {
+			t.Errorf("the archive server was asked for %s", r.URL.Path)
+		}
+		w.Write(archive)
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
+	t.Parallel()
+	engine := newFakeEngine(t)
+	engine.addImage("img:1")
+	d := startDaemon(t, engine.host(), func(c *config) {
+		c.fetchAllow, c.maxBindBytes, c.maxBindFiles = loopback, corpusBytes, corpusEntries
+	})
+	neighbour := filepath.Join(d.binds, "neighbour")
+	d.do(t, "POST", "/service", createBodyJSON("neighbour", "")).want(t, 201)
+	makeCanary(t, neighbour)
+	rows := hostileArchives(neighbour)
+	archives := map[string][]byte{}
+	for i, row := range rows {
+		archives[fmt.Sprint("/", i)] = row.archive
+	}
+	url := serveArchives(t, archives)
+	everything := func() map[string]node {
+		nodes := readTree(t, filepath.Dir(d.binds), filepath.Join(d.binds, "svc"))
+		root := nodes["binds"]
+		root.mtime = 0 // the staging directory comes and goes
+		nodes["binds"] = root
+		return nodes
+	}
+	before := everything()
+	for i, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			defer d.do(t, "DELETE", "/service/svc", "") // one failure is to be one
+			a := d.do(t, "POST", "/service", createBodyJSON("svc", fmt.Sprintf(`"bind_contents":"%s/%d"`, url, i))).want(t, row.status)
+			if row.status == 201 {
+				dir := filepath.Join(d.binds, "svc")
+				nodes := readTree(t, dir, "")
+				wantHarmless(t, dir, nodes, before)
+				delete(nodes, ".")
+				got := tree{}
+				for name, n := range nodes {
+					got[name] = describeNode(n)
+				}
+				if !maps.Equal(got, row.tree) {
+					t.Errorf("it arrived as %q, want %q", got, row.tree)
+				}
+				d.do(t, "DELETE", "/service/svc", "").want(t, 204)
+			} else {
+				text := description(t, a)
+				if !strings.HasPrefix(text, "bind_contents: ") || len(text) > 8<<10 {
+					t.Errorf("the error is %.200q, of %d bytes", text, len(text))
+				}
+				if quoted := strconv.Quote(row.entry); row.entry != "" && !strings.Contains(text, "entry "+quoted[:len(quoted)-1]) {
+					t.Errorf("the error is %.200q, want the entry %s in it", text, quoted)
+				}
+				if strings.Contains(text, d.binds) && !strings.Contains(row.entry, d.binds) {
+					t.Errorf("the error shows a path of the host: %.200q", text)
+				}
+			}
+			wantSameTree(t, "the host", everything(), before)
+			if _, err := os.Lstat(filepath.Join(d.binds, "svc")); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("a bind directory is left: %v", err)
+			}
+			if names := engine.names(); !slices.Equal(names, []string{"neighbour"}) {
+				t.Errorf("there are the containers %q", names)
+			}
+			if tags := engine.imageTags(); !slices.Equal(tags, []string{"img:1"}) {
+				t.Errorf("there are the images %q", tags)
+			}
+		})
+	}
+	if log := d.log.String(); strings.Contains(log, "level=ERROR") {
+		t.Errorf("an archive made the daemon fail:\n%s", log)
+	}
+}
+
+// goodArchive has of everything that an archive may have.
+func goodArchive(t testing.TB) []byte {
+	var b bytes.Buffer
+	zipped := gzip.NewWriter(&b)
+	w := tar.NewWriter(zipped)
+	when := time.Unix(1_700_000_000, 123_456_789)
+	add := func(h tar.Header, body string) {
+		h.Size, h.Format, h.ModTime = int64(len(body)), tar.FormatPAX, when
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(w, body)
+		when = when.Add(-time.Hour)
+	}
+	zipped.Write(tarOf(global("comment=0123456789abcdef"))) // as git archive begins
+	add(tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o750}, "")
+	add(tar.Header{Typeflag: tar.TypeDir, Name: "empty/", Mode: 0o755}, "")
+	add(tar.Header{Typeflag: tar.TypeDir, Name: "leer ü/日本語/🎮/", Mode: 0o711, Uid: 1000, Gid: 1001}, "")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "leer ü/日本語/🎮/Größe\tu\u0308\n.txt", Mode: 0o644, Uid: 1000, Gid: 1001}, "grün")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "bytes \xff\xfe \\ * ? \"'", Mode: 0o600}, "x")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "./bin/run.sh", Mode: 0o755, Uid: math.MaxInt32, Gid: math.MaxInt32}, "#!/bin/sh\n")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "...", Mode: 0o644}, "dots")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "..a/b..", Mode: 0o644}, "dots")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "-rf", Mode: 0o644}, "")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: strings.Repeat("deep/", 40) + strings.Repeat("n", 255), Mode: 0o644}, "deep")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "unwritable/file", Mode: 0o000, Uid: 7}, "unreadable")
+	add(tar.Header{Typeflag: tar.TypeDir, Name: "unwritable", Mode: 0o555, Uid: 7}, "")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "unwritable/later", Mode: 0o4, Uid: 7}, "in a directory without the right to write")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "odd", Mode: 0o517}, strings.Repeat("0123456789", 50_000))
+	add(tar.Header{Typeflag: tar.TypeLink, Name: "hard", Linkname: "odd", Mode: 0o517}, "")
+	add(tar.Header{Typeflag: tar.TypeLink, Name: "deep/hard", Linkname: "./bin/run.sh", Mode: 0o755, Uid: math.MaxInt32, Gid: math.MaxInt32}, "")
+	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "latest", Linkname: "bin/run.sh", Mode: 0o777, Uid: 1000, Gid: 1000}, "")
+	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "deep/deep/up", Linkname: "../../bin//./run.sh", Mode: 0o777}, "")
+	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "deep/root", Linkname: "..", Mode: 0o777}, "")
+	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "dangling", Linkname: "not/there/ü", Mode: 0o777}, "")
+	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "dir", Linkname: "empty/", Mode: 0o777}, "")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "replaced", Mode: 0o777, Uid: 1}, "first, and longer")
+	add(tar.Header{Typeflag: tar.TypeLink, Name: "kept", Linkname: "replaced"}, "")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "replaced", Mode: 0o640, Uid: 2}, "second")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "link or file", Mode: 0o640}, "file")
+	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "link or file", Linkname: "odd", Mode: 0o777}, "")
+	if err := errors.Join(w.Close(), zipped.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// comparableTree leaves out what tar and the daemon need not have in common: what the clock
+// gave, and the times of what is no file.
+func comparableTree(nodes map[string]node) map[string]node {
+	for name, n := range nodes {
+		n.atime, n.inode = 0, 0
+		if !n.mode.IsRegular() {
+			n.mtime = 0
+		}
+		nodes[name] = n
+	}
+	return nodes
+}
+
+func TestGoodArchiveArrivesAsTarLaysItOut(t *testing.T) {
+	t.Parallel()
+	archive := goodArchive(t)
+	dir := filepath.Join(t.TempDir(), "reference")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	reference := exec.Command("sh", "-c", `umask 022 && exec tar --numeric-owner -xzf - -C "$0"`, dir)
+	reference.Stdin = bytes.NewReader(archive)
+	if output, err := reference.CombinedOutput(); err != nil {
+		t.Fatalf("tar: %v: %s", err, output)
+	}
+	want := comparableTree(readTree(t, dir, ""))
+	if len(want) < 60 {
+		t.Fatalf("the archive has only %d paths", len(want))
+	}
+	engine := newFakeEngine(t)
+	engine.addImage("img:1")
+	d := startDaemon(t, engine.host(), func(c *config) { c.fetchAllow = loopback })
+	contents := fmt.Sprintf(`"bind_contents":"%s/a"`, serveArchives(t, map[string][]byte{"/a": archive}))
+
+	for _, user := range []string{"", "app", "app:1000"} {
+		t.Run("user "+user, func(t *testing.T) {
+			d.do(t, "POST", "/service", createBodyJSON("svc", contents+fmt.Sprintf(`,"user":%q`, user))).want(t, 201)
+			wantSameTree(t, "the bind directory", comparableTree(readTree(t, filepath.Join(d.binds, "svc"), "")), want)
+			d.do(t, "DELETE", "/service/svc", "").want(t, 204)
+		})
+	}
+	for user, o := range map[string]owner{"1234": {1234, 0}, "1234:5678": {1234, 5678}, "1234:app": {1234, 0}, "0:0": {0, 0}} {
+		t.Run("numeric user "+user, func(t *testing.T) {
+			owned := maps.Clone(want)
+			for name, n := range owned {
+				n.uid, n.gid = uint32(o.uid), uint32(o.gid)
+				owned[name] = n
+			}
+			d.do(t, "POST", "/service", createBodyJSON("svc", contents+fmt.Sprintf(`,"user":%q`, user))).want(t, 201)
+			wantSameTree(t, "the bind directory", comparableTree(readTree(t, filepath.Join(d.binds, "svc"), "")), owned)
+			d.do(t, "DELETE", "/service/svc", "").want(t, 204)
+		})
+	}
+}
+
+// A stream that is much larger than what it takes to unpack it: TotalAlloc counts all
+// that is ever allocated, so nothing of this can have been in memory at once.
+func TestUnpackingNeedsNoMemoryForContents(t *testing.T) { // not parallel: it measures the process
+	const megabytes, bound = 200, 1 << 20
+	zeros := make([]byte, 1<<20)
+	for name, c := range map[string]struct{ head, member []byte }{
+		"one file":            {entry{name: "a", size: megabytes << 20}.bytes(), zeros},
+		"a file many times":   {nil, file("a", string(zeros)).bytes()},
+		"padding behind them": {slices.Concat(tarOf(file("a", "")), tarEnd), zeros},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root, err := os.OpenRoot(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer root.Close()
+			var member bytes.Buffer
+			w, _ := gzip.NewWriterLevel(&member, gzip.NoCompression) // it is the unpacking that this is about
+			w.Write(c.member)
+			w.Close()
+			parts := []io.Reader{bytes.NewReader(gzipped(c.head))}
+			for range megabytes {
+				parts = append(parts, bytes.NewReader(member.Bytes()))
+			}
+			parts = append(parts, bytes.NewReader(gzipped(tarEnd)))
+			stream := bufio.NewReader(io.MultiReader(parts...))
+			allocated := allocatedBy(func() {
+				err = unpack(stream, root, unpackLimits{bytes: math.MaxInt64, entries: math.MaxInt64}, nil)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if allocated > bound {
+				t.Errorf("it allocated %d bytes, want at most %d", allocated, bound)
+			}
+		})
+	}
+}
+
+// allocatedBy returns how many bytes the process allocates, freed or not, while f runs.
+func allocatedBy(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// FuzzUnpack unpacks any bytes, or any tar file with its headers' checksums put right,
+// which no fuzzer would guess. Memory is measured as all that unpack ever allocates.
+func FuzzUnpack(f *testing.F) {
+	limits := unpackLimits{bytes: 64 << 10, entries: 32}
+	const maxSeed, maxAllocated = 16 << 10, 4 << 20
+	outer, err := filepath.EvalSymlinks(f.TempDir())
+	if err != nil {
+		f.Fatal(err)
+	}
+	makeCanary(f, filepath.Join(outer, "neighbour"))
+	staging := filepath.Join(outer, "staging")
+	for _, row := range hostileArchives(filepath.Join(outer, "neighbour")) {
+		if len(row.archive) <= maxSeed {
+			f.Add(row.archive, true)
+		}
+		if unzipped, err := gzip.NewReader(bytes.NewReader(row.archive)); err == nil {
+			if plain, _ := io.ReadAll(io.LimitReader(unzipped, maxSeed+1)); len(plain) <= maxSeed {
+				f.Add(plain, false)
+			}
+		}
+	}
+	f.Add(goodArchive(f), true)
+	outside := func(t *testing.T) map[string]node {
+		nodes := readTree(t, outer, staging)
+		root := nodes["."]
+		root.mtime = 0 // staging comes and goes
+		nodes["."] = root
+		return nodes
+	}
+	var before map[string]node
+	f.Fuzz(func(t *testing.T, archive []byte, zipped bool) {
+		if before == nil {
+			before = outside(t)
+		}
+		if !zipped {
+			archive = gzipped(withChecksums(archive))
+		}
+		if err := os.Mkdir(staging, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(staging)
+		root, err := os.OpenRoot(staging)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		allocated := allocatedBy(func() { err = unpack(bytes.NewReader(archive), root, limits, nil) })
+		if allocated > maxAllocated {
+			t.Errorf("it allocated %d bytes, want at most %d", allocated, maxAllocated)
+		}
+		if err != nil {
+			if status, text := describe(err); status != 400 && status != 413 || len(text) > 16<<10 {
+				t.Errorf("status %d, %d bytes of text: %v", status, len(text), err)
+			}
+		}
+		nodes := readTree(t, staging, "")
+		wantHarmless(t, staging, nodes, before)
+		size, most := int64(0), limits.entries+maxEntryPath/2+1 // the last entry may have a long path
+		for name, n := range nodes {
+			if n.twin == name {
+				size += int64(len(n.content))
+			}
+		}
+		if size > limits.bytes || int64(len(nodes)) > most {
+			t.Errorf("it made %d files and directories of %d bytes", len(nodes), size)
+		}
+		wantSameTree(t, "the host", outside(t), before)
+	})
+}
+
+// withChecksums returns a copy of a tar file with the right checksum in all that looks
+// like a header.
+func withChecksums(plain []byte) []byte {
+	plain = slices.Clone(plain)
+	for block := range slices.Chunk(plain, 512) {
+		if len(block) == 512 && string(block[257:262]) == "ustar" {
+			sealHeader(block)
+		}
+	}
+	return plain
+}
