@@ -60,7 +60,7 @@ func newMachine(t *testing.T, change func(*config)) *machine {
 	}
 	t.Cleanup(func() { engine.Close() })
 	m := &machine{daemon: startDaemon(t, "", change), engine: engine}
-	m.image = m.importImage(t, string(tarOf(t, file("probe", buildProbe(t)))))
+	m.image = m.importImage(t, string(imageOf(t, imageFile("probe", buildProbe(t)))))
 	m.cleanUp(t, m.binds, m.image)
 	return m
 }
@@ -90,17 +90,17 @@ var builtProbe = sync.OnceValues(func() (string, error) {
 	return string(binary), err
 })
 
-// entry is one of a tar archive that a test makes.
-type entry struct {
+// imageEntry is one of a tar archive that a test makes.
+type imageEntry struct {
 	tar.Header
 	content string
 }
 
-func file(name, content string) entry {
-	return entry{tar.Header{Name: name, Mode: 0o755, Size: int64(len(content)), Uid: 7, Gid: 8}, content}
+func imageFile(name, content string) imageEntry {
+	return imageEntry{tar.Header{Name: name, Mode: 0o755, Size: int64(len(content)), Uid: 7, Gid: 8}, content}
 }
 
-func tarOf(t *testing.T, entries ...entry) []byte {
+func imageOf(t *testing.T, entries ...imageEntry) []byte {
 	t.Helper()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
@@ -118,7 +118,7 @@ func tarOf(t *testing.T, entries ...entry) []byte {
 	return archive.Bytes()
 }
 
-func gzipped(t *testing.T, content []byte) []byte {
+func gzipOf(t *testing.T, content []byte) []byte {
 	t.Helper()
 	var zipped bytes.Buffer
 	w := gzip.NewWriter(&zipped)
@@ -524,10 +524,10 @@ func TestBindDirectoryIsWrittenOnBothSides(t *testing.T) {
 
 func TestBindContentsArriveInTheService(t *testing.T) {
 	t.Parallel()
-	archive := gzipped(t, tarOf(t,
-		entry{tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o750, Uid: 7, Gid: 8}, ""},
-		file("dir/program", "contents"),
-		entry{tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "dir/program", Uid: 7, Gid: 8}, ""}))
+	archive := gzipOf(t, imageOf(t,
+		imageEntry{tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o750, Uid: 7, Gid: 8}, ""},
+		imageFile("dir/program", "contents"),
+		imageEntry{tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "dir/program", Uid: 7, Gid: 8}, ""}))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Write(archive)
 	}))
@@ -553,7 +553,7 @@ func TestBindContentsArriveInTheService(t *testing.T) {
 func (m *machine) imageWithVolume(t *testing.T) string {
 	t.Helper()
 	ref := "duxcore-test/" + newID() + ":1"
-	archive := tarOf(t, file("probe", buildProbe(t)))
+	archive := imageOf(t, imageFile("probe", buildProbe(t)))
 	progress, err := m.engine.ImageImport(t.Context(), image.ImportSource{Source: bytes.NewReader(archive), SourceName: "-"}, ref,
 		image.ImportOptions{Changes: []string{"VOLUME /vol", "ENV FROM_IMAGE=underneath"}})
 	if err != nil {
@@ -927,7 +927,7 @@ func TestDeleteRemovesWhatIsLeft(t *testing.T) {
 func TestFailedCreateLeavesNothing(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.Write(gzipped(t, tarOf(t, file("a", "x"), file("../b", "y"))))
+		w.Write(gzipOf(t, imageOf(t, imageFile("a", "x"), imageFile("../b", "y"))))
 	}))
 	t.Cleanup(server.Close)
 	m := newMachine(t, func(c *config) { c.fetchAllow = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} })
@@ -950,7 +950,7 @@ func TestImportsKeepTagsOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	for _, marker := range []string{newID(), newID()} {
-		id := m.importImage(t, string(tarOf(t, file(marker, marker))))
+		id := m.importImage(t, string(imageOf(t, imageFile(marker, marker))))
 		m.cleanUp(t, m.binds, id)
 		inspected, err := m.engine.ImageInspect(t.Context(), id)
 		if want := []string{"duxcore/import:" + id[len("sha256:"):][:12]}; err != nil || !slices.Equal(inspected.RepoTags, want) {
@@ -991,7 +991,7 @@ func TestFailedImportLeavesNoImage(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	marker := newID()
-	archive := string(tarOf(t, file("first-"+marker, strings.Repeat(marker, 2000)), file("second-"+marker, strings.Repeat(marker, 100))))
+	archive := string(imageOf(t, imageFile("first-"+marker, strings.Repeat(marker, 2000)), imageFile("second-"+marker, strings.Repeat(marker, 100))))
 	end := strings.TrimRight(archive, "\x00") // the end of the second file's content
 	lastBlock := (len(end) + 511) / 512 * 512
 	earlier := m.emptyImages(t)
@@ -999,7 +999,7 @@ func TestFailedImportLeavesNoImage(t *testing.T) {
 		"empty":                        "",
 		"zeros":                        strings.Repeat("\x00", 10240),
 		"text":                         strings.Repeat("not a tar "+marker, 200),
-		"gzipped":                      string(gzipped(t, []byte(archive))),
+		"gzipped":                      string(gzipOf(t, []byte(archive))),
 		"cut in the first header":      archive[:300],
 		"cut after the first header":   archive[:512],
 		"cut in the first content":     archive[:20_000],
@@ -1036,7 +1036,7 @@ func TestFailedImportLeavesNoImage(t *testing.T) {
 func TestConnectionServesOnAfterAnUpload(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
-	good := string(tarOf(t, file(newID(), "")))
+	good := string(imageOf(t, imageFile(newID(), "")))
 	for name, body := range map[string]string{"whole": good, "cut": good[:1024], "no tar": strings.Repeat("x", 10_000)} {
 		for range 10 {
 			answer := m.do(t, "POST", "/docker/image", body)
@@ -1139,7 +1139,7 @@ func (r *registry) push(t *testing.T, tag string, layers ...[]byte) (name string
 	var descriptors []any
 	for _, layer := range layers {
 		diffs = append(diffs, digest(string(layer)))
-		zipped := string(gzipped(t, layer))
+		zipped := string(gzipOf(t, layer))
 		digests = append(digests, digest(zipped))
 		descriptors = append(descriptors, r.add("application/vnd.docker.image.rootfs.diff.tar.gzip", zipped))
 	}
@@ -1169,7 +1169,7 @@ func TestImageIsPulledFromARegistry(t *testing.T) {
 		"with a login": {"someone:secret", `{"username":"someone","password":"secret"}`},
 	} {
 		r := newRegistry(t, test.login)
-		ref, _ := r.push(t, "good", tarOf(t, file("probe", buildProbe(t))), tarOf(t, file(newID(), "")))
+		ref, _ := r.push(t, "good", imageOf(t, imageFile("probe", buildProbe(t))), imageOf(t, imageFile(newID(), "")))
 		m.cleanUp(t, m.binds, ref)
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -1199,13 +1199,13 @@ func TestFailedPullIsAnErrorAndLeavesNothing(t *testing.T) {
 	open, closed := newRegistry(t, ""), newRegistry(t, "someone:secret")
 	missing := open.address + "/duxcore-test/probe:missing"
 	// The engine notices when it has most of the image, in an answer that began with 200.
-	spoiled, layers := open.push(t, "spoiled", tarOf(t, file(newID(), "")), tarOf(t, file(newID(), strings.Repeat("x", 1<<16))))
+	spoiled, layers := open.push(t, "spoiled", imageOf(t, imageFile(newID(), "")), imageOf(t, imageFile(newID(), strings.Repeat("x", 1<<16))))
 	last := open.objects[layers[1]]
 	last.content = last.content[:len(last.content)-1] + "?"
 	open.objects[layers[1]] = last
-	lacking, layers := open.push(t, "lacking", tarOf(t, file(newID(), "")), tarOf(t, file(newID(), "")))
+	lacking, layers := open.push(t, "lacking", imageOf(t, imageFile(newID(), "")), imageOf(t, imageFile(newID(), "")))
 	delete(open.objects, layers[1])
-	secret, _ := closed.push(t, "secret", tarOf(t, file(newID(), "")))
+	secret, _ := closed.push(t, "secret", imageOf(t, imageFile(newID(), "")))
 
 	for name, test := range map[string]struct {
 		ref, auth string
