@@ -49,7 +49,7 @@ type machine struct {
 	image  string // the probe's id
 }
 
-func newMachine(t *testing.T, change func(*config)) *machine {
+func newMachine(t testing.TB, change func(*config)) *machine {
 	t.Helper()
 	engine, err := client.NewClientWithOpts(client.FromEnv, client.WithAPIVersionNegotiation())
 	if err != nil {
@@ -66,7 +66,7 @@ func newMachine(t *testing.T, change func(*config)) *machine {
 }
 
 // buildProbe returns the static binary of testdata/probe.
-func buildProbe(t *testing.T) string {
+func buildProbe(t testing.TB) string {
 	t.Helper()
 	binary, err := builtProbe()
 	if err != nil {
@@ -100,7 +100,7 @@ func imageFile(name, content string) imageEntry {
 	return imageEntry{tar.Header{Name: name, Mode: 0o755, Size: int64(len(content)), Uid: 7, Gid: 8}, content}
 }
 
-func imageOf(t *testing.T, entries ...imageEntry) []byte {
+func imageOf(t testing.TB, entries ...imageEntry) []byte {
 	t.Helper()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
@@ -118,7 +118,7 @@ func imageOf(t *testing.T, entries ...imageEntry) []byte {
 	return archive.Bytes()
 }
 
-func gzipOf(t *testing.T, content []byte) []byte {
+func gzipOf(t testing.TB, content []byte) []byte {
 	t.Helper()
 	var zipped bytes.Buffer
 	w := gzip.NewWriter(&zipped)
@@ -131,7 +131,7 @@ func gzipOf(t *testing.T, content []byte) []byte {
 	return zipped.Bytes()
 }
 
-func (m *machine) importImage(t *testing.T, archive string) (id string) {
+func (m *machine) importImage(t testing.TB, archive string) (id string) {
 	t.Helper()
 	var body struct {
 		ImageID string `json:"image_id"`
@@ -142,7 +142,7 @@ func (m *machine) importImage(t *testing.T, archive string) (id string) {
 
 // cleanUp removes, when the test ends, the containers of the daemon with these bind
 // directories, with their volumes, and then an image.
-func (m *machine) cleanUp(t *testing.T, binds, imageRef string) {
+func (m *machine) cleanUp(t testing.TB, binds, imageRef string) {
 	t.Cleanup(func() {
 		for _, c := range m.containers(t, binds) {
 			options := container.RemoveOptions{Force: true, RemoveVolumes: true}
@@ -161,7 +161,7 @@ func (m *machine) cleanUp(t *testing.T, binds, imageRef string) {
 }
 
 // containers returns what a daemon has on the engine, unfinished ones included.
-func (m *machine) containers(t *testing.T, binds string) []container.Summary {
+func (m *machine) containers(t testing.TB, binds string) []container.Summary {
 	t.Helper()
 	list, err := m.engine.ContainerList(context.Background(), container.ListOptions{
 		All: true, Filters: filters.NewArgs(filters.Arg("label", labelBinds+"="+binds))})
@@ -172,7 +172,7 @@ func (m *machine) containers(t *testing.T, binds string) []container.Summary {
 }
 
 // wantNothing fails the test unless the daemon has no container and no directory.
-func (m *machine) wantNothing(t *testing.T) {
+func (m *machine) wantNothing(t testing.TB) {
 	t.Helper()
 	for _, c := range m.containers(t, m.binds) {
 		t.Errorf("there is a container %v", c.Names)
@@ -190,37 +190,37 @@ func (m *machine) wantNothing(t *testing.T) {
 func newID() string { return "it-" + strings.ToLower(rand.Text()) }
 
 // createAs asks for a service that runs the probe. Fields in extra replace its own.
-func (m *machine) createAs(t *testing.T, id, extra string) answer {
+func (m *machine) createAs(t testing.TB, id, extra string) answer {
 	t.Helper()
 	params := fmt.Sprintf(`"image":%q,"cmd":["/probe","run","/data"]`, m.image)
 	return m.do(t, "POST", "/service", createBodyJSON(id, strings.Trim(params+","+extra, ",")))
 }
 
-func (m *machine) create(t *testing.T, extra string) (id string) {
+func (m *machine) create(t testing.TB, extra string) (id string) {
 	t.Helper()
 	id = newID()
 	m.createAs(t, id, extra).want(t, http.StatusCreated)
 	return id
 }
 
-func (m *machine) ctl(t *testing.T, id, op string) {
+func (m *machine) ctl(t testing.TB, id, op string) {
 	t.Helper()
 	m.do(t, "POST", "/service/"+id+"/ctl", `{"op":"`+op+`"}`).want(t, http.StatusNoContent)
 }
 
-func (m *machine) setEnv(t *testing.T, id, body string) {
+func (m *machine) setEnv(t testing.TB, id, body string) {
 	t.Helper()
 	m.do(t, "PATCH", "/service/"+id+"/env", body).want(t, http.StatusNoContent)
 }
 
 // get returns what GET says about a service.
-func (m *machine) get(t *testing.T, id string) (c container.InspectResponse) {
+func (m *machine) get(t testing.TB, id string) (c container.InspectResponse) {
 	t.Helper()
 	decode(t, m.do(t, "GET", "/service/"+id, "").want(t, http.StatusOK).body, &c)
 	return c
 }
 
-func decode(t *testing.T, text string, v any) {
+func decode(t testing.TB, text string, v any) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(text), v); err != nil {
 		t.Fatalf("%v in %.200s", err, text)
@@ -242,7 +242,7 @@ type report struct {
 }
 
 // report waits for the probe's report and takes it away, so that the next is a new one.
-func (m *machine) report(t *testing.T, id string) (r report) {
+func (m *machine) report(t testing.TB, id string) (r report) {
 	t.Helper()
 	path := filepath.Join(m.binds, id, "report.json")
 	waitFor(t, "the probe's report", func() bool { _, err := os.Stat(path); return err == nil })
@@ -434,7 +434,7 @@ func TestPublishedPortsAnswerFromTheHost(t *testing.T) {
 }
 
 // freePorts returns a TCP and a UDP port of the host that nobody uses.
-func freePorts(t *testing.T) (tcp, udp string) {
+func freePorts(t testing.TB) (tcp, udp string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -452,7 +452,7 @@ func freePorts(t *testing.T) (tcp, udp string) {
 }
 
 // ask sends a line and returns the answer.
-func ask(t *testing.T, network, address string) string {
+func ask(t testing.TB, network, address string) string {
 	t.Helper()
 	conn, err := net.DialTimeout(network, address, 10*time.Second)
 	if err != nil {
@@ -482,7 +482,7 @@ func TestMemoryHogIsKilled(t *testing.T) {
 }
 
 // waitForEnd waits until the service has ended and returns its exit code.
-func (m *machine) waitForEnd(t *testing.T, id string) int64 {
+func (m *machine) waitForEnd(t testing.TB, id string) int64 {
 	t.Helper()
 	ended, failed := m.engine.ContainerWait(t.Context(), id, container.WaitConditionNotRunning)
 	select {
@@ -550,7 +550,7 @@ func TestBindContentsArriveInTheService(t *testing.T) {
 }
 
 // imageWithVolume makes an image of the probe that declares a volume and a variable.
-func (m *machine) imageWithVolume(t *testing.T) string {
+func (m *machine) imageWithVolume(t testing.TB) string {
 	t.Helper()
 	ref := "duxcore-test/" + newID() + ":1"
 	archive := imageOf(t, imageFile("probe", buildProbe(t)))
@@ -635,7 +635,7 @@ func TestEnvChangesAtTheNextStart(t *testing.T) {
 }
 
 // withoutEnv returns a service's settings but for those in which its environment shows.
-func withoutEnv(t *testing.T, c container.InspectResponse) string {
+func withoutEnv(t testing.TB, c container.InspectResponse) string {
 	t.Helper()
 	c.Config.Env, c.Config.Image, c.HostConfig.VolumesFrom = nil, "", nil
 	delete(c.Config.Labels, labelParams)
@@ -781,7 +781,7 @@ func TestListShowsOnlyThisDaemonsServices(t *testing.T) {
 }
 
 // foreign runs the probe in a container that no daemon made and returns its id.
-func (m *machine) foreign(t *testing.T, name string, labels map[string]string) string {
+func (m *machine) foreign(t testing.TB, name string, labels map[string]string) string {
 	t.Helper()
 	created, err := m.engine.ContainerCreate(t.Context(), &container.Config{Image: m.image, Labels: labels,
 		Cmd: []string{"/probe", "run", "/tmp"}, WorkingDir: "/tmp"}, &container.HostConfig{NetworkMode: "none"}, nil, nil, name)
@@ -878,7 +878,7 @@ func TestBindDirectoryWithDataIsNeitherUsedNorErased(t *testing.T) {
 }
 
 // writeFile writes a file and makes the directories that it is in.
-func writeFile(t *testing.T, path, content string) {
+func writeFile(t testing.TB, path, content string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		t.Fatal(err)
@@ -888,7 +888,7 @@ func writeFile(t *testing.T, path, content string) {
 	}
 }
 
-func wantFile(t *testing.T, path, content string) {
+func wantFile(t testing.TB, path, content string) {
 	t.Helper()
 	if text, err := os.ReadFile(path); err != nil || string(text) != content {
 		t.Errorf("%s holds %q, %v, want %q", path, text, err, content)
@@ -898,14 +898,14 @@ func wantFile(t *testing.T, path, content string) {
 func TestDeleteRemovesWhatIsLeft(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
-	for name, lose := range map[string]func(t *testing.T, id string){
-		"nothing is lost": func(t *testing.T, id string) {},
-		"the directory is lost": func(t *testing.T, id string) {
+	for name, lose := range map[string]func(t testing.TB, id string){
+		"nothing is lost": func(t testing.TB, id string) {},
+		"the directory is lost": func(t testing.TB, id string) {
 			if err := os.RemoveAll(filepath.Join(m.binds, id)); err != nil {
 				t.Fatal(err)
 			}
 		},
-		"the container is lost": func(t *testing.T, id string) {
+		"the container is lost": func(t testing.TB, id string) {
 			if err := m.engine.ContainerRemove(t.Context(), id, container.RemoveOptions{Force: true}); err != nil {
 				t.Fatal(err)
 			}
@@ -963,7 +963,7 @@ func TestImportsKeepTagsOfTheirOwn(t *testing.T) {
 }
 
 // holding returns the ids of the images made by importing something with marker in it.
-func (m *machine) holding(t *testing.T, marker string) (ids []string) {
+func (m *machine) holding(t testing.TB, marker string) (ids []string) {
 	t.Helper()
 	all, err := m.engine.ImageList(t.Context(), image.ListOptions{All: true})
 	if err != nil {
@@ -1051,7 +1051,7 @@ func TestConnectionServesOnAfterAnUpload(t *testing.T) {
 }
 
 // emptyImages returns the ids of imported images with nothing in them.
-func (m *machine) emptyImages(t *testing.T) map[string]bool {
+func (m *machine) emptyImages(t testing.TB) map[string]bool {
 	t.Helper()
 	all, err := m.engine.ImageList(t.Context(), image.ListOptions{All: true})
 	if err != nil {
@@ -1068,7 +1068,7 @@ func (m *machine) emptyImages(t *testing.T) map[string]bool {
 
 // breakOff uploads the first bytes of an archive, closes the connection, and waits until
 // the daemon is done with it.
-func (m *machine) breakOff(t *testing.T, archive string, bytes int) {
+func (m *machine) breakOff(t testing.TB, archive string, bytes int) {
 	t.Helper()
 	const line = `route="POST /docker/image"`
 	before := strings.Count(m.log.String(), line)
@@ -1094,7 +1094,7 @@ type registry struct {
 // blob is a manifest or other content, by the path's last element.
 type blob struct{ kind, content string }
 
-func newRegistry(t *testing.T, login string) *registry {
+func newRegistry(t testing.TB, login string) *registry {
 	r := &registry{login: login, objects: map[string]blob{}}
 	server := httptest.NewServer(r)
 	t.Cleanup(server.Close)
@@ -1133,7 +1133,7 @@ func (r *registry) add(kind, content string) map[string]any {
 
 // push puts an image of the layers, which are tar archives, under a tag. It returns the
 // image's name and its layers' digests.
-func (r *registry) push(t *testing.T, tag string, layers ...[]byte) (name string, digests []string) {
+func (r *registry) push(t testing.TB, tag string, layers ...[]byte) (name string, digests []string) {
 	t.Helper()
 	var diffs []string
 	var descriptors []any
@@ -1152,7 +1152,7 @@ func (r *registry) push(t *testing.T, tag string, layers ...[]byte) (name string
 	return r.address + "/duxcore-test/probe:" + tag, digests
 }
 
-func toJSON(t *testing.T, v any) string {
+func toJSON(t testing.TB, v any) string {
 	t.Helper()
 	text, err := json.Marshal(v)
 	if err != nil {
@@ -1184,7 +1184,7 @@ func TestImageIsPulledFromARegistry(t *testing.T) {
 }
 
 // createFrom asks for a service of an image to be pulled, with its own command.
-func (m *machine) createFrom(t *testing.T, id, ref, auth string) answer {
+func (m *machine) createFrom(t testing.TB, id, ref, auth string) answer {
 	t.Helper()
 	r := m.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id, fmt.Sprintf(`"image":%q`, ref))))
 	if auth != "" {

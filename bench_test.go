@@ -1,0 +1,188 @@
+//go:build integration
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// The benchmarks do each thing through the daemon and then without it, in turn, so
+// that what else the machine does falls on both. x-engine is how many times as fast
+// as the engine itself the daemon is; x-tar compares with curl and tar.
+
+// direct is a client of the engine's socket, without the SDK.
+func direct(b *testing.B) *http.Client {
+	transport := &http.Transport{MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", "/var/run/docker.sock")
+	}}
+	b.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// fetchAll sends one request and reads the answer.
+func fetchAll(b *testing.B, c *http.Client, r *http.Request) []byte {
+	response, err := c.Do(r)
+	if err != nil {
+		b.Error(err)
+		return nil
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil || response.StatusCode >= 300 {
+		b.Errorf("%s %s: %d %s %v", r.Method, r.URL, response.StatusCode, body, err)
+	}
+	return body
+}
+
+// latencies calls do count times in each of several clients, and returns how long each
+// call took, sorted, and how long all of it.
+func latencies(clients, count int, do func()) (each []time.Duration, all time.Duration) {
+	var group sync.WaitGroup
+	each = make([]time.Duration, clients*count)
+	begin := time.Now()
+	for c := range clients {
+		group.Go(func() {
+			for i := range count {
+				start := time.Now()
+				do()
+				each[c*count+i] = time.Since(start)
+			}
+		})
+	}
+	group.Wait()
+	all = time.Since(begin)
+	slices.Sort(each)
+	return each, all
+}
+
+func BenchmarkInspect(b *testing.B) {
+	m := newMachine(b, nil)
+	m.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
+	id, engine := m.create(b, ""), direct(b)
+	for _, clients := range []int{1, 16} {
+		b.Run(fmt.Sprintf("%d-clients", clients), func(b *testing.B) {
+			var ours, theirs, oursAll, theirsAll time.Duration
+			for b.Loop() {
+				each, all := latencies(clients, 200, func() { fetchAll(b, m.client, m.request(b, "GET", "/service/"+id, nil)) })
+				ours, oursAll = ours+each[len(each)/2], oursAll+all
+				each, all = latencies(clients, 200, func() {
+					r, _ := http.NewRequest("GET", "http://engine/containers/"+id+"/json", nil)
+					fetchAll(b, engine, r)
+				})
+				theirs, theirsAll = theirs+each[len(each)/2], theirsAll+all
+			}
+			b.ReportMetric(float64(ours.Microseconds())/float64(b.N), "µs-median")
+			b.ReportMetric(float64((ours-theirs).Microseconds())/float64(b.N), "µs-more")
+			b.ReportMetric(theirsAll.Seconds()/oursAll.Seconds(), "x-engine")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+func BenchmarkStats(b *testing.B) {
+	m := newMachine(b, nil)
+	id, engine := m.create(b, ""), direct(b)
+	m.ctl(b, id, "start")
+	get := func() { fetchAll(b, m.client, m.request(b, "GET", "/service/"+id+"/stats", nil)) }
+	get()
+	var ours, theirs time.Duration
+	for b.Loop() {
+		each, _ := latencies(1, 100, get)
+		ours += each[len(each)/2]
+		_, all := latencies(1, 1, func() {
+			r, _ := http.NewRequest("GET", "http://engine/containers/"+id+"/stats?stream=false", nil)
+			fetchAll(b, engine, r)
+		})
+		theirs += all
+	}
+	b.ReportMetric(float64(ours.Microseconds())/float64(b.N), "µs-median")
+	b.ReportMetric(theirs.Seconds()/ours.Seconds(), "x-engine")
+	b.ReportMetric(0, "ns/op")
+}
+
+func BenchmarkImport(b *testing.B) {
+	m := newMachine(b, nil)
+	engine, content := direct(b), make([]byte, 256<<20)
+	rand.Read(content)
+	archive := imageOf(b, imageFile("large", string(content)))
+	b.SetBytes(int64(len(archive)))
+	var ours, theirs time.Duration
+	for b.Loop() {
+		begin := time.Now()
+		answer := fetchAll(b, m.client, m.request(b, "POST", "/docker/image", bytes.NewReader(archive)))
+		ours += time.Since(begin)
+		removeImage(b, m, answer)
+		begin = time.Now()
+		r, _ := http.NewRequest("POST", "http://engine/images/create?fromSrc=-", bytes.NewReader(archive))
+		answer = fetchAll(b, engine, r)
+		theirs += time.Since(begin)
+		removeImage(b, m, answer)
+	}
+	b.ReportMetric(theirs.Seconds()/ours.Seconds(), "x-engine")
+}
+
+// removeImage removes the image whose id an answer holds.
+func removeImage(b *testing.B, m *machine, answer []byte) {
+	_, rest, ok := strings.Cut(string(answer), "sha256:")
+	if !ok || len(rest) < 64 {
+		b.Fatalf("no image id in %s", answer)
+	}
+	r, _ := http.NewRequest("DELETE", "http://engine/images/sha256:"+rest[:64]+"?force=1", nil)
+	fetchAll(b, direct(b), r)
+}
+
+func BenchmarkUnpack(b *testing.B) {
+	large := make([]byte, 256<<20)
+	rand.Read(large[:len(large)/2]) // half of it compresses
+	small := make([]imageEntry, 10_000)
+	for i := range small {
+		small[i] = imageFile(fmt.Sprintf("package-%d/src/file-%d.js", i/100, i), strings.Repeat("some text of a small file\n", 100))
+	}
+	for name, archive := range map[string][]byte{
+		"large-file":  gzipOf(b, imageOf(b, imageFile("large", string(large)))),
+		"small-files": gzipOf(b, imageOf(b, small...)),
+	} {
+		b.Run(name, func(b *testing.B) {
+			source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(archive) }))
+			defer source.Close()
+			var ours, theirs time.Duration
+			for b.Loop() {
+				dir := b.TempDir()
+				root, err := os.OpenRoot(dir)
+				if err != nil {
+					b.Fatal(err)
+				}
+				begin := time.Now()
+				limits := unpackLimits{bytes: math.MaxInt32, entries: math.MaxInt32}
+				if err := newFetcher(loopback).unpack(b.Context(), source.URL, root, limits, nil); err != nil {
+					b.Fatal(err)
+				}
+				ours += time.Since(begin)
+				root.Close()
+				dir = b.TempDir()
+				begin = time.Now()
+				command := exec.Command("sh", "-c", "curl -s "+source.URL+" | tar xz -C "+dir)
+				if output, err := command.CombinedOutput(); err != nil {
+					b.Fatalf("%v: %s", err, output)
+				}
+				theirs += time.Since(begin)
+			}
+			b.ReportMetric(theirs.Seconds()/ours.Seconds(), "x-tar")
+		})
+	}
+}
