@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	goversion "go/version"
 	"io"
 	"os"
 	"slices"
@@ -233,5 +234,17 @@ func TestAddressInUseStopsTheDaemon(t *testing.T) {
 	d := startDaemon(t, newFakeEngine(t).host(), nil)
 	if _, err := startError(t, func(c *config) { c.addr = strings.TrimPrefix(d.url, "http://") }); err == nil {
 		t.Error("runs on an address in use")
+	}
+}
+
+func TestGoHasTheFixesOfOsRoot(t *testing.T) {
+	text, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "\ngo ")
+	asked, _, _ := strings.Cut(rest, "\n")
+	if goversion.Compare("go"+asked, "go1.26.5") < 0 {
+		t.Errorf("go.mod asks for go %s only", asked)
 	}
 }
