@@ -141,7 +141,7 @@ func fetchError(ctx context.Context, err error) error {
 	if errors.As(err, &in) {
 		err = in.Err
 	}
-	return failure(http.StatusBadGateway, "bind_contents: cannot download: %v", err)
+	return failure(http.StatusBadGateway, "bind_contents: cannot download: %s", plain(err))
 }
 
 // source is a download that ends when its server is too slow, and remembers its failure.
@@ -221,7 +221,7 @@ func broken(err error) error {
 	if err == nil || errors.As(err, &api) {
 		return err
 	}
-	return badRequest("bind_contents: the archive is broken: %v", err)
+	return badRequest("bind_contents: the archive is broken: %s", plain(err))
 }
 
 // limitedReader fails, other than io.LimitedReader, when there is more than it may give.

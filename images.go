@@ -10,6 +10,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"os"
 	"strings"
 	"time"
 
@@ -42,7 +43,7 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	body.CloseWithError(errEngineStopped)
 	if err != nil { // more of the upload is of no use; the deadline ends the connection's context
 		w.Header().Set("Connection", "close")
-		ctl.SetReadDeadline(time.Now())
+		ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
 	<-followed
 	if ctx.Err() != nil {
@@ -115,7 +116,10 @@ func followTar(r io.Reader) error {
 	if err == nil || errors.As(err, &tooMany) || errors.Is(err, errEngineStopped) {
 		return err
 	}
-	return badRequest("the body is not a whole tar archive: %v", err)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return badRequest("the body came too slowly")
+	}
+	return badRequest("the body is not a whole tar archive: %s", plain(err))
 }
 
 // ensureImage makes sure that the engine has the image, and pulls it if it does not.
@@ -130,7 +134,8 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 	}
 	progress, err := s.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
-		return failure(http.StatusNotFound, "cannot pull the image: %v", err)
+		_, text := describe(err)
+		return failure(http.StatusNotFound, "cannot pull the image: %s", text)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot pull the image: %w", err)

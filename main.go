@@ -58,6 +58,16 @@ type config struct {
 	maxImageBytes int64 // of one uploaded image
 	version       bool
 	dockerHost    string // for tests; no flag. Empty: from DOCKER_HOST and its like
+	waits         waits  // no flag either
+}
+
+// waits bound how long a client, or the engine, may keep the daemon waiting.
+type waits struct {
+	json   time.Duration // for a JSON body
+	read   time.Duration // for the engine's answer to a request that changes nothing
+	write  time.Duration // for a client to take what is written
+	frame  time.Duration // for the next frame of the engine's statistics
+	linger time.Duration // for another request for a service's statistics
 }
 
 func main() {
@@ -170,7 +180,8 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 // parseConfig reads the environment, then the arguments, which win. It reports all
 // mistakes in one error. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
-	var c config
+	c := config{waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
+		frame: 10 * time.Second, linger: 30 * time.Second}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)

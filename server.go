@@ -11,7 +11,9 @@ import (
 	"log/slog"
 	"net/http"
 	"path"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -21,12 +23,9 @@ import (
 )
 
 const (
-	maxJSON     = 1 << 20          // bytes of a JSON body
-	jsonTime    = 30 * time.Second // for reading one
-	uploadStall = time.Minute      // longest pause in an upload
-	readTime    = 30 * time.Second // for a request that changes nothing
-	writeTime   = 30 * time.Second // longest wait for a client to take what is written
-	lingerTime  = time.Second      // for discarding what a client still sends after its answer
+	maxJSON     = 1 << 20     // bytes of a JSON body
+	uploadStall = time.Minute // longest pause in an upload
+	lingerTime  = time.Second // for discarding what a client still sends after its answer
 )
 
 // A route is one line of the API. All paths need the core key, so access is no column.
@@ -41,17 +40,17 @@ type route struct {
 
 // routes is the whole API.
 func (s *server) routes() []route {
-	change := s.stopTimeout + 30*time.Second
+	change := s.stopTimeout + s.waits.read
 	return []route{
 		{"POST /service", 201, maxJSON, s.createTimeout, false, (*server).createService},
-		{"GET /service", 200, 0, readTime, false, (*server).listServices},
-		{"GET /service/{id}", 200, 0, readTime, false, (*server).inspectService},
+		{"GET /service", 200, 0, s.waits.read, false, (*server).listServices},
+		{"GET /service/{id}", 200, 0, s.waits.read, false, (*server).inspectService},
 		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, (*server).deleteService},
 		{"POST /service/{id}/ctl", 204, maxJSON, change, true, (*server).controlService},
 		{"GET /service/{id}/stats", 200, 0, 0, false, (*server).serviceStats},
 		{"PATCH /service/{id}/env", 204, maxJSON, change, true, (*server).setServiceEnv},
 		{"POST /docker/image", 201, s.maxImageBytes, 0, false, (*server).importImage},
-		{"GET /health", 204, 0, readTime, false, (*server).health},
+		{"GET /health", 204, 0, s.waits.read, false, (*server).health},
 	}
 }
 
@@ -96,13 +95,20 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 // ServeHTTP admits a request and logs it. Nothing but the key check sees one without the key.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw)}
+	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.waits.write}
+	body := r.Body
 	defer func() {
 		// net/http still sends what is buffered, and reads the rest of a body: not for long.
-		w.ctl.SetWriteDeadline(time.Now().Add(writeTime))
+		w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
 		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
 			"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
+		if w.status >= 400 && w.status != http.StatusUnauthorized {
+			// It does not read a long one. Closed with some unread, the connection would be
+			// reset, and the answer lost to a client that is still sending.
+			w.ctl.Flush()
+			io.Copy(io.Discard, body)
+		}
 	}()
 	if len(r.TransferEncoding) > 0 {
 		// net/http drops a Content-Length beside it: RFC 9112, section 6.1, wants the end of the connection then.
@@ -175,6 +181,10 @@ var errNoSuchPath = failure(http.StatusNotFound, "no such path")
 // only writer of errors.
 func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	status, description := describe(err)
+	if api := (*apiError)(nil); !errors.As(err, &api) {
+		// The engine names what it cannot mount, and where it has the container's root.
+		description = engineDir.ReplaceAllString(strings.ReplaceAll(description, s.binds.path, "binds"), "")
+	}
 	if status == http.StatusServiceUnavailable {
 		rw.Header().Set("Retry-After", "1")
 	}
@@ -195,12 +205,24 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	}{status, http.StatusText(status), description}})
 }
 
+// engineDir is a container's root file system, or another directory of it, on the host.
+var engineDir = regexp.MustCompile(`/[^\s":]*/[0-9a-f]{64}(/merged)?`)
+
+// goPrefix is what Go's packages put ahead of their errors.
+var goPrefix = regexp.MustCompile(`\b(archive/tar|gzip|flate|net/http|http|tls|x509): `)
+
+// plain returns the text of an error from Go's packages.
+func plain(err error) string { return goPrefix.ReplaceAllString(err.Error(), "") }
+
 // describe returns what a client may know of err.
 func describe(err error) (status int, description string) {
 	var api *apiError
 	var tooMany *http.MaxBytesError
 	var local syscall.Errno
+	var syntax *json.SyntaxError
+	var wrongType *json.UnmarshalTypeError
 	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
+	message, _, _ = strings.Cut(message, " for API route and version ") // the engine's URL with the socket's path
 	switch {
 	case errors.As(err, &api):
 		return api.status, api.description
@@ -212,6 +234,8 @@ func describe(err error) (status int, description string) {
 		return http.StatusServiceUnavailable, "the request was given up"
 	case client.IsErrConnectionFailed(err):
 		return http.StatusServiceUnavailable, "the engine cannot be reached"
+	case errors.As(err, &syntax), errors.As(err, &wrongType), errors.Is(err, io.ErrUnexpectedEOF):
+		return http.StatusBadGateway, "the engine's answer cannot be read"
 	case errdefs.IsNotFound(err):
 		return http.StatusNotFound, message
 	case errdefs.IsConflict(err):
@@ -225,9 +249,9 @@ func describe(err error) (status int, description string) {
 }
 
 // readJSON reads the whole body as one JSON value without unknown fields into v.
-func readJSON(rw http.ResponseWriter, r *http.Request, v any) error {
+func (s *server) readJSON(rw http.ResponseWriter, r *http.Request, v any) error {
 	ctl := http.NewResponseController(rw)
-	ctl.SetReadDeadline(time.Now().Add(jsonTime))
+	ctl.SetReadDeadline(time.Now().Add(s.waits.json))
 	body, err := io.ReadAll(r.Body)
 	// Left in place it would end the request's context while the handler works.
 	ctl.SetReadDeadline(time.Time{})
@@ -281,6 +305,7 @@ func passOn(w http.ResponseWriter, text []byte, err error) error {
 // writeBytes answers with JSON text. If that fails the client is gone.
 func writeBytes(w http.ResponseWriter, status int, text []byte) {
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(status)
 	w.Write(text)
 }
@@ -291,6 +316,7 @@ type response struct {
 	ctl     *http.ResponseController
 	status  int // 0 until the answer has begun
 	written int64
+	wait    time.Duration // for the client to read
 }
 
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -301,7 +327,7 @@ func (w *response) WriteHeader(status int) {
 }
 
 func (w *response) Write(p []byte) (int, error) {
-	w.ctl.SetWriteDeadline(time.Now().Add(writeTime))
+	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
 	n, err := w.ResponseWriter.Write(p)
 	w.written += int64(n)
 	return n, err

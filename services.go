@@ -19,6 +19,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/mount"
 	"github.com/docker/docker/client"
@@ -40,6 +41,9 @@ var (
 	imageID   = regexp.MustCompile(`^(sha256:.*|[0-9a-f]{64})$`)
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
+
+// lookupTries is how often a service's container may be replaced under a lookup.
+const lookupTries = 5
 
 const (
 	cpuPeriod = 100_000     // microseconds
@@ -86,7 +90,7 @@ func (h *hosts) UnmarshalJSON(text []byte) (err error) {
 		err = decodeJSON(text, &(*h)[0])
 	}
 	if err != nil {
-		return badRequest("port_map: %v", err)
+		return badRequest("port_map: %s", strings.TrimPrefix(err.Error(), "the body: "))
 	}
 	return nil
 }
@@ -97,7 +101,7 @@ func (s *server) createService(w http.ResponseWriter, r *http.Request) error {
 		Type   string        `json:"type"`
 		Params serviceParams `json:"params"`
 	}
-	if err := readJSON(w, r, &body); err != nil {
+	if err := s.readJSON(w, r, &body); err != nil {
 		return err
 	}
 	if body.Type != "raw" {
@@ -150,7 +154,7 @@ func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
 	var body struct {
 		Op string `json:"op"`
 	}
-	if err := readJSON(w, r, &body); err != nil {
+	if err := s.readJSON(w, r, &body); err != nil {
 		return err
 	}
 	switch body.Op {
@@ -165,7 +169,7 @@ func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
 // setServiceEnv answers PATCH /service/{id}/env.
 func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
 	var body map[string]any
-	if err := readJSON(w, r, &body); err != nil {
+	if err := s.readJSON(w, r, &body); err != nil {
 		return err
 	}
 	if body == nil {
@@ -186,26 +190,30 @@ func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
 // to prefixes of container ids, so only the exact name and the labels make a container
 // a service; further calls use the full id of what lookup returns.
 func (s *server) lookup(ctx context.Context, id string) (container.InspectResponse, []byte, error) {
-	c, raw, err := s.inspect(ctx, id, id)
-	if err == nil || client.IsErrConnectionFailed(err) || ctx.Err() != nil {
-		return c, raw, err
+	for try := 1; ; try++ {
+		c, raw, err := s.inspect(ctx, id, id)
+		if err == nil || client.IsErrConnectionFailed(err) || ctx.Err() != nil {
+			return c, raw, err
+		}
+		// No such name, or an id that is a prefix of several: the list knows neither kind.
+		all, err := s.ownContainers(ctx, id)
+		if err != nil {
+			return c, nil, err
+		}
+		current, err := s.current(ctx, id, all[id])
+		if err == nil {
+			c, raw, err = s.inspect(ctx, id, current.ID)
+		}
+		if !errdefs.IsNotFound(err) || try == lookupTries {
+			return c, raw, err
+		}
 	}
-	// No such name, or an id that is a prefix of several: the list knows neither kind.
-	all, err := s.ownContainers(ctx, id)
-	if err != nil {
-		return c, nil, err
-	}
-	current, err := s.current(ctx, id, all[id])
-	if err == nil {
-		c, raw, err = s.inspect(ctx, id, current.ID)
-	}
-	return c, raw, err
 }
 
 // current returns the service's container. Where a start is just putting the next one
 // in its place, it waits until that is done.
 func (s *server) current(ctx context.Context, id string, found journal) (current container.Summary, err error) {
-	if !found.has(roleCurrent) && found.has(roleNext) {
+	if !found.has(roleCurrent) && found.has(roleNext) && !found.has(roleGone) {
 		err = s.change(ctx, id, func(settled journal) error { found = settled; return nil })
 	}
 	if err == nil && !found.has(roleCurrent) {

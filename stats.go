@@ -10,14 +10,14 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/containerd/errdefs"
 )
 
 const (
-	statsLinger = 30 * time.Second        // a feed outlives its last request by this
-	statsAge    = 1500 * time.Millisecond // the engine sends a frame every second
-	statsHang   = 10 * time.Second        // an engine that sends none for this long will not
-	statsTries  = 3                       // feeds that may end without a frame for one request
-	maxFrame    = 1 << 20                 // bytes
+	statsAge   = 1500 * time.Millisecond // the engine sends a frame every second
+	statsTries = 3                       // feeds that may end without a frame for one request
+	maxFrame   = 1 << 20                 // bytes
 )
 
 // What the engine writes where it has no sample: for a container that does not run,
@@ -39,14 +39,19 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	defer cancel()
 	defer context.AfterFunc(s.serving, cancel)()
 	if !stream {
-		ctx, cancel = context.WithTimeout(ctx, readTime)
+		ctx, cancel = context.WithTimeout(ctx, s.waits.read)
 		defer cancel()
 	}
 	seen, frames, ends := time.Now().Add(-statsAge), 0, 0
 	for {
 		feed, containerID, err := s.stats.open(ctx, s, r.PathValue("id"))
 		if err == nil && feed == nil && frames == 0 {
-			return s.askStats(ctx, w, containerID)
+			err = s.askStats(ctx, w, containerID)
+			if errdefs.IsNotFound(err) && ends < statsTries {
+				ends++
+				continue // another container has just taken its place
+			}
+			return err
 		}
 		if err != nil || feed == nil {
 			return err
@@ -55,6 +60,9 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 		if err == io.EOF && ends < statsTries {
 			ends++
 			continue // it does not run any more, or another container does
+		}
+		if err == io.EOF {
+			err = failure(http.StatusBadGateway, "the engine sends no statistics of this service")
 		}
 		if err != nil || !stream {
 			return passOn(w, frame, err)
@@ -73,6 +81,8 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 
 // askStats passes on the engine's one frame of a container that does not run.
 func (s *server) askStats(ctx context.Context, w http.ResponseWriter, containerID string) error {
+	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
+	defer cancel()
 	stats, err := s.engine.api().ContainerStats(ctx, containerID, false)
 	if err != nil {
 		return err
@@ -92,6 +102,7 @@ type statsFeeds struct {
 type statsFeed struct {
 	mu      *sync.Mutex
 	end     context.CancelFunc
+	waits   waits
 	asked   time.Time     // by the last request
 	frame   []byte        // the newest
 	arrived time.Time     // when
@@ -107,6 +118,8 @@ func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed
 	if feed != nil {
 		return feed, "", nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // a stream has no limit of its own
+	defer cancel()
 	current, _, err := s.lookup(ctx, id)
 	if err != nil {
 		return nil, "", err
@@ -118,7 +131,7 @@ func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed
 	defer f.mu.Unlock()
 	if feed = f.byID[id]; feed == nil {
 		life, end := context.WithCancel(s.serving)
-		feed = &statsFeed{mu: &f.mu, end: end, asked: time.Now(), changed: make(chan struct{})}
+		feed = &statsFeed{mu: &f.mu, end: end, waits: s.waits, asked: time.Now(), changed: make(chan struct{})}
 		f.byID[id] = feed
 		go func() { // ends with the container, the last request, forget or the daemon
 			feed.follow(life, s.engine, current.ID)
@@ -169,7 +182,7 @@ func (f *statsFeed) newer(ctx context.Context, seen time.Time) (frame []byte, ar
 
 // follow reads the engine's stream of a container as long as that runs and is watched.
 func (f *statsFeed) follow(ctx context.Context, e *engine, containerID string) {
-	hang := time.AfterFunc(statsHang, f.end)
+	hang := time.AfterFunc(f.waits.frame, f.end)
 	defer hang.Stop()
 	answer, err := e.api().ContainerStats(ctx, containerID, true)
 	if err != nil {
@@ -179,7 +192,7 @@ func (f *statsFeed) follow(ctx context.Context, e *engine, containerID string) {
 	lines := bufio.NewScanner(answer.Body)
 	lines.Buffer(nil, maxFrame)
 	for lines.Scan() {
-		hang.Reset(statsHang)
+		hang.Reset(f.waits.frame)
 		if bytes.Contains(lines.Bytes(), noSample) || !f.publish(lines.Bytes()) {
 			return
 		}
@@ -190,7 +203,7 @@ func (f *statsFeed) follow(ctx context.Context, e *engine, containerID string) {
 func (f *statsFeed) publish(frame []byte) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.ended || time.Since(f.asked) > statsLinger {
+	if f.ended || time.Since(f.asked) > f.waits.linger {
 		return false
 	}
 	if !bytes.Contains(frame, noEarlierSample) {

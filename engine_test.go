@@ -1,0 +1,313 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// engineReplace puts something else behind the engine's socket until restore is called.
+// It counts the connections, each of which serve has for itself.
+func engineReplace(t *testing.T, e *fakeEngine, serve func(net.Conn)) (connections *atomic.Int64, restore func()) {
+	t.Helper()
+	e.close()
+	listener, err := net.Listen("unix", e.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	connections = &atomic.Int64{}
+	var open sync.Map
+	var served sync.WaitGroup
+	served.Go(func() { // ends with the listener
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			connections.Add(1)
+			open.Store(conn, true)
+			served.Go(func() {
+				defer conn.Close()
+				serve(conn)
+			})
+		}
+	})
+	return connections, func() {
+		listener.Close()
+		open.Range(func(conn, _ any) bool { conn.(net.Conn).Close(); return true })
+		served.Wait()
+		e.reopen()
+	}
+}
+
+// engineSays answers each request with the text and leaves the connection open.
+func engineSays(text string) func(net.Conn) {
+	return func(conn net.Conn) {
+		for reader := bufio.NewReader(conn); ; {
+			r, err := http.ReadRequest(reader)
+			if err != nil {
+				return
+			}
+			io.Copy(io.Discard, r.Body)
+			if header, _, _ := strings.Cut(text, "\r\n\r\n"); r.Method == http.MethodHead && header != "" {
+				io.WriteString(conn, header+"\r\n\r\n")
+			} else {
+				io.WriteString(conn, text)
+			}
+		}
+	}
+}
+
+func engineHangUp(text string) func(net.Conn) {
+	return func(conn net.Conn) {
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+			io.WriteString(conn, text)
+		}
+	}
+}
+
+// engineRequests is every use of the engine, with a service "web" that runs.
+var engineRequests = []struct{ method, path, body string }{
+	{"GET", "/health", ""},
+	{"GET", "/service", ""},
+	{"GET", "/service/web", ""},
+	{"GET", "/service/nobody", ""},
+	{"GET", "/service/web/stats", ""},
+	{"GET", "/service/web/stats?stream=true", ""},
+	{"POST", "/service", createBodyJSON("new", "")},
+	{"POST", "/service/web/ctl", `{"op":"start"}`},
+	{"POST", "/service/web/ctl", `{"op":"stop"}`},
+	{"POST", "/service/web/ctl", `{"op":"restart"}`},
+	{"POST", "/service/web/ctl", `{"op":"kill"}`},
+	{"PATCH", "/service/web/env", `{"A":"1"}`},
+	{"DELETE", "/service/web", ""},
+	{"POST", "/docker/image", wholeTar()},
+}
+
+// engineImpatient makes every deadline short.
+func engineImpatient(c *config) {
+	c.createTimeout, c.stopTimeout = time.Second, time.Second
+	c.waits.read, c.waits.frame = time.Second, 300*time.Millisecond
+}
+
+func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {
+	t.Helper()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), change)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
+	return e, d
+}
+
+// Whatever is wrong with the engine, each request ends, in time and with few attempts,
+// and the daemon works again as soon as the engine does.
+func TestEngineThatDoesNotWork(t *testing.T) {
+	t.Parallel()
+	const header = "HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Type: application/json\r\n"
+	for name, serve := range map[string]func(net.Conn){
+		"takes connections and never answers": engineSays(""),
+		"hangs up at once":                    func(net.Conn) {},
+		"hangs up when asked":                 engineHangUp(""),
+		"sends no HTTP":                       engineHangUp("SSH-2.0-OpenSSH_9.2p1\r\n"),
+		"sends part of a header":              engineHangUp("HTTP/1.1 200 O"),
+		"sends half a body and hangs up":      engineHangUp(header + "Content-Length: 1000\r\n\r\n{\"Id\":\"a"),
+		"sends half a body and waits":         engineSays(header + "Content-Length: 1000\r\n\r\n{\"Id\":\"a"),
+		"sends half a list and hangs up":      engineHangUp(header + "Transfer-Encoding: chunked\r\n\r\n6\r\n[{\"Id\"\r\n"),
+		"sends broken chunks":                 engineHangUp(header + "Transfer-Encoding: chunked\r\n\r\nzz\r\n{}"),
+		"answers with a page":                 engineSays("HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"),
+		"answers with another JSON type":      engineSays(header + "Content-Length: 8\r\n\r\n{\"Id\":5}"),
+		"answers with a string":               engineSays(header + "Content-Length: 3\r\n\r\n\"x\""),
+		"answers 500 with nothing":            engineSays("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"),
+		"redirects":                           engineSays("HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e, d := startWithRunning(t, engineImpatient)
+			before := state(t, e, d)
+			connections, restore := engineReplace(t, e, serve)
+			var answers sync.WaitGroup
+			for _, r := range engineRequests {
+				answers.Go(func() {
+					a := d.do(t, r.method, r.path, r.body)
+					if a.status == 204 && r.path == "/health" {
+						return // a ping has no body that could be wrong
+					}
+					if !slices.Contains([]int{502, 503, 504}, a.status) {
+						t.Errorf("%s %s: %d %s", r.method, r.path, a.status, a.body)
+					}
+					errorsClean(t, d, a.body)
+				})
+			}
+			answers.Wait()
+			if n := connections.Load(); n > int64(10*len(engineRequests)) {
+				t.Errorf("%d connections to the engine for %d requests", n, len(engineRequests))
+			}
+			restore()
+			d.do(t, "GET", "/health", "").want(t, 204)
+			d.do(t, "GET", "/service/web/stats", "").want(t, 200, `"/web"`)
+			d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 201)
+			d.do(t, "DELETE", "/service/new", "").want(t, 204)
+			if after := state(t, e, d); after != before {
+				t.Errorf("before:%s\nafter:%s", before, after)
+			}
+		})
+	}
+}
+
+func TestTwentyClientsWhileTheEngineHangs(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, engineImpatient)
+	connections, restore := engineReplace(t, e, engineSays(""))
+	var clients sync.WaitGroup
+	for i := range 20 {
+		r := engineRequests[i%len(engineRequests)]
+		clients.Go(func() {
+			// 503: on a connection that was open when the engine went away
+			if a := d.do(t, r.method, r.path, r.body); a.status != 503 {
+				a.want(t, 504)
+			}
+		})
+	}
+	clients.Wait()
+	if n := connections.Load(); n > 100 {
+		t.Errorf("%d connections to the engine", n)
+	}
+	restore()
+	d.do(t, "GET", "/service/web", "").want(t, 200)
+	d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+}
+
+func TestEngineThatRestartsUnderAStream(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	for range 3 {
+		stream := statsOpen(t, d, "web")
+		stream.next(t)
+		e.close()
+		for range stream.lines { // until it ends
+		}
+		d.do(t, "GET", "/service/web/stats", "").want(t, 503)
+		before := len(e.calls())
+		e.reopen()
+		d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+		if calls := e.calls()[before:]; len(calls) > 4 {
+			t.Errorf("the engine was asked %q", calls)
+		}
+	}
+}
+
+func TestEngineThatRestartsUnderAnImport(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	body, upload := io.Pipe()
+	arrived := make(chan struct{})
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Query().Has("fromSrc") {
+			close(arrived)
+			e.importImage(w, r)
+			return true
+		}
+		return false
+	})
+	go func() { // until the daemon reads no more
+		io.WriteString(upload, wholeTar()[:1024])
+		for err := error(nil); err == nil; {
+			_, err = upload.Write(make([]byte, 512))
+		}
+	}()
+	answered := make(chan answer, 1)
+	go func() {
+		defer close(answered)
+		answered <- d.send(t, d.request(t, "POST", "/docker/image", body))
+	}()
+	<-arrived
+	e.close()
+	(<-answered).want(t, 503)
+	e.setIntercept(nil)
+	e.reopen()
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+}
+
+// The engine dies at the n-th call of each change, before or after it has done what was
+// asked. When it is back the same request succeeds, and nothing half done is left.
+func TestEngineThatDiesInTheMiddleOfAChange(t *testing.T) {
+	t.Parallel()
+	for _, op := range []struct {
+		method, path, body string
+		again              []int // status of the same request afterwards
+		left               []string
+	}{
+		{"POST", "/service", createBodyJSON("new", ""), []int{201, 409}, []string{"new", "web"}},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`, []int{204}, []string{"web"}},
+		{"PATCH", "/service/web/env", `{"A":"2"}`, []int{204}, []string{"duxcore.next.web", "web"}},
+		{"DELETE", "/service/web", "", []int{204, 404}, []string{}},
+	} {
+		for _, done := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s %s %v", op.method, op.path, done), func(t *testing.T) {
+				t.Parallel()
+				for dies := 0; engineDies(t, dies, done, op.method, op.path, op.body, op.again, op.left); dies++ {
+				}
+			})
+		}
+	}
+}
+
+// engineDies reports whether the change had so many calls that the engine died.
+func engineDies(t *testing.T, at int, done bool, method, path, body string, again []int, left []string) bool {
+	t.Helper()
+	e, d := startWithRunning(t, nil)
+	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
+	var calls atomic.Int64
+	var died atomic.Bool
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if calls.Add(1) != int64(at)+1 {
+			return false
+		}
+		if done {
+			e.answer(httptest.NewRecorder(), r, versionPrefix.ReplaceAllString(r.URL.EscapedPath(), ""))
+		}
+		died.Store(true)
+		e.close()
+		return true
+	})
+	a := d.do(t, method, path, body)
+	e.setIntercept(nil)
+	if !died.Load() {
+		if a.status > 204 {
+			t.Errorf("without a death: %d %s", a.status, a.body)
+		}
+		return false
+	}
+	if a.status > 204 { // else the last call's answer is not what it depends on
+		a.want(t, 503)
+	}
+	e.reopen()
+	if a := d.do(t, method, path, body); !slices.Contains(again, a.status) {
+		t.Errorf("the engine died at call %d, and then: %d %s", at, a.status, a.body)
+	}
+	names := e.names()
+	if path == "/service" {
+		names = slices.DeleteFunc(names, func(name string) bool { return name == "duxcore.next.web" })
+	}
+	if !slices.Equal(names, left) {
+		t.Errorf("the engine died at call %d, and then there are %q, want %q", at, names, left)
+	}
+	if method != "DELETE" && !strings.Contains(state(t, e, d), "dir:web") || method == "DELETE" && strings.Contains(state(t, e, d), "dir:") {
+		t.Errorf("the engine died at call %d, and then there is%s", at, state(t, e, d))
+	}
+	return true
+}

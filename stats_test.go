@@ -1,0 +1,410 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// statsStream is a stream of statistics that a test reads line by line.
+type statsStream struct {
+	header http.Header
+	lines  <-chan string // closed at the stream's end
+	leave  func()
+}
+
+func statsOpen(t testing.TB, d *daemon, id string) statsStream {
+	t.Helper()
+	response, err := d.client.Do(d.request(t, "GET", "/service/"+id+"/stats?stream=true", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if response.StatusCode != 200 {
+		t.Fatalf("status %d", response.StatusCode)
+	}
+	lines, left := make(chan string), make(chan struct{})
+	leave := sync.OnceFunc(func() { close(left); response.Body.Close() })
+	t.Cleanup(leave)
+	go func() { // ends with the stream, or when the test leaves it
+		defer close(lines)
+		for reader := bufio.NewReader(response.Body); ; {
+			line, err := reader.ReadString('\n')
+			if err == nil {
+				select {
+				case lines <- line:
+					continue
+				case <-left:
+				}
+			} else if err == io.EOF && line != "" {
+				t.Errorf("the stream ended within the line %q", line)
+			}
+			return
+		}
+	}()
+	return statsStream{response.Header, lines, leave}
+}
+
+func (s statsStream) next(t testing.TB) string {
+	t.Helper()
+	select {
+	case line, ok := <-s.lines:
+		if !ok {
+			t.Fatal("the stream has ended")
+		}
+		return line
+	case <-time.After(10 * time.Second):
+		t.Fatal("no line in 10 s")
+	}
+	return ""
+}
+
+// rest returns what comes until the stream ends.
+func (s statsStream) rest(t testing.TB) (lines []string) {
+	t.Helper()
+	for limit := time.After(10 * time.Second); ; {
+		select {
+		case line, ok := <-s.lines:
+			if !ok {
+				return lines
+			}
+			lines = append(lines, line)
+		case <-limit:
+			t.Fatal("the stream did not end in 10 s")
+		}
+	}
+}
+
+// statsCalls returns how often the engine was asked for statistics, and how often at all.
+func statsCalls(e *fakeEngine) (stats, all int) {
+	for _, call := range e.calls() {
+		if all++; strings.Contains(call, "/stats?") {
+			stats++
+		}
+	}
+	return stats, all
+}
+
+// statsFrames has the engine's streams send what comes on frames, and reports on ended
+// when one is over.
+func statsFrames(e *fakeEngine, frames <-chan string) (ended <-chan struct{}) {
+	over := make(chan struct{}, 100)
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Query().Get("stream") != "1" {
+			return false
+		}
+		defer func() { over <- struct{}{} }()
+		w.WriteHeader(200)
+		w.(http.Flusher).Flush()
+		for {
+			select {
+			case frame, ok := <-frames:
+				if !ok {
+					return true
+				}
+				io.WriteString(w, frame+"\n")
+				w.(http.Flusher).Flush()
+			case <-r.Context().Done():
+				return true
+			}
+		}
+	})
+	return over
+}
+
+func TestHundredWatchersCostOneEngineStream(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	var watchers sync.WaitGroup
+	for i := range 100 {
+		watchers.Go(func() {
+			if i%2 == 0 {
+				d.do(t, "GET", "/service/web/stats", "").want(t, 200, `"/web"`)
+				return
+			}
+			stream := statsOpen(t, d, "web")
+			defer stream.leave()
+			for range 5 {
+				if line := stream.next(t); strings.Contains(line, zeroTime) {
+					t.Errorf("a frame without both samples: %s", line)
+				}
+			}
+		})
+	}
+	watchers.Wait()
+	if stats, _ := statsCalls(e); stats != 1 {
+		t.Errorf("the engine was asked for %d streams", stats)
+	}
+}
+
+func TestWarmStatsAskTheEngineNothing(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+	_, before := statsCalls(e)
+	for range 20 {
+		d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+	}
+	if _, after := statsCalls(e); after != before {
+		t.Errorf("the engine was asked %q", e.calls()[before:])
+	}
+}
+
+// The engine's bytes are passed on one by one, each as it comes, except those of the
+// frame that has no earlier sample.
+func TestStatsAreTheEnginesBytes(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	frames := make(chan string)
+	statsFrames(e, frames)
+	const sample = `{ "read":"2022-05-08T19:50:43.024725738Z",  "preread":"2022-05-08T19:50:42.020410692Z","n":%d, "x":1e2,"é":"\u0001\u2028<&" }`
+	plain := crowdSend(t, d, "GET", "/service/web/stats", "")
+	frames <- `{"read":"2022-05-08T19:50:41Z","preread":"` + zeroTime + `"}`
+	frames <- fmt.Sprintf(sample, 0)
+	a := (<-plain).want(t, 200)
+	if want := fmt.Sprintf(sample, 0) + "\n"; a.body != want || a.header.Get("Content-Type") != "application/json" {
+		t.Errorf("got %s %s, want %s", a.header.Get("Content-Type"), a.body, want)
+	}
+	stream := statsOpen(t, d, "web")
+	if got := stream.header.Get("Content-Type"); got != "application/x-ndjson" {
+		t.Errorf("Content-Type is %q", got)
+	}
+	for n := range 10 { // no frame is sent before the one ahead has arrived
+		if n > 0 {
+			frames <- fmt.Sprintf(sample, n)
+		}
+		if got, want := stream.next(t), fmt.Sprintf(sample, n)+"\n"; got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+	close(frames)
+}
+
+func TestStatsOfAServiceThatDoesNotRunAreAskedFor(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=false", "/service/web/stats?stream=true"} {
+		before, _ := statsCalls(e)
+		d.do(t, "GET", path, "").want(t, 200, zeroTime)
+		if after, _ := statsCalls(e); after != before+1 {
+			t.Errorf("GET %s asked the engine %d times", path, after-before)
+		}
+	}
+	d.do(t, "GET", "/service/nobody/stats", "").want(t, 404)
+	d.do(t, "GET", "/service/nobody/stats?stream=true", "").want(t, 404)
+}
+
+func TestStreamIsTrueOrFalse(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	_, before := statsCalls(e)
+	for _, value := range []string{"maybe", "2", "yes", "%00", "truetrue"} {
+		d.do(t, "GET", "/service/web/stats?stream="+value, "").want(t, 400, "stream")
+	}
+	if _, after := statsCalls(e); after != before {
+		t.Errorf("the engine was asked %q", e.calls()[before:])
+	}
+}
+
+func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, func(c *config) { c.waits.write = 300 * time.Millisecond })
+	frames, done := make(chan string), make(chan struct{})
+	statsFrames(e, frames)
+	// Large ones, or the kernel's buffers hold an hour of them.
+	frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","x":"` + strings.Repeat("x", maxFrame-1000) + `"}`
+	go func() {
+		for {
+			select {
+			case frames <- frame:
+			case <-done:
+				return
+			}
+		}
+	}()
+	defer close(done)
+	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer idle.Close()
+	io.WriteString(idle, "GET /service/web/stats?stream=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+	stream := statsOpen(t, d, "web")
+	dropped := func() bool { return strings.Contains(d.log.String(), "remote="+idle.LocalAddr().String()) }
+	for !dropped() {
+		stream.next(t)
+	}
+	for range 10 {
+		stream.next(t)
+	}
+	if streams, _ := statsCalls(e); streams != 1 {
+		t.Errorf("the engine was asked for %d streams", streams)
+	}
+}
+
+// statsEnds are what ends a service's stream.
+var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
+	"stop": func(t *testing.T, e *fakeEngine, d *daemon) {
+		d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
+	},
+	"kill": func(t *testing.T, e *fakeEngine, d *daemon) {
+		d.do(t, "POST", "/service/web/ctl", `{"op":"kill"}`).want(t, 204)
+	},
+	"delete": func(t *testing.T, e *fakeEngine, d *daemon) { d.do(t, "DELETE", "/service/web", "").want(t, 204) },
+	"the daemon's end": func(t *testing.T, e *fakeEngine, d *daemon) {
+		if err := d.stop(); err != nil {
+			t.Error(err)
+		}
+	},
+	"its process's end": func(t *testing.T, e *fakeEngine, d *daemon) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.byName("web").Running = false
+	},
+}
+
+func TestStreamEndsWithItsService(t *testing.T) {
+	t.Parallel()
+	for name, end := range statsEnds {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e, d := startWithRunning(t, nil)
+			stream := statsOpen(t, d, "web")
+			stream.next(t)
+			end(t, e, d)
+			for _, line := range stream.rest(t) {
+				if strings.Contains(line, zeroTime) {
+					t.Errorf("a frame without both samples: %s", line)
+				}
+			}
+		})
+	}
+}
+
+// Once a restart is acknowledged there is nothing to be seen of the earlier container.
+func TestStatsAreNeverThoseOfAnEarlierContainer(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	for i := range 10 {
+		earlier, _ := e.container("web")
+		stream := statsOpen(t, d, "web")
+		if line := stream.next(t); !strings.Contains(line, earlier.ID) {
+			t.Fatalf("not of %s: %s", earlier.ID, line)
+		}
+		d.do(t, "PATCH", "/service/web/env", fmt.Sprintf(`{"A":"%d"}`, i)).want(t, 204)
+		d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
+		now, _ := e.container("web")
+		for range 3 {
+			if a := d.do(t, "GET", "/service/web/stats", "").want(t, 200, now.ID); strings.Contains(a.body, zeroTime) {
+				t.Errorf("statistics of a running service without both samples: %s", a.body)
+			}
+		}
+		// It ends, or goes on with the new container, and never goes back.
+		moved := false
+		for range 20 {
+			line, ok := <-stream.lines
+			if !ok {
+				break
+			}
+			if moved = moved || strings.Contains(line, now.ID); moved && !strings.Contains(line, now.ID) {
+				t.Errorf("after the restart: %s", line)
+			}
+		}
+		stream.leave()
+	}
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	d.do(t, "GET", "/service/web/stats", "").want(t, 404)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
+	now, _ := e.container("web")
+	d.do(t, "GET", "/service/web/stats", "").want(t, 200, now.ID)
+}
+
+func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, func(c *config) { c.waits.linger = 50 * time.Millisecond })
+	ended := make(chan struct{}, 100)
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Query().Get("stream") != "1" {
+			return false
+		}
+		e.stats(w, r, strings.Split(versionPrefix.ReplaceAllString(r.URL.Path, ""), "/")[2])
+		ended <- struct{}{}
+		return true
+	})
+	for n := range 3 {
+		stream := statsOpen(t, d, "web")
+		d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+		stream.next(t)
+		if stats, _ := statsCalls(e); stats != n+1 {
+			t.Errorf("the engine was asked for %d streams, want %d", stats, n+1)
+		}
+		stream.leave()
+		waitFor(t, "the end of the engine's stream", func() bool { return len(ended) == n+1 })
+	}
+}
+
+// An engine whose streams hold nothing of use is asked a few times, and no more.
+func TestEngineWithoutStatistics(t *testing.T) {
+	t.Parallel()
+	for name, answer := range map[string]func(http.ResponseWriter, *http.Request){
+		"ends at once": func(w http.ResponseWriter, r *http.Request) {},
+		"refuses":      func(w http.ResponseWriter, r *http.Request) { reply(w, 500, "no cgroup") },
+		"waits":        func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
+		"sends only a first frame": func(w http.ResponseWriter, r *http.Request) {
+			io.WriteString(w, `{"read":"2022-05-08T19:50:41Z","preread":"`+zeroTime+`"}`+"\n")
+		},
+		"sends an endless line": func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, 2*maxFrame)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e, d := startWithRunning(t, engineImpatient)
+			_, before := statsCalls(e)
+			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.HasSuffix(r.URL.Path, "/stats") {
+					return false
+				}
+				answer(w, r)
+				return true
+			})
+			for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=true"} {
+				if a := d.do(t, "GET", path, ""); a.status != 502 && a.status != 504 || strings.Contains(a.body, "EOF") {
+					t.Errorf("GET %s: %d %s", path, a.status, a.body)
+				}
+			}
+			if _, after := statsCalls(e); after > before+20 {
+				t.Errorf("the engine was asked %d times", after-before)
+			}
+			e.setIntercept(nil)
+			d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+		})
+	}
+}
+
+func TestStatsLeaveNothing(t *testing.T) { // not parallel: it counts the process's goroutines
+	crowdLeavesNothing(t, func() {
+		e, d := startWithRunning(t, func(c *config) { c.waits.linger = 20 * time.Millisecond })
+		var streams []statsStream
+		for range 20 {
+			streams = append(streams, statsOpen(t, d, "web"))
+			d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+		}
+		for i, stream := range streams {
+			if stream.next(t); i%2 == 0 {
+				stream.leave()
+			}
+		}
+		d.stop()
+		for i, stream := range streams {
+			if i%2 == 1 {
+				stream.rest(t)
+			}
+		}
+		e.close()
+	})
+}
