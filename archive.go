@@ -70,9 +70,10 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 
 // notPublic lists what [netip.Addr.IsGlobalUnicast] counts in though it is not public,
 // from IANA's special-purpose registries (RFC 6890). 6to4 (2002::/16) and Teredo (in
-// 2001::/23) hold an IPv4 address. Of IPv6 only 2000::/3 is public at all.
+// 2001::/23) hold an IPv4 address. Of IPv6 only 2000::/3 is public at all. At
+// 168.63.129.16 Azure tells its virtual machines their secrets.
 const notPublic = "0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 198.51.100.0/24 " +
-	"203.0.113.0/24 240.0.0.0/4 2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1"
+	"203.0.113.0/24 240.0.0.0/4 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1"
 
 // checkAddress returns an error unless address, an ip:port, is public or allowed.
 func checkAddress(address string, allow []netip.Prefix) error {
@@ -270,8 +271,8 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 		return nil
 	case outside(h.Name) || name == "." && h.Typeflag != tar.TypeDir:
 		return badRequest("bind_contents: entry %.1024q: its path leads out of the archive", h.Name)
-	case len(name) > maxEntryPath:
-		return badRequest("bind_contents: entry %.1024q: its path has more than %d bytes", h.Name, maxEntryPath)
+	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth: // deeper ones cost too much to walk
+		return badRequest("bind_contents: entry %.1024q: its path has more than %d bytes or %d directories", h.Name, maxEntryPath, maxDepth)
 	case h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32:
 		return badRequest("bind_contents: entry %.1024q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
 	case name == ".":
@@ -307,19 +308,16 @@ func outside(name string) bool {
 // whatever other such links it passes: it may lead upwards only at its beginning, from
 // dir itself, which is no link. "link/../x" could be anywhere.
 func staysInside(dir, target string) bool {
-	for strings.HasPrefix(target, "../") || strings.HasPrefix(target, "./") || target == ".." {
-		if target[1] == '.' {
+	parts := strings.Split(strings.TrimRight(target, "/"), "/")
+	for ; len(parts) > 0 && slices.Contains([]string{"", ".", ".."}, parts[0]); parts = parts[1:] {
+		if parts[0] == ".." {
 			if dir == "." {
 				return false
 			}
-			dir, target = path.Dir(dir), target[1:]
-		}
-		target = strings.TrimLeft(target[1:], "/")
-		if target == "" {
-			return true
+			dir = path.Dir(dir)
 		}
 	}
-	return !outside(target)
+	return target != "" && !path.IsAbs(target) && !slices.Contains(parts, "..")
 }
 
 // replace puts an entry in its place below its opened parent.

@@ -300,7 +300,8 @@ func hostileArchives(outside string) []hostile {
 			pax("mtime=-9223372036854775808"), file("b", ""), entry{name: "c", mtime: -1}),
 
 		tooLarge("too many entries", "", tooMany...),
-		tooLarge("too many directories that no entry names", "", pax("path="+strings.Repeat("d/", corpusEntries+1)+"x"), file("x", "")),
+		tooLarge("too many directories that no entry names", "", file(strings.Repeat("d/", 40)+"x", ""), file(strings.Repeat("e/", 40)+"x", "")),
+		refused("more levels than are walked", strings.Repeat("d/", maxDepth+1), pax("path="+strings.Repeat("d/", maxDepth+1)+"x"), file("x", "")),
 		tooLarge("file over the limit", "big", file("big", string(zeros))),
 		tooLarge("files that are over the limit together", "", file("a", twoFifths), file("b", twoFifths), file("c", twoFifths)),
 		tooLarge("size of all the bits", "big", entry{name: "big", size: math.MaxInt64}),

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -20,7 +21,7 @@ const (
 	gonePrefix    = ".gone." // a bind directory on its way out
 )
 
-const maxDepth = 64 // descriptors that removing a tree may hold
+const maxDepth = 64 // of the directories that are walked into at a time
 
 // bindRoot is the directory that holds the bind directories. Every access to it and to
 // what is below goes through os.Root, because customers write there.
@@ -70,8 +71,8 @@ func (b *bindRoot) close() {
 	b.lock.Close()
 }
 
-// makeEmpty makes the service's bind directory. It takes one that is there and empty,
-// and refuses any other: it would mix the data of two services.
+// makeEmpty makes the service's bind directory. It takes the place of an empty one and
+// refuses any other: it would mix the data of two services.
 func (b *bindRoot) makeEmpty(id string, o *owner) error {
 	if err := b.removeEmpty(id); err != nil {
 		return err
@@ -174,16 +175,11 @@ func empty(ctx context.Context, tree, dir *os.Root, at string, depth int) error 
 		}
 		for _, entry := range entries {
 			name := entry.Name()
-			err := ctx.Err()
-			if err == nil && entry.IsDir() && depth == maxDepth {
+			err := cmp.Or(ctx.Err(), dir.Remove(name))
+			if errors.Is(err, syscall.ENOTEMPTY) && depth == maxDepth {
 				err = tree.Rename(at+name, rand.Text())
-			} else if err == nil {
-				if entry.IsDir() {
-					err = emptyChild(ctx, tree, dir, name, at, depth)
-				}
-				if err == nil {
-					err = dir.Remove(name)
-				}
+			} else if errors.Is(err, syscall.ENOTEMPTY) { // the next round removes it
+				err = emptyChild(ctx, tree, dir, name, at, depth)
 			}
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err

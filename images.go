@@ -32,7 +32,7 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	defer cancel()
 	ctl := http.NewResponseController(w)
 	body, sink := io.Pipe()
-	upload := &upload{r.Body, ctl, time.AfterFunc(s.createTimeout, cancel), s.createTimeout}
+	upload := &upload{r.Body, ctl, time.AfterFunc(2*uploadStall, cancel), s.createTimeout}
 	defer upload.hang.Stop()
 	followed := make(chan struct{})
 	go func() { // ends with the upload, or when body is closed
@@ -81,15 +81,16 @@ func (s *server) importTar(ctx context.Context, body io.Reader) (id string, err 
 type upload struct {
 	body       io.Reader
 	ctl        *http.ResponseController
-	hang       *time.Timer // ends the engine's request if that reads nothing for engineTime
-	engineTime time.Duration
+	hang       *time.Timer   // ends the engine's request if that reads nothing for long
+	engineTime time.Duration // that it may take when it has read all
 }
 
 func (u *upload) Read(p []byte) (int, error) {
 	u.ctl.SetReadDeadline(time.Now().Add(uploadStall))
 	n, err := u.body.Read(p)
-	u.hang.Reset(u.engineTime)
+	u.hang.Reset(2 * uploadStall)
 	if err == io.EOF {
+		u.hang.Reset(u.engineTime)
 		u.ctl.SetReadDeadline(time.Time{}) // it would end the request's context later
 	}
 	return n, err

@@ -54,9 +54,9 @@ func containerName(role, id string) string {
 // ctx ends; calls that change the engine's state are not, because the engine may
 // carry them out nevertheless, and later.
 func (s *server) create(ctx context.Context, p serviceParams, registryAuth string) error {
-	return s.change(ctx, p.ID, func(journal) error {
-		// Known early, before a download. It is the renaming at the end that decides.
-		if c, err := s.engine.api().ContainerInspect(ctx, p.ID); err == nil && c.Name == "/"+p.ID {
+	return s.change(ctx, p.ID, func(found journal) error {
+		// Somebody else's container of that name is known here, before a download; the renaming decides.
+		if c, err := s.engine.api().ContainerInspect(ctx, p.ID); found.has(roleCurrent) || err == nil && c.Name == "/"+p.ID {
 			return failure(http.StatusConflict, "there is a container %q already", p.ID)
 		}
 		if err := s.ensureImage(ctx, p.Image, registryAuth); err != nil {
@@ -83,8 +83,14 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 	defer cancel()
 	config, host := s.containerSpec(p)
 	created, err := s.engine.api().ContainerCreate(change, config, host, nil, nil, containerName(roleNew, p.ID))
+	if errdefs.IsNotFound(err) { // removed again, or a pull that said nothing of its failure
+		return failure(http.StatusNotFound, "no image %q", p.Image)
+	}
 	if err != nil {
 		return fmt.Errorf("cannot create the container: %w", err)
+	}
+	for _, warning := range created.Warnings { // such as a limit that the kernel does not support
+		s.log.Warn("the engine created a container with a warning", "id", p.ID, "warning", warning)
 	}
 	if p.BindContents != "" {
 		limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
@@ -155,10 +161,12 @@ func (s *server) control(ctx context.Context, id, op string) error {
 				return err
 			}
 		}
-		if err := s.engine.api().ContainerStart(ctx, found[roleCurrent].ID, container.StartOptions{}); err != nil {
-			return fmt.Errorf("cannot start the service: %w", err)
+		err := s.engine.api().ContainerStart(ctx, found[roleCurrent].ID, container.StartOptions{})
+		if errdefs.IsNotFound(err) { // of its network, say: trying again would not help
+			_, text := describe(err)
+			return failure(http.StatusBadGateway, "cannot start the service: %s", text)
 		}
-		return nil
+		return err
 	})
 }
 
@@ -193,7 +201,7 @@ func (s *server) remove(ctx context.Context, id string) error {
 
 // change runs do under the service's lock, with its settled containers. While the engine
 // is still at work on the last call of a daemon that died, names are taken and listed
-// containers not found: it begins again until that is over, for lateTime at most.
+// containers not found: it does all of it again until that is over, for lateTime at most.
 func (s *server) change(ctx context.Context, id string, do func(found journal) error) error {
 	unlock, err := s.locks.lock(ctx, id)
 	if err != nil {
@@ -311,12 +319,13 @@ func (s *server) killContainer(ctx context.Context, containerID string) error {
 // perhaps a next one, and a bind directory, and no operation under way. It logs what
 // it cannot do: the next round tries again.
 func (s *server) settleAll(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, s.createTimeout)
-	defer cancel()
 	err := s.engine.ping(ctx)
-	all, listErr := s.ownContainers(ctx, "")
+	var all map[string]journal
+	if err == nil {
+		all, err = s.ownContainers(ctx, "")
+	}
 	entries, dirErr := fs.ReadDir(s.binds.root.FS(), ".")
-	if err = cmp.Or(err, listErr, dirErr); err != nil {
+	if err = cmp.Or(err, dirErr); err != nil {
 		s.log.Warn("cannot look for unfinished operations", "err", err)
 		return
 	}
@@ -350,7 +359,9 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 	if id != "" {
 		filter.Add("label", labelService+"="+id)
 	}
-	for range 100 {
+	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
+	defer cancel()
+	for {
 		list, err := s.engine.api().ContainerList(ctx, container.ListOptions{All: true, Filters: filter})
 		if err != nil {
 			return nil, err
@@ -358,8 +369,12 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 		if all, ok := byService(list); ok {
 			return all, nil
 		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	return nil, failure(http.StatusBadGateway, "the engine shows a container under two names")
 }
 
 // byService sorts containers by service and role. It is not ok if one has two names.
@@ -367,11 +382,14 @@ func byService(list []container.Summary) (all map[string]journal, ok bool) {
 	all = map[string]journal{}
 	for _, c := range list {
 		// A name with a second slash is a link that another container has to it.
-		c.Names = slices.DeleteFunc(c.Names, func(name string) bool { return strings.Contains(name[1:], "/") })
+		c.Names = slices.DeleteFunc(c.Names, func(name string) bool { return strings.Count(name, "/") > 1 })
 		if len(c.Names) > 1 {
 			return nil, false
 		}
 		id := c.Labels[labelService]
+		if !serviceID.MatchString(id) {
+			continue // of an image that somebody gave our labels
+		}
 		if all[id] == nil {
 			all[id] = journal{}
 		}

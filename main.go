@@ -116,7 +116,9 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	defer background.Wait()
 	defer endLife()
 	s := newServer(life, ctx, cfg, key, engine, binds, log)
-	s.settleAll(ctx)
+	first, cancel := context.WithTimeout(ctx, time.Minute) // the rest can wait for the next round
+	s.settleAll(first)
+	cancel()
 	background.Go(func() { // ends with life
 		for minute := time.Tick(time.Minute); ; {
 			select {
@@ -217,12 +219,17 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 		}
 	})
 	fs.BoolVar(&c.version, "version", false, "print the version and exit")
-	for err := fs.Parse(args); err != nil; err = fs.Parse(fs.Args()) { // goes on behind each mistake
+	for err := fs.Parse(args); err != nil; err = fs.Parse(args) { // goes on behind each mistake
 		if errors.Is(err, flag.ErrHelp) {
 			printHelp(fs, out)
 			return c, err
 		}
 		mistakes = append(mistakes, err)
+		if fs.NArg() == len(args) { // it stopped at something like "---"
+			args = args[1:]
+		} else {
+			args = fs.Args()
+		}
 	}
 	if fs.NArg() > 0 {
 		mistakes = append(mistakes, fmt.Errorf("%q is no flag", fs.Arg(0)))

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"path"
 	"regexp"
@@ -96,6 +97,7 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.waits.write}
+	w.ctl.SetWriteDeadline(start.Add(w.wait)) // the last request's may be over: "100 Continue" would fail
 	body := r.Body
 	defer func() {
 		// net/http still sends what is buffered, and reads the rest of a body: not for long.
@@ -219,6 +221,7 @@ func describe(err error) (status int, description string) {
 	var api *apiError
 	var tooMany *http.MaxBytesError
 	var local syscall.Errno
+	var broken *net.OpError
 	var syntax *json.SyntaxError
 	var wrongType *json.UnmarshalTypeError
 	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
@@ -232,12 +235,10 @@ func describe(err error) (status int, description string) {
 		return http.StatusGatewayTimeout, "this was not done in time; the engine may still be at it"
 	case errors.Is(err, context.Canceled):
 		return http.StatusServiceUnavailable, "the request was given up"
-	case client.IsErrConnectionFailed(err):
+	case client.IsErrConnectionFailed(err), errors.As(err, &broken):
 		return http.StatusServiceUnavailable, "the engine cannot be reached"
 	case errors.As(err, &syntax), errors.As(err, &wrongType), errors.Is(err, io.ErrUnexpectedEOF):
 		return http.StatusBadGateway, "the engine's answer cannot be read"
-	case errdefs.IsNotFound(err):
-		return http.StatusNotFound, message
 	case errdefs.IsConflict(err):
 		return http.StatusConflict, message
 	case errdefs.IsInvalidArgument(err):

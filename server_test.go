@@ -230,7 +230,7 @@ func TestEngineFailuresReachTheClient(t *testing.T) {
 		text         string
 	}{
 		{400, `{"message":"bad parameter: x"}`, 400, "engine: bad parameter: x"},
-		{404, `{"message":"No such thing"}`, 404, "No such thing"},
+		{404, `{"message":"No such thing"}`, 502, "No such thing"}, // the service exists: 404 would deny it
 		{409, `{"message":"is in use"}`, 409, "engine: is in use"},
 		{401, `{"message":"who are you"}`, 502, "who are you"},
 		{403, `{"message":"not allowed"}`, 502, "not allowed"},

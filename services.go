@@ -204,7 +204,10 @@ func (s *server) lookup(ctx context.Context, id string) (container.InspectRespon
 		if err == nil {
 			c, raw, err = s.inspect(ctx, id, current.ID)
 		}
-		if !errdefs.IsNotFound(err) || try == lookupTries {
+		if errdefs.IsNotFound(err) && try == lookupTries {
+			err = noSuchService(id)
+		}
+		if !errdefs.IsNotFound(err) {
 			return c, raw, err
 		}
 	}
@@ -378,6 +381,6 @@ func (p *serviceParams) owner() *owner {
 	if err != nil {
 		return nil
 	}
-	gid, _ := strconv.ParseInt(group, 10, 32) // no number: group 0, as the engine runs it
+	gid, _ := strconv.ParseInt(group, 10, 32) // group 0 if it is no number
 	return &owner{int(uid), int(gid)}
 }
