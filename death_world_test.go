@@ -15,6 +15,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,6 +39,7 @@ import (
 // deathWorld is one bind root with the real daemon as a process of its own, the real
 // engine behind a proxy, an image with a volume, and a server of bind_contents.
 type deathWorld struct {
+	lastFrom                 atomic.Value // the address that the last request came from
 	dir, binds, keyFile, key string
 	engine                   *client.Client // past the proxy
 	proxy                    *deathProxy
@@ -196,6 +198,8 @@ func (w *deathWorld) send(ctx context.Context, r deathRequest) deathAnswer {
 	if err != nil {
 		return deathAnswer{err: err}
 	}
+	request = request.WithContext(httptrace.WithClientTrace(request.Context(), &httptrace.ClientTrace{
+		GotConn: func(c httptrace.GotConnInfo) { w.lastFrom.Store(c.Conn.LocalAddr().String()) }}))
 	once := http.Transport{DisableKeepAlives: true} // on a kept connection it would send some requests again
 	answer, err := once.RoundTrip(request)
 	if err != nil {

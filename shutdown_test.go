@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -38,10 +39,9 @@ func (w *deathWorld) leaveAt(call int, leave func(), givenUp bool) {
 // waits for the answer.
 func (w *deathWorld) sendAndLeave(t *testing.T, ctx context.Context, r deathRequest) {
 	t.Helper()
-	requests := func() int { return strings.Count(w.daemon.log.String(), "msg=request") }
-	before := requests()
 	w.send(ctx, r)
-	if !deathPoll(20*time.Second, func() bool { return requests() > before }) {
+	logged := fmt.Sprintf("remote=%s\n", w.lastFrom.Load())
+	if !deathPoll(20*time.Second, func() bool { return w.daemon.log.contains(logged) }) {
 		t.Fatalf("the daemon goes on with a request whose client has left\n%s", w.daemon.log)
 	}
 	w.proxy.setHook(nil)
