@@ -131,15 +131,13 @@ func (f *fetcher) unpack(ctx context.Context, address string, dir *os.Root, limi
 
 // fetchError says why a download failed, without its URL, which may hold a token.
 func fetchError(ctx context.Context, err error) error {
-	var api *apiError
-	var in *url.Error
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
 	}
-	if errors.As(err, &api) {
-		return api
+	if isA[*apiError](err) {
+		return err
 	}
-	if errors.As(err, &in) {
+	if in, ok := errors.AsType[*url.Error](err); ok {
 		err = in.Err
 	}
 	return failure(http.StatusBadGateway, "bind_contents: cannot download: %s", plain(err))
@@ -218,8 +216,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 
 // broken says why an archive cannot be read on.
 func broken(err error) error {
-	var api *apiError
-	if err == nil || errors.As(err, &api) {
+	if err == nil || isA[*apiError](err) {
 		return err
 	}
 	return badRequest("bind_contents: the archive is broken: %s", plain(err))
@@ -365,8 +362,7 @@ func (u *unpacker) write(parent *os.Root, base string, content io.Reader) error 
 	}
 	defer f.Close()
 	_, err = io.CopyBuffer(struct{ io.Writer }{f}, content, u.buffer)
-	var local *fs.PathError
-	if err != nil && !errors.As(err, &local) {
+	if err != nil && !isA[*fs.PathError](err) {
 		return broken(err)
 	}
 	return errors.Join(err, f.Close())

@@ -113,8 +113,7 @@ func followTar(r io.Reader) error {
 	if err == io.EOF {
 		err = stream.drain()
 	}
-	var tooMany *http.MaxBytesError
-	if err == nil || errors.As(err, &tooMany) || errors.Is(err, errEngineStopped) {
+	if err == nil || isA[*http.MaxBytesError](err) || errors.Is(err, errEngineStopped) {
 		return err
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {

@@ -165,6 +165,12 @@ type apiError struct {
 
 func (e *apiError) Error() string { return e.description }
 
+// isA reports whether err is, or wraps, an error of type E.
+func isA[E error](err error) bool {
+	_, ok := errors.AsType[E](err)
+	return ok
+}
+
 func failure(status int, format string, args ...any) error {
 	return &apiError{status, fmt.Sprintf(format, args...)}
 }
@@ -183,7 +189,7 @@ var errNoSuchPath = failure(http.StatusNotFound, "no such path")
 // only writer of errors.
 func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	status, description := describe(err)
-	if api := (*apiError)(nil); !errors.As(err, &api) {
+	if !isA[*apiError](err) {
 		// The engine names what it cannot mount, and where it has the container's root.
 		description = engineDir.ReplaceAllString(strings.ReplaceAll(description, s.binds.path, "binds"), "")
 	}
@@ -218,32 +224,28 @@ func plain(err error) string { return goPrefix.ReplaceAllString(err.Error(), "")
 
 // describe returns what a client may know of err.
 func describe(err error) (status int, description string) {
-	var api *apiError
-	var tooMany *http.MaxBytesError
-	var local syscall.Errno
-	var broken *net.OpError
-	var syntax *json.SyntaxError
-	var wrongType *json.UnmarshalTypeError
+	if api, ok := errors.AsType[*apiError](err); ok {
+		return api.status, api.description
+	}
+	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
 	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
 	message, _, _ = strings.Cut(message, " for API route and version ") // the engine's URL with the socket's path
 	switch {
-	case errors.As(err, &api):
-		return api.status, api.description
-	case errors.As(err, &tooMany):
-		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", tooMany.Limit)
+	case isTooLong:
+		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
 	case errors.Is(err, context.DeadlineExceeded):
 		return http.StatusGatewayTimeout, "this was not done in time; the engine may still be at it"
 	case errors.Is(err, context.Canceled):
 		return http.StatusServiceUnavailable, "the request was given up"
-	case client.IsErrConnectionFailed(err), errors.As(err, &broken):
+	case client.IsErrConnectionFailed(err), isA[*net.OpError](err):
 		return http.StatusServiceUnavailable, "the engine cannot be reached"
-	case errors.As(err, &syntax), errors.As(err, &wrongType), errors.Is(err, io.ErrUnexpectedEOF):
+	case isA[*json.SyntaxError](err), isA[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
 		return http.StatusBadGateway, "the engine's answer cannot be read"
 	case errdefs.IsConflict(err):
 		return http.StatusConflict, message
 	case errdefs.IsInvalidArgument(err):
 		return http.StatusBadRequest, message
-	case errors.As(err, &local): // the file system's: all other errors are the engine's
+	case isA[syscall.Errno](err): // the file system's: all other errors are the engine's
 		return http.StatusInternalServerError, "internal error; the daemon's log has the details"
 	}
 	return http.StatusBadGateway, message
@@ -256,12 +258,11 @@ func (s *server) readJSON(rw http.ResponseWriter, r *http.Request, v any) error 
 	body, err := io.ReadAll(r.Body)
 	// Left in place it would end the request's context while the handler works.
 	ctl.SetReadDeadline(time.Time{})
-	var tooMany *http.MaxBytesError
-	if errors.As(err, &tooMany) {
-		return err
+	if err != nil && !isA[*http.MaxBytesError](err) {
+		err = badRequest("the body is incomplete or came too slowly")
 	}
 	if err != nil {
-		return badRequest("the body is incomplete or came too slowly")
+		return err
 	}
 	return decodeJSON(body, v)
 }
@@ -271,12 +272,11 @@ func decodeJSON(text []byte, v any) error {
 	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(v)
-	var api *apiError
-	var wrongType *json.UnmarshalTypeError
+	wrongType, isWrongType := errors.AsType[*json.UnmarshalTypeError](err)
 	switch {
-	case errors.As(err, &api):
-		return api
-	case errors.As(err, &wrongType):
+	case isA[*apiError](err):
+		return err
+	case isWrongType:
 		return badRequest("%s: a JSON %s is not allowed here", cmp.Or(wrongType.Field, "the body"), wrongType.Value)
 	case err == io.EOF:
 		return badRequest("the body is empty")

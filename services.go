@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"maps"
 	"math"
 	"net/http"
@@ -126,10 +125,9 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 	}
 	list := []container.Summary{}
 	for id, found := range all {
-		var api *apiError
 		if current, err := s.current(r.Context(), id, found); err == nil {
 			list = append(list, current)
-		} else if !errors.As(err, &api) || api.status != http.StatusNotFound {
+		} else if status, _ := describe(err); status != http.StatusNotFound {
 			return err
 		}
 	}
