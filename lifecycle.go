@@ -27,6 +27,7 @@ const (
 	roleNext    = "next" // the service with its new environment, waiting for the next start
 	rolePrev    = "prev" // an earlier next, until its successor exists
 	roleGone    = "gone" // a delete that has committed: all that belongs to it has to go
+	roleOther   = "?"    // somebody else gave it another name: it may still use its directory
 
 	labelService = "duxcore.service" // the service's id
 	labelBinds   = "duxcore.binds"   // the daemon's bind root: whose service it is
@@ -272,7 +273,7 @@ func (s *server) settle(ctx context.Context, id string) (journal, error) {
 
 // settleDirs removes what is left of the service's directories and worthless.
 func (s *server) settleDirs(ctx context.Context, id string, found journal) error {
-	if err := s.binds.removeLeftovers(ctx, id); err != nil || found.has(roleCurrent) {
+	if err := s.binds.removeLeftovers(ctx, id); err != nil || found.has(roleCurrent) || found.has(roleOther) {
 		return err
 	}
 	if found.has(roleNew) || found.has(roleGone) {
@@ -393,11 +394,13 @@ func byService(list []container.Summary) (all map[string]journal, ok bool) {
 		if all[id] == nil {
 			all[id] = journal{}
 		}
+		as := roleOther
 		for _, role := range []string{roleCurrent, roleNew, roleNext, rolePrev, roleGone} {
 			if slices.Contains(c.Names, "/"+containerName(role, id)) {
-				all[id][role] = c
+				as = role
 			}
 		}
+		all[id][as] = c
 	}
 	return all, true
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -49,6 +50,22 @@ func TestContainersWithoutANameAreNoServices(t *testing.T) {
 	})
 	if a := d.do(t, "GET", "/service", "").want(t, 200); strings.TrimSpace(a.body) != "[]" {
 		t.Errorf("services: %s", a.body)
+	}
+}
+
+func TestDirectoryOfAContainerWithAnotherNameIsKept(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	e.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("POST", "/v1.41/containers/web/rename?name=mine", nil))
+	if _, ok := e.container("mine"); !ok {
+		t.Fatal("the container was not renamed")
+	}
+	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 404) // and settles
+	if _, err := os.Stat(filepath.Join(d.binds, "web")); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -102,7 +102,9 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	defer func() {
 		// net/http still sends what is buffered, and reads the rest of a body: not for long.
 		w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
+		if body != http.NoBody { // while an answer is sent, the deadline would end the connection's context
+			w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
+		}
 		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
 			"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
 		if w.status >= 400 && w.status != http.StatusUnauthorized {
