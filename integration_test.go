@@ -280,7 +280,7 @@ func TestServiceRunsAsAsked(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	id := m.create(t, `"cmd":["/probe","run","/srv/a b","$HOME","two words",""],"shell":["/bin/x","-c"],
-		"bind_dir":"srv/a b/","user":"1234:2345","working_dir":"/work/here","hostname":"Named-1","env":["A=1","B=x=y z"],
+		"bind_dir":"srv/a b/","user":"1234:2345","working_dir":"/opt/here","hostname":"Named-1","env":["A=1","B=x=y z"],
 		"tty":false,"network_disabled":true,"max_cpu":25000,"max_ram":67108864`)
 	m.ctl(t, id, "start")
 	r, c := m.report(t, id), m.get(t, id)
@@ -292,7 +292,7 @@ func TestServiceRunsAsAsked(t *testing.T) {
 		{"cmd", r.Args, []string{"/probe", "run", "/srv/a b", "$HOME", "two words", ""}},
 		{"shell", []string(c.Config.Shell), []string{"/bin/x", "-c"}},
 		{"user", [2]int{r.UID, r.GID}, [2]int{1234, 2345}},
-		{"working_dir", r.Dir, "/work/here"},
+		{"working_dir", r.Dir, "/opt/here"},
 		{"hostname", r.Hostname, "Named-1"},
 		{"env A", slices.Contains(r.Env, "A=1"), true},
 		{"env B", slices.Contains(r.Env, "B=x=y z"), true},
