@@ -71,7 +71,9 @@ func (s *server) importTar(ctx context.Context, body io.Reader) (id string, err 
 		return "", failure(http.StatusBadGateway, "the engine did not say which image it imported")
 	}
 	if err := s.engine.api().ImageTag(ctx, id, importName+":"+hex[:12]); err != nil {
-		_, removeErr := s.engine.api().ImageRemove(ctx, id, image.RemoveOptions{Force: true})
+		undo, cancel := context.WithTimeout(s.life, undoTime) // whatever became of ctx
+		defer cancel()
+		_, removeErr := s.engine.api().ImageRemove(undo, id, image.RemoveOptions{Force: true})
 		return "", errors.Join(err, removeErr)
 	}
 	return id, nil
