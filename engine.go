@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"io"
 	"net/http"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -35,20 +37,50 @@ func newEngine(host string) (*engine, error) {
 	return e, nil
 }
 
+// newSDK returns the SDK's client, on its own transport and without its tracing: that
+// would hide from net/http that a body writes itself.
 func (e *engine) newSDK() (*client.Client, error) {
-	transport := &http.Transport{MaxIdleConns: engineConns, MaxIdleConnsPerHost: engineConns, IdleConnTimeout: 30 * time.Second}
-	options := []client.Opt{
-		client.WithHTTPClient(&http.Client{Transport: transport, CheckRedirect: client.CheckRedirect}),
-		client.WithHost(client.DefaultDockerHost),
-		client.FromEnv}
+	var plain *http.Client
+	var transport http.RoundTripper
+	options := []client.Opt{client.WithHost(client.DefaultDockerHost), client.FromEnv}
 	if e.host != "" {
 		options = append(options, client.WithHost(e.host))
 	}
-	return client.NewClientWithOpts(options...)
+	sdk, err := client.NewClientWithOpts(append(options, func(sdk *client.Client) error {
+		plain = sdk.HTTPClient()
+		transport = plain.Transport
+		if t, ok := transport.(*http.Transport); ok {
+			t.MaxIdleConns, t.MaxIdleConnsPerHost = engineConns, engineConns
+		}
+		return client.WithHTTPClient(plain)(sdk)
+	})...)
+	if err == nil {
+		plain.Transport = transport
+	}
+	return sdk, err
 }
 
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
+
+// inspect returns the engine's bytes about a container. From a local engine it gets them
+// itself: to decode all of them, as the SDK does, costs more than the rest of a read.
+func (e *engine) inspect(ctx context.Context, nameOrID string) ([]byte, error) {
+	sdk := e.api()
+	if strings.HasPrefix(sdk.DaemonHost(), "unix://") {
+		url := "http://" + client.DummyHost + "/v" + sdk.ClientVersion() + "/containers/" + nameOrID + "/json"
+		if r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil); err == nil {
+			if answer, err := sdk.HTTPClient().Do(r); err == nil {
+				defer answer.Body.Close()
+				if answer.StatusCode == http.StatusOK {
+					return io.ReadAll(answer.Body)
+				}
+			}
+		}
+	}
+	_, raw, err := sdk.ContainerInspectWithRaw(ctx, nameOrID, false) // for its errors, too
+	return raw, err
+}
 
 // connect makes sure that the engine's version is known. It costs nothing while it is.
 func (e *engine) connect(ctx context.Context) error {

@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -22,6 +24,8 @@ import (
 // engine prunes an image without a name, and one name for all would leave the last one.
 const importName = "duxcore/import"
 
+const imageChunk = 256 << 10 // bytes of an upload that are passed on at a time
+
 // importImage answers POST /docker/image. The body passes through to the engine as it
 // comes. The engine takes an empty or a cut-off body for an empty or smaller image, so
 // the archive is followed on its way, and the engine's request is broken off before its
@@ -31,22 +35,18 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithCancel(s.life)
 	defer cancel()
 	ctl := http.NewResponseController(w)
-	body, sink := io.Pipe()
-	upload := &upload{r.Body, ctl, time.AfterFunc(2*uploadStall, cancel), s.createTimeout}
-	defer upload.hang.Stop()
-	followed := make(chan struct{})
-	go func() { // ends with the upload, or when body is closed
-		defer close(followed)
-		sink.CloseWithError(followTar(io.TeeReader(upload, sink)))
-	}()
+	hang := time.AfterFunc(2*uploadStall, cancel)
+	defer hang.Stop()
+	body := &checkedTar{upload: upload{r.Body, ctl, hang, s.createTimeout}}
 	id, err := s.importTar(ctx, body)
-	body.CloseWithError(errEngineStopped)
+	late := ctx.Err() != nil
+	cancel()
 	if err != nil { // more of the upload is of no use; the deadline ends the connection's context
 		w.Header().Set("Connection", "close")
 		ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
-	<-followed
-	if ctx.Err() != nil {
+	body.Close()
+	if late {
 		return failure(http.StatusGatewayTimeout, "the engine did not take the image in time")
 	}
 	if err == nil {
@@ -98,12 +98,38 @@ func (u *upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-var errEngineStopped = errors.New("the engine reads no more")
+// checkedTar is a body that net/http has write itself: each byte is copied once.
+type checkedTar struct {
+	upload upload
+	mu     sync.Mutex // held while it is written
+	closed bool
+}
+
+// Read makes checkedTar an io.Reader. Nobody calls it: the check has to see the end
+// before the engine does.
+func (t *checkedTar) Read([]byte) (int, error) { return 0, errors.ErrUnsupported }
+
+// WriteTo passes the upload on. It fails unless that is one whole archive.
+func (t *checkedTar) WriteTo(w io.Writer) (int64, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return 0, errors.ErrUnsupported
+	}
+	return 0, followTar(io.TeeReader(&t.upload, w))
+}
+
+// Close waits until nobody reads the upload any more.
+func (t *checkedTar) Close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.closed = true
+}
 
 // followTar reads r to its end. It returns nil if that was one whole tar archive, with
 // an entry at least and with its end mark, and else an error for the client.
 func followTar(r io.Reader) error {
-	stream := &limitedReader{r: bufio.NewReaderSize(r, readChunk), left: math.MaxInt64}
+	stream := &limitedReader{r: bufio.NewReaderSize(r, imageChunk), left: math.MaxInt64}
 	archive := tar.NewReader(stream)
 	_, err := archive.Next()
 	if err == io.EOF {
@@ -115,11 +141,13 @@ func followTar(r io.Reader) error {
 	if err == io.EOF {
 		err = stream.drain()
 	}
-	if err == nil || isA[*http.MaxBytesError](err) || errors.Is(err, errEngineStopped) {
+	switch {
+	case err == nil, isA[*http.MaxBytesError](err):
 		return err
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return badRequest("the body came too slowly")
+	case isA[*net.OpError](err): // the engine reads no more
+		return err
 	}
 	return badRequest("the body is not a whole tar archive: %s", plain(err))
 }

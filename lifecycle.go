@@ -173,7 +173,7 @@ func (s *server) control(ctx context.Context, id, op string) error {
 
 // kill takes no lock: it must not wait behind the stop that it is there to cut short.
 func (s *server) kill(ctx context.Context, id string) error {
-	current, _, err := s.lookup(ctx, id)
+	current, err := s.lookup(ctx, id)
 	if err != nil || !current.State.Running {
 		return err
 	}

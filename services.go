@@ -138,8 +138,8 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 
 // inspectService answers GET /service/{id} with the engine's bytes.
 func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
-	_, raw, err := s.lookup(r.Context(), r.PathValue("id"))
-	return passOn(w, raw, err)
+	current, err := s.lookup(r.Context(), r.PathValue("id"))
+	return passOn(w, current.raw, err)
 }
 
 // deleteService answers DELETE /service/{id} when all that belonged to it is gone.
@@ -184,29 +184,46 @@ func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
 	return s.setEnv(r.Context(), r.PathValue("id"), env)
 }
 
-// lookup finds a service and the engine's own bytes about it. The engine also answers
-// to prefixes of container ids, so only the exact name and the labels make a container
-// a service; further calls use the full id of what lookup returns.
-func (s *server) lookup(ctx context.Context, id string) (container.InspectResponse, []byte, error) {
+// inspected is what the daemon wants to know of a service's container, and all that the
+// engine says of it.
+type inspected struct {
+	ID    string
+	Name  string
+	State struct {
+		Running   bool
+		StartedAt string
+	}
+	Config struct {
+		Labels    map[string]string
+		OpenStdin bool
+		Tty       bool
+	}
+	raw []byte
+}
+
+// lookup finds a service's container. The engine also answers to prefixes of container
+// ids, so only the exact name and the labels make a container a service; further calls
+// use the full id of what lookup returns.
+func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
 	for try := 1; ; try++ {
-		c, raw, err := s.inspect(ctx, id, id)
+		c, err := s.inspect(ctx, id, id)
 		if err == nil || client.IsErrConnectionFailed(err) || ctx.Err() != nil {
-			return c, raw, err
+			return c, err
 		}
 		// No such name, or an id that is a prefix of several: the list knows neither kind.
 		all, err := s.ownContainers(ctx, id)
 		if err != nil {
-			return c, nil, err
+			return inspected{}, err
 		}
 		current, err := s.current(ctx, id, all[id])
 		if err == nil {
-			c, raw, err = s.inspect(ctx, id, current.ID)
+			c, err = s.inspect(ctx, id, current.ID)
 		}
 		if errdefs.IsNotFound(err) && try == lookupTries {
 			err = noSuchService(id)
 		}
 		if !errdefs.IsNotFound(err) {
-			return c, raw, err
+			return c, err
 		}
 	}
 }
@@ -224,15 +241,19 @@ func (s *server) current(ctx context.Context, id string, found journal) (current
 }
 
 // inspect inspects a container by its name or full id if it is that of service id.
-func (s *server) inspect(ctx context.Context, id, nameOrID string) (c container.InspectResponse, raw []byte, err error) {
-	c, raw, err = s.engine.api().ContainerInspectWithRaw(ctx, nameOrID, false)
+func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected, err error) {
+	raw, err := s.engine.inspect(ctx, nameOrID)
+	if err == nil {
+		err = json.Unmarshal(raw, &c)
+	}
 	if err != nil {
-		return c, nil, err
+		return inspected{}, err
 	}
-	if c.ContainerJSONBase == nil || c.Config == nil || c.State == nil || c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
-		return c, nil, noSuchService(id)
+	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
+		return inspected{}, noSuchService(id)
 	}
-	return c, raw, nil
+	c.raw = raw
+	return c, nil
 }
 
 // check returns a 400 that names the first field whose value cannot be right.

@@ -120,7 +120,7 @@ func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // a stream has no limit of its own
 	defer cancel()
-	current, _, err := s.lookup(ctx, id)
+	current, err := s.lookup(ctx, id)
 	if err != nil {
 		return nil, "", err
 	}
