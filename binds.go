@@ -217,6 +217,8 @@ type serviceLocks struct {
 	held map[string]chan struct{} // closed when the lock becomes free
 }
 
+func newServiceLocks() serviceLocks { return serviceLocks{held: map[string]chan struct{}{}} }
+
 // lock waits until the service's lock is free. With a ctx that has ended it only tries.
 func (l *serviceLocks) lock(ctx context.Context, id string) (unlock func(), err error) {
 	for {

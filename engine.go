@@ -1,13 +1,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
-	"strings"
+	"net/url"
 	"sync/atomic"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/docker/docker/client"
 )
 
@@ -25,6 +29,12 @@ type engine struct {
 	known atomic.Bool // sdk speaks the version of the engine that answered last
 }
 
+// duplex is a connection whose two directions end apart.
+type duplex interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
 // newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the
 // environment's. It does not connect.
 func newEngine(host string) (*engine, error) {
@@ -37,21 +47,19 @@ func newEngine(host string) (*engine, error) {
 	return e, nil
 }
 
-// newSDK returns the SDK's client, on its own transport and without its tracing: that
-// would hide from net/http that a body writes itself.
+// newSDK returns the SDK's client on its own transport, without its tracing: that would
+// hide from net/http that a body writes itself.
 func (e *engine) newSDK() (*client.Client, error) {
 	var plain *http.Client
-	var transport http.RoundTripper
+	var transport *http.Transport
 	options := []client.Opt{client.WithHost(client.DefaultDockerHost), client.FromEnv}
 	if e.host != "" {
 		options = append(options, client.WithHost(e.host))
 	}
 	sdk, err := client.NewClientWithOpts(append(options, func(sdk *client.Client) error {
 		plain = sdk.HTTPClient()
-		transport = plain.Transport
-		if t, ok := transport.(*http.Transport); ok {
-			t.MaxIdleConns, t.MaxIdleConnsPerHost = engineConns, engineConns
-		}
+		transport = plain.Transport.(*http.Transport) // the SDK has made no other yet
+		transport.MaxIdleConns, transport.MaxIdleConnsPerHost = engineConns, engineConns
 		return client.WithHTTPClient(plain)(sdk)
 	})...)
 	if err == nil {
@@ -63,23 +71,65 @@ func (e *engine) newSDK() (*client.Client, error) {
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
-// inspect returns the engine's bytes about a container. From a local engine it gets them
-// itself: to decode all of them, as the SDK does, costs more than the rest of a read.
-func (e *engine) inspect(ctx context.Context, nameOrID string) ([]byte, error) {
+// send asks the engine for what the SDK is too slow for, or too patient. An answer with
+// another status is an error.
+func (e *engine) send(ctx context.Context, method, path string, header http.Header, status int) (*http.Response, error) {
 	sdk := e.api()
-	if strings.HasPrefix(sdk.DaemonHost(), "unix://") {
-		url := "http://" + client.DummyHost + "/v" + sdk.ClientVersion() + "/containers/" + nameOrID + "/json"
-		if r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil); err == nil {
-			if answer, err := sdk.HTTPClient().Do(r); err == nil {
-				defer answer.Body.Close()
-				if answer.StatusCode == http.StatusOK {
-					return io.ReadAll(answer.Body)
-				}
-			}
-		}
+	r, err := http.NewRequestWithContext(ctx, method, "/v"+sdk.ClientVersion()+path, nil)
+	if err != nil {
+		return nil, err
 	}
-	_, raw, err := sdk.ContainerInspectWithRaw(ctx, nameOrID, false) // for its errors, too
-	return raw, err
+	at, err := client.ParseHostURL(sdk.DaemonHost())
+	if err != nil {
+		return nil, err
+	}
+	httpClient := sdk.HTTPClient()
+	r.URL.Scheme, r.URL.Host, r.Host = "http", at.Host, at.Host
+	if at.Scheme == "unix" {
+		r.Host = client.DummyHost
+	} else if httpClient.Transport.(*http.Transport).TLSClientConfig != nil {
+		r.URL.Scheme = "https"
+	}
+	r.URL.Path = at.Path + r.URL.Path
+	r.Header = header
+	answer, err := httpClient.Do(r)
+	if err != nil || answer.StatusCode == status {
+		return answer, err
+	}
+	defer answer.Body.Close()
+	var body struct{ Message string }
+	json.NewDecoder(answer.Body).Decode(&body) // without one, its status has to do
+	var kind error = errdefs.ErrUnknown
+	switch answer.StatusCode {
+	case http.StatusNotFound:
+		kind = errdefs.ErrNotFound
+	case http.StatusConflict:
+		kind = errdefs.ErrConflict
+	}
+	return nil, fmt.Errorf("engine: %s: %w", cmp.Or(body.Message, answer.Status), kind)
+}
+
+// inspect returns the engine's bytes about a container. To decode all of them, as the SDK
+// does, costs more than the rest of a read.
+func (e *engine) inspect(ctx context.Context, nameOrID string) ([]byte, error) {
+	answer, err := e.send(ctx, http.MethodGet, "/containers/"+nameOrID+"/json", http.Header{}, http.StatusOK)
+	if err != nil {
+		return nil, err
+	}
+	defer answer.Body.Close()
+	return io.ReadAll(answer.Body)
+}
+
+// attachStdin returns a connection to a container's stdin. It ends when the engine has
+// passed on all that was written before CloseWrite.
+func (e *engine) attachStdin(ctx context.Context, containerID, detachKeys string) (duplex, error) {
+	query := url.Values{"stream": {"1"}, "stdin": {"1"}, "detachKeys": {detachKeys}}
+	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
+	answer, err := e.send(ctx, http.MethodPost, "/containers/"+containerID+"/attach?"+query.Encode(), upgrade, http.StatusSwitchingProtocols)
+	if err != nil {
+		return nil, err
+	}
+	return answer.Body.(duplex), nil
 }
 
 // connect makes sure that the engine's version is known. It costs nothing while it is.

@@ -49,6 +49,9 @@ func (s *server) routes() []route {
 		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, (*server).deleteService},
 		{"POST /service/{id}/ctl", 204, maxJSON, change, true, (*server).controlService},
 		{"GET /service/{id}/stats", 200, 0, 0, false, (*server).serviceStats},
+		{"GET /service/{id}/logs", 200, 0, 0, false, (*server).serviceLogs},
+		{"POST /service/{id}/stdin", 204, maxStdin, 0, false, (*server).serviceStdin},
+		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, (*server).resizeTTY},
 		{"PATCH /service/{id}/env", 204, maxJSON, change, true, (*server).setServiceEnv},
 		{"POST /docker/image", 201, s.maxImageBytes, 0, false, (*server).importImage},
 		{"GET /health", 204, 0, s.waits.read, false, (*server).health},
@@ -63,7 +66,8 @@ type server struct {
 	binds   *bindRoot
 	log     *slog.Logger
 	fetch   *fetcher
-	locks   serviceLocks
+	locks   serviceLocks // by service id
+	stdin   serviceLocks // by container id
 	stats   statsFeeds
 	mux     *http.ServeMux
 	life    context.Context // ends when changes under way must end
@@ -72,7 +76,7 @@ type server struct {
 
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot, log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
-		fetch: newFetcher(cfg.fetchAllow), locks: serviceLocks{held: map[string]chan struct{}{}},
+		fetch: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
 		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
@@ -187,8 +191,8 @@ func noSuchService(id string) error {
 
 var errNoSuchPath = failure(http.StatusNotFound, "no such path")
 
-// fail answers with an error, or only logs it where an answer has begun. It is the
-// only writer of errors.
+// fail answers with an error. Where an answer has begun it logs the error and breaks the
+// connection off, so that nobody takes what there is for all. It is the only writer of errors.
 func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	status, description := describe(err)
 	if !isA[*apiError](err) {
@@ -197,8 +201,6 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	}
 	if status == http.StatusServiceUnavailable {
 		rw.Header().Set("Retry-After", "1")
-	}
-	if client.IsErrConnectionFailed(err) {
 		s.engine.lost()
 	}
 	if status == http.StatusInternalServerError {
@@ -206,7 +208,7 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	}
 	if w, ok := rw.(*response); ok && w.status != 0 {
 		s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
-		return
+		panic(http.ErrAbortHandler)
 	}
 	writeJSON(rw, status, map[string]any{"error": struct {
 		Code        int    `json:"code"`
@@ -331,9 +333,18 @@ func (w *response) WriteHeader(status int) {
 
 func (w *response) Write(p []byte) (int, error) {
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
+	w.status = cmp.Or(w.status, http.StatusOK)
 	n, err := w.ResponseWriter.Write(p)
 	w.written += int64(n)
 	return n, err
+}
+
+// flushing sends each write to the client at once.
+type flushing struct{ http.ResponseWriter }
+
+func (f flushing) Write(p []byte) (int, error) {
+	n, err := f.ResponseWriter.Write(p)
+	return n, cmp.Or(err, http.NewResponseController(f.ResponseWriter).Flush())
 }
 
 // health answers GET /health: whether services can be worked on.

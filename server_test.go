@@ -145,7 +145,7 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 		allow        string
 	}{
 		{"GET", "/", 404, ""}, {"GET", "/v1", 404, ""}, {"GET", "/v2/service", 404, ""}, {"POST", "/nothing", 404, ""},
-		{"GET", "/service/", 404, ""}, {"GET", "/service/web/", 404, ""}, {"GET", "/service/web/logs", 404, ""},
+		{"GET", "/service/", 404, ""}, {"GET", "/service/web/", 404, ""}, {"GET", "/service/web/events", 404, ""},
 		{"GET", "/v1/v1/service", 404, ""}, {"GET", "/Service", 404, ""}, {"GET", "/docker", 404, ""},
 		{"GET", "//service", 404, ""}, {"GET", "/./service", 404, ""}, {"GET", "/v1/../service", 404, ""},
 		{"GET", "/service/web/../web", 404, ""}, {"GET", "/containers/json", 404, ""}, {"GET", "/debug/pprof/", 404, ""},
@@ -154,6 +154,7 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 		{"PUT", "/service/web", 405, "DELETE, GET"}, {"POST", "/v1/service/web", 405, "DELETE, GET"},
 		{"GET", "/service/web/ctl", 405, "POST"}, {"POST", "/service/web/stats", 405, "GET"},
 		{"PUT", "/service/web/env", 405, "PATCH"}, {"GET", "/docker/image", 405, "POST"},
+		{"POST", "/service/web/logs", 405, "GET"}, {"GET", "/service/web/stdin", 405, "POST"}, {"PUT", "/v1/service/web/tty", 405, "POST"},
 		{"TRACE", "/health", 405, "GET"}, {"BREW", "/v1/health", 405, "GET"},
 	} {
 		a, _ := sendRaw(t, d, test.method+" "+test.path+" HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")

@@ -15,9 +15,8 @@ import (
 )
 
 const (
-	statsAge   = 1500 * time.Millisecond // the engine sends a frame every second
-	statsTries = 3                       // feeds that may end without a frame for one request
-	maxFrame   = 1 << 20                 // bytes
+	statsAge = 1500 * time.Millisecond // the engine sends a frame every second
+	maxFrame = 1 << 20                 // bytes
 )
 
 // What the engine writes where it has no sample: for a container that does not run,
@@ -47,7 +46,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 		feed, containerID, err := s.stats.open(ctx, s, r.PathValue("id"))
 		if err == nil && feed == nil && frames == 0 {
 			err = s.askStats(ctx, w, containerID)
-			if errdefs.IsNotFound(err) && ends < statsTries {
+			if errdefs.IsNotFound(err) && ends < lookupTries {
 				ends++
 				continue // another container has just taken its place
 			}
@@ -57,7 +56,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		frame, at, err := feed.newer(ctx, seen)
-		if err == io.EOF && ends < statsTries {
+		if err == io.EOF && ends < lookupTries {
 			ends++
 			continue // it does not run any more, or another container does
 		}
@@ -69,11 +68,9 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 		}
 		if frames == 0 {
 			w.Header().Set("Content-Type", "application/x-ndjson")
-			w.WriteHeader(http.StatusOK)
 		}
 		seen, frames, ends = at, frames+1, 0
-		w.Write(frame)
-		if err := http.NewResponseController(w).Flush(); err != nil {
+		if _, err := (flushing{w}).Write(frame); err != nil {
 			return err
 		}
 	}
