@@ -15,8 +15,9 @@ import (
 )
 
 const (
-	statsAge = 1500 * time.Millisecond // the engine sends a frame every second
-	maxFrame = 1 << 20                 // bytes
+	statsAge   = 1500 * time.Millisecond // the engine sends a frame every second
+	statsTries = 3                       // feeds that may end without a frame for one request
+	maxFrame   = 1 << 20                 // bytes
 )
 
 // What the engine writes where it has no sample: for a container that does not run,
@@ -56,7 +57,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		frame, at, err := feed.newer(ctx, seen)
-		if err == io.EOF && ends < lookupTries {
+		if err == io.EOF && ends < statsTries {
 			ends++
 			continue // it does not run any more, or another container does
 		}
