@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"strconv"
@@ -57,9 +58,12 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		frame, at, err := feed.newer(ctx, seen)
+		if err == errOperated {
+			continue // whatever is there now
+		}
 		if err == io.EOF && ends < statsTries {
 			ends++
-			continue // it does not run any more, or another container does
+			continue // it does not run any more
 		}
 		if err == io.EOF {
 			err = failure(http.StatusBadGateway, "the engine sends no statistics of this service")
@@ -105,8 +109,11 @@ type statsFeed struct {
 	frame   []byte        // the newest
 	arrived time.Time     // when
 	changed chan struct{} // closed at the next frame and at the end
-	ended   bool
+	ended   error         // io.EOF, or errOperated
 }
+
+// errOperated ends a feed whose container an operation may have stopped or replaced.
+var errOperated = errors.New("an operation ended the feed")
 
 // open returns the service's feed, or the id of its container if that does not run.
 func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed, string, error) {
@@ -144,28 +151,29 @@ func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed
 func (f *statsFeeds) forget(id string, feed *statsFeed) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	why := io.EOF
 	if feed == nil {
-		feed = f.byID[id]
+		feed, why = f.byID[id], errOperated
 	}
-	if feed == nil || feed.ended {
+	if feed == nil || feed.ended != nil {
 		return
 	}
 	delete(f.byID, id)
 	feed.end()
-	feed.ended = true
+	feed.ended = why
 	close(feed.changed)
 }
 
 // newer returns the newest frame if it arrived after seen, and else waits for one that
-// does. It returns io.EOF when the feed has ended.
+// does. It returns why the feed has ended, if it has.
 func (f *statsFeed) newer(ctx context.Context, seen time.Time) (frame []byte, arrived time.Time, err error) {
 	for {
 		f.mu.Lock()
 		f.asked = time.Now()
 		frame, arrived, changed, ended := f.frame, f.arrived, f.changed, f.ended
 		f.mu.Unlock()
-		if ended {
-			return nil, arrived, io.EOF
+		if ended != nil {
+			return nil, arrived, ended
 		}
 		if arrived.After(seen) {
 			return frame, arrived, nil
@@ -201,7 +209,7 @@ func (f *statsFeed) follow(ctx context.Context, e *engine, containerID string) {
 func (f *statsFeed) publish(frame []byte) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.ended || time.Since(f.asked) > f.waits.linger {
+	if f.ended != nil || time.Since(f.asked) > f.waits.linger {
 		return false
 	}
 	if !bytes.Contains(frame, noEarlierSample) {
