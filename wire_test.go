@@ -235,18 +235,18 @@ func TestSmugglingShapes(t *testing.T) {
 	}
 }
 
-// wireProcess starts the daemon as a process of its own, so that its memory can be told
-// from the test's, and returns its process id.
-func wireProcess(t *testing.T, e *fakeEngine) (*daemon, int) {
+// wireProcess starts the daemon, built as it is shipped, as a process of its own, and
+// returns its process id.
+func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int) {
 	t.Helper()
-	dir := t.TempDir()
-	program := filepath.Join(dir, "duxcore-daemon")
-	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
-		t.Fatalf("cannot build: %v\n%s", err, out)
+	program, err := shipped()
+	if err != nil {
+		t.Fatal(err)
 	}
+	dir := t.TempDir()
 	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"), client: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}}
-	process := exec.Command(program, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)
-	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+e.host()), d.log
+	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
+	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+engineHost), d.log
 	if err := process.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -267,8 +267,24 @@ func wireProcess(t *testing.T, e *fakeEngine) (*daemon, int) {
 	return d, process.Process.Pid
 }
 
+// shipped builds the daemon with the README's options. The file has no name any more:
+// it goes with the test's process, through whose descriptor it is executed.
+var shipped = sync.OnceValues(func() (*os.File, error) {
+	dir, err := os.MkdirTemp("", "shipped")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s", "-tags=nethttpomithttp2", "-o", dir+"/daemon", ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if output, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("cannot build the daemon: %w\n%s", err, output)
+	}
+	return os.Open(dir + "/daemon")
+})
+
 // wireMemory returns what the process has in memory, and the most it ever had, in bytes.
-func wireMemory(t *testing.T, pid int) (now, peak int) {
+func wireMemory(t testing.TB, pid int) (now, peak int) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -286,7 +302,7 @@ func wireMemory(t *testing.T, pid int) (now, peak int) {
 
 func TestGigabytesWithoutTheKey(t *testing.T) {
 	t.Parallel()
-	d, pid := wireProcess(t, newFakeEngine(t))
+	d, pid := wireProcess(t, newFakeEngine(t).host())
 	before, _ := wireMemory(t, pid)
 	var clients sync.WaitGroup
 	var taken atomic.Int64
@@ -339,7 +355,7 @@ func TestTenThousandConnections(t *testing.T) {
 		{"with unfinished headers", "GET / HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n" + strings.Repeat("X-A: aaaaaaaaa\r\n", 900), false, 128 << 10},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			d, pid := wireProcess(t, newFakeEngine(t))
+			d, pid := wireProcess(t, newFakeEngine(t).host())
 			before, _ := wireMemory(t, pid)
 			count := wireConnections(t)
 			text := strings.Replace(test.text, "%s", d.key, 1)
