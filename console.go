@@ -3,14 +3,14 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"io"
-	"math"
 	"net/http"
 	"net/url"
 	"os"
 	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,15 +19,12 @@ import (
 	"github.com/docker/docker/pkg/stdcopy"
 )
 
-const (
-	stdinChunk = 64 << 10 // bytes written to a service's stdin at a time
-	maxStdin   = math.MaxInt64
-)
+const stdinChunk = 64 << 10 // bytes written to a service's stdin at a time
 
-var (
-	tailLines = regexp.MustCompile(`^(all|[0-9]{1,9})$`)
-	unixTime  = regexp.MustCompile(`^[0-9]{1,10}(\.[0-9]{1,9})?$`) // seconds
-)
+// logsParameter is all that a query for logs may say, in the engine's own terms. Times are
+// Unix times in seconds.
+var logsParameter = regexp.MustCompile(`^((follow|timestamps|stdout|stderr)=(true|false|1|0)|` +
+	`tail=(all|[0-9]{1,9})|(since|until)=[0-9]{1,10}(\.[0-9]{1,9})?)$`)
 
 // serviceLogs answers GET /service/{id}/logs with what the service has printed and, if
 // it is to follow, prints from now on. That ends in an orderly way only when the
@@ -61,8 +58,11 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	if err != nil || !options.Follow {
 		return err
 	}
-	running, err := s.stillRuns(ctx, r.PathValue("id"), current)
-	if running {
+	now, err := s.lookup(ctx, r.PathValue("id"))
+	if isA[*apiError](err) {
+		return nil // deleted
+	}
+	if err == nil && now.isRun(current) {
 		err = errors.New("the engine ended the logs of a service that runs")
 	}
 	return err
@@ -82,42 +82,22 @@ func (s *server) openLogs(ctx context.Context, id string, options container.Logs
 	}
 }
 
-// logsOptions reads a query whose names and values are those of the engine's API.
-func logsOptions(rawQuery string) (container.LogsOptions, error) {
-	o := container.LogsOptions{ShowStdout: true, ShowStderr: true}
+func logsOptions(rawQuery string) (o container.LogsOptions, err error) {
 	query, err := url.ParseQuery(rawQuery)
 	if err != nil {
 		return o, badRequest("the query cannot be read")
 	}
-	for name, values := range query {
-		value := strings.Join(values, ",") // there twice, it has no value that can be right
-		ok := true
-		switch name {
-		case "follow":
-			o.Follow, err = strconv.ParseBool(value)
-		case "timestamps":
-			o.Timestamps, err = strconv.ParseBool(value)
-		case "stdout":
-			o.ShowStdout, err = strconv.ParseBool(value)
-		case "stderr":
-			o.ShowStderr, err = strconv.ParseBool(value)
-		case "tail":
-			o.Tail, ok = value, tailLines.MatchString(value)
-		case "since":
-			o.Since, ok = value, unixTime.MatchString(value)
-		case "until":
-			o.Until, ok = value, unixTime.MatchString(value)
-		default:
-			return o, badRequest("%s: no such parameter", name)
-		}
-		if err != nil || !ok {
-			return o, badRequest("%s: %q is not allowed here", name, value)
+	for name, values := range query { // twice is none that can be right: "true,true"
+		if parameter := name + "=" + strings.Join(values, ","); !logsParameter.MatchString(parameter) {
+			return o, badRequest("%.100q: no such parameter, or not one of its values", parameter)
 		}
 	}
-	if !o.ShowStdout && !o.ShowStderr {
-		return o, badRequest("stdout and stderr: one of them must be true")
+	on := func(name, otherwise string) bool {
+		return slices.Contains([]string{"true", "1"}, cmp.Or(query.Get(name), otherwise))
 	}
-	return o, nil
+	return container.LogsOptions{Follow: on("follow", "false"), Timestamps: on("timestamps", "false"),
+		ShowStdout: on("stdout", "true"), ShowStderr: on("stderr", "true"),
+		Tail: query.Get("tail"), Since: query.Get("since"), Until: query.Get("until")}, nil
 }
 
 // serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of
@@ -162,8 +142,12 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 		return err
 	}
 	defer unlock()
-	if running, err := s.stillRuns(ctx, id, begin); err != nil || !running {
-		return cmp.Or(err, failure(http.StatusConflict, "the service stopped before all was written"))
+	now, err := s.lookup(ctx, id)
+	if err == nil && !now.isRun(begin) {
+		err = failure(http.StatusConflict, "the service stopped before all was written")
+	}
+	if err != nil {
+		return err
 	}
 	pipe, err := s.engine.attachStdin(ctx, begin.ID, detachKeys(chunk))
 	if err != nil {
@@ -180,28 +164,15 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 	return cmp.Or(err, endErr)
 }
 
-// detachKeys is what the engine must look out for in a chunk for a tty. It looks for
-// ctrl-p ctrl-q unless told otherwise, and keeps back what may be the beginning: this is
-// no text, and does not begin with the chunk's last byte.
+// detachKeys is what makes the engine break off a chunk for a tty: ctrl-p ctrl-q unless it
+// is told otherwise. This cannot be foreseen, and does not begin as the chunk ends, where
+// the engine would keep the beginning back.
 func detachKeys(chunk []byte) string {
+	keys := strings.Split("\xff"+rand.Text(), "")
 	if chunk[len(chunk)-1] == '\xff' {
-		return "\xfe,\xff,\xfe,\xff,\xfe,\xff,\xfe,\xff"
+		keys[0] = "\xfe"
 	}
-	return "\xff,\xfe,\xff,\xfe,\xff,\xfe,\xff,\xfe"
-}
-
-// stillRuns reports whether the service is in the same run as when begin was seen.
-func (s *server) stillRuns(ctx context.Context, id string, begin inspected) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
-	defer cancel()
-	current, err := s.lookup(ctx, id)
-	if err != nil {
-		if status, _ := describe(err); status == http.StatusNotFound {
-			err = nil
-		}
-		return false, err
-	}
-	return current.State.Running && current.ID == begin.ID && current.State.StartedAt == begin.State.StartedAt, nil
+	return strings.Join(keys, ",")
 }
 
 // resizeTTY answers POST /service/{id}/tty.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"path"
@@ -50,7 +51,7 @@ func (s *server) routes() []route {
 		{"POST /service/{id}/ctl", 204, maxJSON, change, true, (*server).controlService},
 		{"GET /service/{id}/stats", 200, 0, 0, false, (*server).serviceStats},
 		{"GET /service/{id}/logs", 200, 0, 0, false, (*server).serviceLogs},
-		{"POST /service/{id}/stdin", 204, maxStdin, 0, false, (*server).serviceStdin},
+		{"POST /service/{id}/stdin", 204, math.MaxInt64, 0, false, (*server).serviceStdin},
 		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, (*server).resizeTTY},
 		{"PATCH /service/{id}/env", 204, maxJSON, change, true, (*server).setServiceEnv},
 		{"POST /docker/image", 201, s.maxImageBytes, 0, false, (*server).importImage},
