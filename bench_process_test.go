@@ -174,12 +174,12 @@ func BenchmarkGrowth(b *testing.B) {
 }
 
 func growthOf(b *testing.B, m *machine, pid int, engine *http.Client, ids []string) {
-	all := func(path string) { // of each service, sixteen at a time
+	allStats := func(clients int) {
 		var group sync.WaitGroup
-		turn := make(chan struct{}, 16)
+		turn := make(chan struct{}, clients)
 		for _, id := range ids {
 			turn <- struct{}{}
-			group.Go(func() { fetchAll(b, m.client, m.request(b, "GET", "/service/"+id+path, nil)); <-turn })
+			group.Go(func() { fetchAll(b, m.client, m.request(b, "GET", "/service/"+id+"/stats", nil)); <-turn })
 		}
 		group.Wait()
 	}
@@ -199,12 +199,12 @@ func growthOf(b *testing.B, m *machine, pid int, engine *http.Client, ids []stri
 		b.ReportMetric(askEngine("/containers/json?all=1"), "µs-engine-list")
 		b.ReportMetric(ask("/service/"+ids[0]), "µs-inspect")
 		b.ReportMetric(askEngine("/containers/"+ids[0]+"/json"), "µs-engine-inspect")
-		all("/stats")
+		allStats(len(ids)) // opens the engine's streams
 		b.ReportMetric(ask("/service/"+ids[0]+"/stats"), "µs-stats")
 		daemonBefore, engineBefore := processorTime(b, pid), processorTime(b, enginePID(b))
 		second := time.Tick(time.Second)
 		for range seconds {
-			all("/stats")
+			allStats(16)
 			<-second
 		}
 		b.ReportMetric((processorTime(b, pid)-daemonBefore).Seconds()/seconds, "cores")
