@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/versions"
+	"github.com/docker/docker/pkg/stdcopy"
 )
 
 // fakeEngine is a stateful Docker Engine that answers as 20.10 does, on a unix socket.
@@ -40,6 +42,9 @@ type fakeEngine struct {
 	images     []*fakeImage
 	remote     []string // images that a pull finds
 	frames     int      // of statistics sent so far
+	closed     bool
+	attaches   int           // so far
+	changed    chan struct{} // closed when a container has printed, read, started, ended or gone
 }
 
 type fakeContainer struct {
@@ -50,6 +55,23 @@ type fakeContainer struct {
 	HostConfig container.HostConfig
 	imageID    string
 	started    bool // once at least
+	startedAt  string
+	output     []fakeOutput
+	deaf       bool // does not read its stdin
+	stdin      []fakeInput
+	tty        string // its size, as "24x80"
+}
+
+// fakeOutput is what a container printed in one go.
+type fakeOutput struct {
+	stream stdcopy.StdType
+	text   string
+}
+
+// fakeInput is what a container read in one go.
+type fakeInput struct {
+	attach int // which of the attaches it came through
+	text   string
 }
 
 type fakeImage struct {
@@ -64,7 +86,7 @@ func newFakeEngine(t testing.TB) *fakeEngine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &fakeEngine{t: t, socket: filepath.Join(dir, "s"), version: "1.41"}
+	e := &fakeEngine{t: t, socket: filepath.Join(dir, "s"), version: "1.41", changed: make(chan struct{})}
 	e.reopen()
 	t.Cleanup(func() { e.close(); os.RemoveAll(dir) })
 	return e
@@ -76,7 +98,15 @@ func (e *fakeEngine) host() string { return "unix://" + e.socket }
 func (e *fakeEngine) close() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.closed = true
+	e.change()
 	e.server.Close()
+}
+
+// change wakes all that wait for a change. The caller holds the mutex.
+func (e *fakeEngine) change() {
+	close(e.changed)
+	e.changed = make(chan struct{})
 }
 
 func (e *fakeEngine) reopen() {
@@ -86,6 +116,7 @@ func (e *fakeEngine) reopen() {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.closed = false
 	e.server = &http.Server{Handler: e}
 	go e.server.Serve(listener) // ends with close
 }
@@ -237,8 +268,12 @@ func (e *fakeEngine) answer(w http.ResponseWriter, r *http.Request, path string)
 	switch r.Method + " " + kind + action {
 	case "GET containers/stats":
 		e.stats(w, r, ref)
+	case "GET containers/logs":
+		e.logs(w, r, ref)
+	case "POST containers/attach":
+		e.attach(w, r, ref)
 	case "GET containers/json", "POST containers/start", "POST containers/stop", "POST containers/kill",
-		"POST containers/rename", "DELETE containers":
+		"POST containers/rename", "POST containers/resize", "DELETE containers":
 		e.onContainer(w, r, ref, action)
 	case "GET images/json", "POST images/tag", "DELETE images":
 		e.onImage(w, r, ref, action)
@@ -383,17 +418,20 @@ func (e *fakeEngine) onContainer(w http.ResponseWriter, r *http.Request, ref, ac
 		return
 	}
 	status := http.StatusNoContent
+	defer e.change()
 	switch action {
 	case "/json":
 		replyJSON(w, 200, container.InspectResponse{
 			ContainerJSONBase: &container.ContainerJSONBase{ID: c.ID, Name: "/" + c.Name, Image: c.imageID, HostConfig: &c.HostConfig,
-				State: &container.State{Status: c.state(), Running: c.Running}},
+				State: &container.State{Status: c.state(), Running: c.Running, StartedAt: cmp.Or(c.startedAt, zeroTime)}},
 			Config: &c.Config,
 		})
 		return
 	case "/start":
 		if c.Running {
 			status = http.StatusNotModified
+		} else {
+			c.startedAt = time.Now().UTC().Format(time.RFC3339Nano)
 		}
 		c.Running, c.started = true, true
 	case "/stop":
@@ -413,6 +451,13 @@ func (e *fakeEngine) onContainer(w http.ResponseWriter, r *http.Request, ref, ac
 			return
 		}
 		c.Name = r.URL.Query().Get("name")
+	case "/resize":
+		if !c.Running {
+			reply(w, 409, "Container "+c.ID+" is not running")
+			return
+		}
+		c.tty = r.URL.Query().Get("h") + "x" + r.URL.Query().Get("w")
+		status = http.StatusOK
 	default:
 		if c.Running && r.URL.Query().Get("force") != "1" {
 			reply(w, 409, "You cannot remove a running container "+c.ID+". Stop the container before attempting removal or force remove")
@@ -460,6 +505,193 @@ func (e *fakeEngine) stats(w http.ResponseWriter, r *http.Request, ref string) {
 			return
 		}
 	}
+}
+
+// inRun reports whether a container is in the run that began at startedAt. The caller
+// holds the mutex.
+func (e *fakeEngine) inRun(c *fakeContainer, startedAt string) bool {
+	return !e.closed && c.Running && c.startedAt == startedAt && slices.Contains(e.containers, c)
+}
+
+// print has a service print a text in one go.
+func (e *fakeEngine) print(name string, stream stdcopy.StdType, text string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c := e.byName(name)
+	c.output = append(c.output, fakeOutput{stream, text})
+	e.change()
+}
+
+// logs sends what a container has printed, in frames unless it has a tty, and with
+// follow what it prints until it ends.
+func (e *fakeEngine) logs(w http.ResponseWriter, r *http.Request, ref string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c := e.find(w, ref)
+	if c == nil {
+		return
+	}
+	w.WriteHeader(200)
+	w.(http.Flusher).Flush()
+	query := r.URL.Query()
+	wanted := map[stdcopy.StdType]bool{stdcopy.Stdout: query.Get("stdout") == "1", stdcopy.Stderr: query.Get("stderr") == "1"}
+	startedAt, sent := c.startedAt, 0
+	for {
+		output, changed, ended := c.output[sent:], e.changed, query.Get("follow") != "1" || !e.inRun(c, startedAt)
+		sent += len(output)
+		e.mu.Unlock()
+		for _, printed := range output {
+			to := io.Writer(w)
+			if !c.Config.Tty {
+				to = stdcopy.NewStdWriter(w, printed.stream)
+			}
+			if wanted[printed.stream] {
+				io.WriteString(to, printed.text)
+			}
+		}
+		w.(http.Flusher).Flush()
+		if !ended {
+			select {
+			case <-changed:
+			case <-r.Context().Done():
+				ended = true
+			}
+		}
+		e.mu.Lock()
+		if ended {
+			return
+		}
+	}
+}
+
+// setDeaf has a service read its stdin no more, or again.
+func (e *fakeEngine) setDeaf(name string, deaf bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.byName(name).deaf = deaf
+	e.change()
+}
+
+// input returns what a service has read, and the parts of it that came through each attach.
+func (e *fakeEngine) input(name string) (all string, byAttach map[int]string) {
+	c, _ := e.container(name)
+	byAttach = map[int]string{}
+	for _, in := range c.stdin {
+		all += in.text
+		byAttach[in.attach] += in.text
+	}
+	return all, byAttach
+}
+
+// attach passes a connection's bytes on to a container's stdin, in small pieces between
+// those of other connections, until their end or that of the container's run.
+func (e *fakeEngine) attach(w http.ResponseWriter, r *http.Request, ref string) {
+	query := r.URL.Query()
+	if query.Get("stream") != "1" || query.Get("stdin") != "1" || query.Has("stdout") || query.Has("stderr") || query.Has("logs") ||
+		r.Header.Get("Connection") != "Upgrade" || r.Header.Get("Upgrade") != "tcp" {
+		e.t.Errorf("the engine was asked to attach with %v, %v", query, r.Header)
+	}
+	e.mu.Lock()
+	c := e.find(w, ref)
+	e.attaches++
+	number := e.attaches
+	e.mu.Unlock()
+	if c == nil {
+		return
+	}
+	conn, buffered, err := w.(http.Hijacker).Hijack()
+	if err != nil {
+		e.t.Error(err)
+		return
+	}
+	defer conn.Close()
+	io.WriteString(conn, "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	startedAt, over := c.startedAt, make(chan struct{})
+	defer close(over)
+	go func() { // ends with the run or the connection
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		for e.inRun(c, startedAt) {
+			changed := e.changed
+			e.mu.Unlock()
+			select {
+			case <-changed:
+			case <-over:
+			}
+			e.mu.Lock()
+			select {
+			case <-over:
+				return
+			default:
+			}
+		}
+		conn.Close()
+	}()
+	escape := escapeKeys{keys: parseKeys(query.Get("detachKeys"))}
+	piece := make([]byte, 1000)
+	for {
+		e.mu.Unlock()
+		n, err := buffered.Read(piece)
+		text, detached := piece[:n], false
+		if c.Config.Tty {
+			text, detached = escape.pass(text)
+		}
+		e.mu.Lock()
+		for c.deaf && e.inRun(c, startedAt) {
+			changed := e.changed
+			e.mu.Unlock()
+			<-changed
+			e.mu.Lock()
+		}
+		if !e.inRun(c, startedAt) {
+			return
+		}
+		if len(text) > 0 {
+			c.stdin = append(c.stdin, fakeInput{number, string(text)})
+			e.change()
+		}
+		if err != nil || detached {
+			return
+		}
+	}
+}
+
+// escapeKeys looks for the keys that detach, as github.com/moby/term does: it keeps back
+// what may be the beginning of them, and does not give it out at the end.
+type escapeKeys struct {
+	keys []byte
+	seen int
+}
+
+// parseKeys reads the names of the keys, or takes the engine's default.
+func parseKeys(names string) (keys []byte) {
+	if names == "" {
+		return []byte{'p' - 'a' + 1, 'q' - 'a' + 1}
+	}
+	for name := range strings.SplitSeq(names, ",") {
+		if letter, ok := strings.CutPrefix(name, "ctrl-"); ok {
+			keys = append(keys, letter[0]-'a'+1)
+		} else {
+			keys = append(keys, name...)
+		}
+	}
+	return keys
+}
+
+func (k *escapeKeys) pass(text []byte) (passed []byte, detached bool) {
+	for _, b := range text {
+		if b == k.keys[k.seen] {
+			if k.seen++; k.seen == len(k.keys) {
+				return passed, true
+			}
+			continue
+		}
+		passed = append(append(passed, k.keys[:k.seen]...), b)
+		k.seen = 0
+	}
+	return passed, false
 }
 
 // tagged completes an image's name as the engine does.
