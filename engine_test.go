@@ -2,11 +2,16 @@ package main
 
 import (
 	"bufio"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -310,4 +315,38 @@ func engineDies(t *testing.T, at int, done bool, method, path, body string, agai
 		t.Errorf("the engine died at call %d, and then there is%s", at, state(t, e, d))
 	}
 	return true
+}
+
+// An engine on another machine, that wants to know who asks.
+func TestEngineOverTLS(t *testing.T) {
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	listener := httptest.NewUnstartedServer(e)
+	listener.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
+	listener.StartTLS()
+	t.Cleanup(listener.Close)
+	dir := t.TempDir()
+	certificate := listener.TLS.Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"ca.pem":   {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
+		"cert.pem": {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
+		"key.pem":  {Type: "PRIVATE KEY", Bytes: key},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("DOCKER_CERT_PATH", dir)
+	t.Setenv("DOCKER_TLS_VERIFY", "1")
+	d := startDaemon(t, "tcp://"+listener.Listener.Addr().String(), nil)
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	d.do(t, "GET", "/service/web", "").want(t, 200, `"/web"`)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
+	d.do(t, "POST", "/service/web/stdin", "typed\n").want(t, 204)
+	d.do(t, "GET", "/service/web/stats", "").want(t, 200)
 }
