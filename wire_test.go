@@ -267,17 +267,15 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 	return d, process.Process.Pid
 }
 
-// shipped builds the daemon with the README's options. The file has no name any more:
-// it goes with the test's process, through whose descriptor it is executed.
+// shipped builds the daemon as it is shipped. The file has no name any more: it goes with
+// the test's process, through whose descriptor it is executed.
 var shipped = sync.OnceValues(func() (*os.File, error) {
 	dir, err := os.MkdirTemp("", "shipped")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s", "-tags=nethttpomithttp2", "-o", dir+"/daemon", ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if output, err := build.CombinedOutput(); err != nil {
+	if output, err := exec.Command("packaging/build", dir+"/daemon").CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("cannot build the daemon: %w\n%s", err, output)
 	}
 	return os.Open(dir + "/daemon")
