@@ -247,6 +247,8 @@ func (s *server) current(ctx context.Context, id string, found journal) (current
 
 // inspect inspects a container by its name or full id if it is that of service id.
 func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected, err error) {
+	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // streams have no limit of their own
+	defer cancel()
 	raw, err := s.engine.inspect(ctx, nameOrID)
 	if err == nil {
 		err = json.Unmarshal(raw, &c)
