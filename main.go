@@ -244,6 +244,7 @@ func (c config) check() (mistakes []error) {
 			mistakes = append(mistakes, errors.New(text))
 		}
 	}
+	refuse(c.addr == "", "-addr: must be host:port") // net.Listen would choose a port
 	refuse((c.tlsCert == "") != (c.tlsKey == ""), "-tls-cert and -tls-key go together")
 	refuse(c.network == "host" || strings.HasPrefix(c.network, "container:"),
 		"-network: services may not share the network of the host or of a container")

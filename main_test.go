@@ -121,6 +121,7 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		{[]string{"-tls-cert", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
 		{[]string{"-tls-key", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
 		{[]string{"-tls-key", "a"}, map[string]string{"DUXCORE_TLS_CERT": ""}, []string{"-tls-cert and -tls-key go together"}},
+		{[]string{"-addr", ""}, nil, []string{"-addr"}},
 		{[]string{"-pids-limit", "0"}, nil, []string{"-pids-limit"}},
 		{[]string{"-pids-limit", "-1"}, nil, []string{"-pids-limit"}},
 		{[]string{"-pids-limit", "many"}, nil, []string{"-pids-limit", `"many"`}},
