@@ -531,9 +531,13 @@ func (e *fakeEngine) logs(w http.ResponseWriter, r *http.Request, ref string) {
 	if c == nil {
 		return
 	}
+	query := r.URL.Query()
+	if query.Get("stdout") != "1" && query.Get("stderr") != "1" {
+		reply(w, 400, "Bad parameters: you must choose at least one stream")
+		return
+	}
 	w.WriteHeader(200)
 	w.(http.Flusher).Flush()
-	query := r.URL.Query()
 	wanted := map[stdcopy.StdType]bool{stdcopy.Stdout: query.Get("stdout") == "1", stdcopy.Stderr: query.Get("stderr") == "1"}
 	startedAt, sent := c.startedAt, 0
 	for {
@@ -572,15 +576,15 @@ func (e *fakeEngine) setDeaf(name string, deaf bool) {
 	e.change()
 }
 
-// input returns what a service has read, and the parts of it that came through each attach.
-func (e *fakeEngine) input(name string) (all string, byAttach map[int]string) {
-	c, _ := e.container(name)
-	byAttach = map[int]string{}
-	for _, in := range c.stdin {
-		all += in.text
-		byAttach[in.attach] += in.text
+// input returns what a service has read.
+func (e *fakeEngine) input(name string) string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var text strings.Builder
+	for _, in := range e.byName(name).stdin {
+		text.WriteString(in.text)
 	}
-	return all, byAttach
+	return text.String()
 }
 
 // attach passes a connection's bytes on to a container's stdin, in small pieces between
