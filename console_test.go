@@ -100,8 +100,6 @@ func (r stdinRequest) answer(t testing.TB) answer {
 	case a := <-r.answered:
 		return a
 	case <-time.After(10 * time.Second):
-		stacks := make([]byte, 1<<20)
-		t.Logf("%s", stacks[:runtime.Stack(stacks, true)])
 		t.Fatal("no answer in 10 s")
 	}
 	return answer{}
@@ -396,18 +394,18 @@ func TestLogsThatTheEngineCutsOffAreAnError(t *testing.T) {
 func TestEngineThatRefusesLogs(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
-		status int
+		status []int
 		engine func(w http.ResponseWriter, r *http.Request)
 	}{
-		"dead": {409, func(w http.ResponseWriter, r *http.Request) {
+		"dead": {[]int{409}, func(w http.ResponseWriter, r *http.Request) {
 			reply(w, 409, "can not get logs from container which is dead or marked for removal")
 		}},
-		"driver": {502, func(w http.ResponseWriter, r *http.Request) {
+		"driver": {[]int{502}, func(w http.ResponseWriter, r *http.Request) {
 			reply(w, 500, "configured logging driver does not support reading")
 		}},
-		"hangs":   {504, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }},
-		"garbage": {502, func(w http.ResponseWriter, r *http.Request) { consoleRaw(w, "garbage\r\n\r\n") }},
-		"hang-up": {503, func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }},
+		"hangs":   {[]int{504}, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }},
+		"garbage": {[]int{502, 503}, func(w http.ResponseWriter, r *http.Request) { consoleRaw(w, "garbage\r\n\r\n") }},
+		"hang-up": {[]int{502, 503}, func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -415,10 +413,9 @@ func TestEngineThatRefusesLogs(t *testing.T) {
 			consoleHook(e, "/logs", test.engine)
 			for _, query := range []string{"", "?follow=true"} {
 				a := d.do(t, "GET", "/service/web/logs"+query, "")
-				if test.status == 503 && a.status == 502 {
-					continue // the SDK does not tell
+				if !slices.Contains(test.status, a.status) {
+					t.Errorf("logs%s: answered %d %s, want %v", query, a.status, a.body, test.status)
 				}
-				a.want(t, test.status)
 				errorsClean(t, d, a.body)
 			}
 		})
@@ -464,6 +461,7 @@ func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 }
 
 func TestFollowersLeaveNothing(t *testing.T) { // not parallel: it counts the process's goroutines
+	newFakeEngine(t).close() // the first socket of a process makes two descriptors more
 	crowdLeavesNothing(t, func() {
 		e, d := consoleStart(t, "", nil)
 		goroutines := runtime.NumGoroutine()
@@ -781,7 +779,7 @@ func TestStdinOfAServiceThatStopsInTheMiddle(t *testing.T) {
 			waitFor(t, "the first part", func() bool { all := e.input("web"); return all == "first" })
 			end(t, e, d)
 			io.WriteString(r, "second")
-			if a := r.answer(t); a.status != 409 && !(a.status == 404 && name == "delete") {
+			if a := r.answer(t); a.status != 409 && !(a.status == 404 && strings.HasPrefix(name, "delete")) {
 				t.Errorf("answered %d %s", a.status, a.body)
 			} else {
 				a.want(t, a.status)
@@ -806,7 +804,7 @@ func TestStdinOfAServiceThatStopsWithinAChunk(t *testing.T) {
 				waitFor(t, "the engine's call", func() bool { return len(consoleCalls(e, "/attach?")) > 0 })
 				// The engine has read a piece, which the service does not take.
 				end(t, e, d)
-				if a := <-sent; a.status != 409 && !(a.status == 404 && name == "delete") {
+				if a := <-sent; a.status != 409 && !(a.status == 404 && strings.HasPrefix(name, "delete")) {
 					t.Errorf("answered %d %s", a.status, a.body)
 				}
 			})
@@ -957,6 +955,7 @@ func TestDaemonEndsWhileStdinIsOpen(t *testing.T) {
 }
 
 func TestStdinLeavesNothing(t *testing.T) { // not parallel: it counts the process's goroutines
+	newFakeEngine(t).close() // the first socket of a process makes two descriptors more
 	crowdLeavesNothing(t, func() {
 		e, d := consoleStart(t, "", func(c *config) { c.waits.write = 200 * time.Millisecond })
 		for range 10 {
@@ -968,12 +967,13 @@ func TestStdinLeavesNothing(t *testing.T) { // not parallel: it counts the proce
 		var open []stdinRequest
 		for range 10 {
 			r := stdinOpen(t, d, "web")
-			io.WriteString(r, "x")
+			io.WriteString(r, "!")
 			open = append(open, r)
 		}
+		waitFor(t, "ten marks", func() bool { return strings.Count(e.input("web"), "!") == 10 })
 		d.stop()
 		for _, r := range open {
-			r.answer(t)
+			r.answer(t).want(t, 503)
 			r.Close()
 		}
 		e.close()
