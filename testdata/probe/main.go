@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"unsafe"
 )
@@ -87,7 +88,76 @@ func main() {
 		}
 	case "swap":
 		swap(dir, os.Args[3])
+	case "shell":
+		shell()
+	case "record":
+		rawTerminal()
+		to, err := os.OpenFile(filepath.Join(dir, "stdin"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+		must(err)
+		fmt.Println("ready")
+		_, err = io.Copy(to, os.Stdin)
+		must(err)
+	case "deaf":
+		fmt.Println("ready")
+		wait()
+	case "both":
+		for i := range 500 {
+			fmt.Fprintf(os.Stdout, "out %d\n", i)
+			fmt.Fprintf(os.Stderr, "err %d\n", i)
+		}
+		fmt.Print("the end of out")
+		fmt.Fprint(os.Stderr, "the end of err")
+		wait()
+	case "flood":
+		lines, err := strconv.Atoi(os.Args[3])
+		must(err)
+		out := bufio.NewWriter(os.Stdout)
+		for i := range lines {
+			fmt.Fprintf(out, "%099d\n", i)
+		}
+		must(out.Flush())
+		wait()
 	}
+}
+
+// shell obeys the lines on its stdin, and prints the size of its tty when that changes.
+func shell() {
+	sizes := make(chan os.Signal, 100)
+	signal.Notify(sizes, syscall.SIGWINCH)
+	go func() {
+		for range sizes {
+			var size struct{ rows, cols, x, y uint16 }
+			ioctl(0, syscall.TIOCGWINSZ, unsafe.Pointer(&size))
+			fmt.Printf("size %dx%d\n", size.rows, size.cols)
+		}
+	}()
+	fmt.Print("$ ")
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); fmt.Print("$ ") {
+		switch word, rest, _ := strings.Cut(lines.Text(), " "); word {
+		case "say":
+			fmt.Printf("<%s>\n", rest)
+		case "exit":
+			return
+		}
+	}
+}
+
+// rawTerminal has a tty, if stdin is one, pass every byte on as it is.
+func rawTerminal() {
+	var settings syscall.Termios
+	if !ioctl(0, syscall.TCGETS, unsafe.Pointer(&settings)) {
+		return
+	}
+	settings.Iflag, settings.Oflag, settings.Lflag = 0, 0, 0
+	settings.Cc[syscall.VMIN], settings.Cc[syscall.VTIME] = 1, 0
+	if !ioctl(0, syscall.TCSETS, unsafe.Pointer(&settings)) {
+		panic("cannot set the tty")
+	}
+}
+
+func ioctl(fd, request uintptr, to unsafe.Pointer) bool {
+	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, request, uintptr(to))
+	return errno == 0
 }
 
 func look(dir string) (r report) {
@@ -144,8 +214,7 @@ func write(dir string, r report) {
 
 func isTerminal(fd uintptr) bool {
 	var settings [128]byte
-	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, syscall.TCGETS, uintptr(unsafe.Pointer(&settings)))
-	return errno == 0
+	return ioctl(fd, syscall.TCGETS, unsafe.Pointer(&settings))
 }
 
 // listen answers lines on TCP port 8080 and datagrams on UDP port 8081.
