@@ -55,7 +55,7 @@ func TestShellOnATTYIsDrivenThroughTheConsole(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	id, l := m.consoleRun(t, "shell", `"tty":true`)
-	l.wait(t, "$ ")
+	l.wait(t, "ready")
 	r := stdinOpen(t, m.daemon, id)
 	for i := range 20 {
 		fmt.Fprintf(r, "say word %d\r", i)
@@ -79,6 +79,18 @@ func TestShellOnATTYIsDrivenThroughTheConsole(t *testing.T) {
 	m.do(t, "POST", "/service/"+id+"/tty", `{"rows":24,"cols":80}`).want(t, 409)
 	if a := m.do(t, "GET", "/service/"+id+"/logs", "").want(t, 200); a.body != l.text.String() {
 		t.Errorf("logs %q, followed %q", a.body, l.text)
+	}
+}
+
+// A prompt ends no line.
+func TestPromptIsSeenBeforeItsLineEnds(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for _, tty := range []bool{true, false} {
+		id, l := m.consoleRun(t, "shell", fmt.Sprintf(`"tty":%v`, tty))
+		l.wait(t, "ready")
+		m.stdin(t, id, "prompt\n").want(t, 204)
+		l.wait(t, "$ ")
 	}
 }
 

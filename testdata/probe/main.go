@@ -98,6 +98,7 @@ func main() {
 		_, err = io.Copy(to, os.Stdin)
 		must(err)
 	case "deaf":
+		rawTerminal() // a tty that edits lines drops what is too long for one
 		fmt.Println("ready")
 		wait()
 	case "both":
@@ -131,11 +132,13 @@ func shell() {
 			fmt.Printf("size %dx%d\n", size.rows, size.cols)
 		}
 	}()
-	fmt.Print("$ ")
-	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); fmt.Print("$ ") {
+	fmt.Println("ready")
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
 		switch word, rest, _ := strings.Cut(lines.Text(), " "); word {
 		case "say":
 			fmt.Printf("<%s>\n", rest)
+		case "prompt":
+			fmt.Print("$ ")
 		case "exit":
 			return
 		}
