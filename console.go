@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -8,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -16,10 +16,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
-	"github.com/docker/docker/pkg/stdcopy"
 )
-
-const stdinChunk = 64 << 10 // bytes written to a service's stdin at a time
 
 // logsParameter is all that a query for logs may say, in the engine's own terms. Times are
 // Unix times in seconds.
@@ -30,7 +27,7 @@ var logsParameter = regexp.MustCompile(`^((follow|timestamps|stdout|stderr)=(tru
 // it is to follow, prints from now on. That ends in an orderly way only when the
 // service's run does; whatever else ends it breaks the connection off.
 func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
-	options, err := logsOptions(r.URL.RawQuery)
+	options, err := logsOptions(r)
 	if err != nil {
 		return err
 	}
@@ -39,13 +36,12 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	defer context.AfterFunc(s.serving, cancel)()
 	opening := time.AfterFunc(s.waits.read, cancel)
 	current, logs, err := s.openLogs(ctx, r.PathValue("id"), options)
+	if !opening.Stop() {
+		err = context.DeadlineExceeded
+	}
 	if err != nil {
-		if !opening.Stop() {
-			err = context.DeadlineExceeded
-		}
 		return err
 	}
-	opening.Stop()
 	defer logs.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
 	out := flushing{w}
@@ -53,17 +49,17 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	if current.Config.Tty {
 		_, err = io.Copy(out, logs)
 	} else {
-		_, err = stdcopy.StdCopy(out, out, logs)
+		err = demultiplex(out, logs)
 	}
 	if err != nil || !options.Follow {
 		return err
 	}
-	now, err := s.lookup(ctx, r.PathValue("id"))
-	if isA[*apiError](err) {
-		return nil // deleted
+	err = s.sameRun(ctx, r.PathValue("id"), current)
+	if err == nil {
+		return errors.New("the engine ended the logs of a service that runs")
 	}
-	if err == nil && now.isRun(current) {
-		err = errors.New("the engine ended the logs of a service that runs")
+	if isA[*apiError](err) {
+		return nil // stopped, or deleted
 	}
 	return err
 }
@@ -82,8 +78,8 @@ func (s *server) openLogs(ctx context.Context, id string, options container.Logs
 	}
 }
 
-func logsOptions(rawQuery string) (o container.LogsOptions, err error) {
-	query, err := url.ParseQuery(rawQuery)
+func logsOptions(r *http.Request) (o container.LogsOptions, err error) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return o, badRequest("the query cannot be read")
 	}
@@ -95,40 +91,39 @@ func logsOptions(rawQuery string) (o container.LogsOptions, err error) {
 	on := func(name, otherwise string) bool {
 		return slices.Contains([]string{"true", "1"}, cmp.Or(query.Get(name), otherwise))
 	}
-	return container.LogsOptions{Follow: on("follow", "false"), Timestamps: on("timestamps", "false"),
-		ShowStdout: on("stdout", "true"), ShowStderr: on("stderr", "true"),
+	return container.LogsOptions{Follow: on("follow", "false") && r.Method == http.MethodGet, // HEAD would not end
+		Timestamps: on("timestamps", "false"), ShowStdout: on("stdout", "true"), ShowStderr: on("stderr", "true"),
 		Tail: query.Get("tail"), Since: query.Get("since"), Until: query.Get("until")}, nil
 }
 
 // serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of
 // the body. That may come in small parts, hours apart.
 func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
-	ctl := http.NewResponseController(w)
-	defer context.AfterFunc(s.serving, func() { ctl.SetReadDeadline(time.Now()) })()
-	begin, err := s.lookup(r.Context(), r.PathValue("id"))
-	if err != nil {
-		return err
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(s.serving, func() {
+		cancel()
+		http.NewResponseController(w).SetReadDeadline(time.Now())
+	})()
+	begin, err := s.lookup(ctx, r.PathValue("id"))
+	if err == nil && (!begin.State.Running || !begin.Config.OpenStdin) {
+		err = failure(http.StatusConflict, "the service does not run, or has no open stdin")
 	}
-	if !begin.State.Running || !begin.Config.OpenStdin {
-		return failure(http.StatusConflict, "the service does not run, or has no open stdin")
-	}
-	chunk := make([]byte, stdinChunk)
-	for {
-		n, readErr := r.Body.Read(chunk)
-		if n > 0 {
-			if err := s.writeStdin(r.Context(), r.PathValue("id"), begin, chunk[:n]); err != nil {
-				return err
-			}
-		}
-		switch {
-		case readErr == io.EOF:
-			return nil
-		case errors.Is(readErr, os.ErrDeadlineExceeded):
-			return failure(http.StatusServiceUnavailable, "the daemon ends")
-		case readErr != nil:
-			return badRequest("the body is incomplete")
+	chunk := make([]byte, 64<<10)
+	var end error
+	for err == nil && end == nil {
+		var n int
+		if n, end = r.Body.Read(chunk); n > 0 {
+			err = s.writeStdin(ctx, r.PathValue("id"), begin, chunk[:n])
 		}
 	}
+	switch {
+	case err == nil && end == io.EOF:
+		return nil
+	case s.serving.Err() != nil:
+		return failure(http.StatusServiceUnavailable, "the daemon ends")
+	}
+	return cmp.Or(err, badRequest("the body is incomplete"))
 }
 
 // writeStdin returns when the service's stdin has taken the chunk. The engine reads a
@@ -142,11 +137,7 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 		return err
 	}
 	defer unlock()
-	now, err := s.lookup(ctx, id)
-	if err == nil && !now.isRun(begin) {
-		err = failure(http.StatusConflict, "the service stopped before all was written")
-	}
-	if err != nil {
+	if err := s.sameRun(ctx, id, begin); err != nil {
 		return err
 	}
 	pipe, err := s.engine.attachStdin(ctx, begin.ID, detachKeys(chunk))
@@ -161,18 +152,28 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 	if ctx.Err() != nil {
 		return failure(http.StatusGatewayTimeout, "the service does not read its stdin")
 	}
-	return cmp.Or(err, endErr)
+	return cmp.Or(s.sameRun(ctx, id, begin), err, endErr) // it ends as well when the service stops
+}
+
+// sameRun returns nil if the service has run without a break since it was seen as begin.
+func (s *server) sameRun(ctx context.Context, id string, begin inspected) error {
+	now, err := s.lookup(ctx, id)
+	if err == nil && (!now.State.Running || now.ID != begin.ID || now.State.StartedAt != begin.State.StartedAt) {
+		err = failure(http.StatusConflict, "the service has stopped; it may not have read all")
+	}
+	return err
 }
 
 // detachKeys is what makes the engine break off a chunk for a tty: ctrl-p ctrl-q unless it
-// is told otherwise. This cannot be foreseen, and does not begin as the chunk ends, where
-// the engine would keep the beginning back.
+// is told otherwise. This cannot be foreseen, and no part of it ends the chunk: the engine
+// would keep that back as a beginning.
 func detachKeys(chunk []byte) string {
-	keys := strings.Split("\xff"+rand.Text(), "")
-	if chunk[len(chunk)-1] == '\xff' {
-		keys[0] = "\xfe"
+	secret := rand.Text()
+	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]
+	for bytes.IndexByte(end, first) >= 0 {
+		first--
 	}
-	return strings.Join(keys, ",")
+	return strings.Join(strings.Split(string([]byte{first})+secret, ""), ",")
 }
 
 // resizeTTY answers POST /service/{id}/tty.

@@ -957,7 +957,7 @@ func TestDaemonEndsWhileStdinIsOpen(t *testing.T) {
 func TestStdinLeavesNothing(t *testing.T) { // not parallel: it counts the process's goroutines
 	newFakeEngine(t).close() // the first socket of a process makes two descriptors more
 	crowdLeavesNothing(t, func() {
-		e, d := consoleStart(t, "", func(c *config) { c.waits.write = 200 * time.Millisecond })
+		e, d := consoleStart(t, "", func(c *config) { c.waits.write = 2 * time.Second })
 		for range 10 {
 			d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 100_000)).want(t, 204)
 		}

@@ -3,11 +3,13 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/binary"
 	"encoding/json"
-	"fmt"
+	"errors"
 	"io"
 	"net/http"
 	"net/url"
+	"path"
 	"sync/atomic"
 	"time"
 
@@ -73,9 +75,9 @@ func (e *engine) api() *client.Client { return e.sdk.Load() }
 
 // send asks the engine for what the SDK is too slow for, or too patient. An answer with
 // another status is an error.
-func (e *engine) send(ctx context.Context, method, path string, header http.Header, status int) (*http.Response, error) {
+func (e *engine) send(ctx context.Context, method, call string, header http.Header, status int) (*http.Response, error) {
 	sdk := e.api()
-	r, err := http.NewRequestWithContext(ctx, method, "/v"+sdk.ClientVersion()+path, nil)
+	r, err := http.NewRequestWithContext(ctx, method, "/v"+sdk.ClientVersion()+call, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -90,23 +92,26 @@ func (e *engine) send(ctx context.Context, method, path string, header http.Head
 	} else if httpClient.Transport.(*http.Transport).TLSClientConfig != nil {
 		r.URL.Scheme = "https"
 	}
-	r.URL.Path = at.Path + r.URL.Path
+	r.URL.Path = path.Join(at.Path, r.URL.Path)
 	r.Header = header
 	answer, err := httpClient.Do(r)
+	if in, ok := errors.AsType[*url.Error](err); ok {
+		err = in.Err // without the URL
+	}
 	if err != nil || answer.StatusCode == status {
 		return answer, err
 	}
 	defer answer.Body.Close()
 	var body struct{ Message string }
 	json.NewDecoder(answer.Body).Decode(&body) // without one, its status has to do
-	var kind error = errdefs.ErrUnknown
+	message := "engine: " + cmp.Or(body.Message, answer.Status)
 	switch answer.StatusCode {
 	case http.StatusNotFound:
-		kind = errdefs.ErrNotFound
+		return nil, errdefs.ErrNotFound.WithMessage(message)
 	case http.StatusConflict:
-		kind = errdefs.ErrConflict
+		return nil, errdefs.ErrConflict.WithMessage(message)
 	}
-	return nil, fmt.Errorf("engine: %s: %w", cmp.Or(body.Message, answer.Status), kind)
+	return nil, errors.New(message)
 }
 
 // inspect returns the engine's bytes about a container. To decode all of them, as the SDK
@@ -126,10 +131,36 @@ func (e *engine) attachStdin(ctx context.Context, containerID, detachKeys string
 	query := url.Values{"stream": {"1"}, "stdin": {"1"}, "detachKeys": {detachKeys}}
 	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
 	answer, err := e.send(ctx, http.MethodPost, "/containers/"+containerID+"/attach?"+query.Encode(), upgrade, http.StatusSwitchingProtocols)
+	if errdefs.IsNotFound(err) {
+		return nil, failure(http.StatusConflict, "the service has stopped")
+	}
 	if err != nil {
 		return nil, err
 	}
 	return answer.Body.(duplex), nil
+}
+
+// demultiplex writes what the engine has packed into frames, of stdout and stderr alike. A
+// frame is a header of eight bytes, of which the last four give its length, and so many bytes.
+// The SDK's way takes a frame that was cut off for a whole one, and holds each in memory.
+func demultiplex(w io.Writer, frames io.Reader) error {
+	var header [8]byte
+	for {
+		if _, err := io.ReadFull(frames, header[:]); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if header[0] != 1 && header[0] != 2 { // 3 is an error of the engine's
+			return errors.New("the engine cannot read the logs")
+		}
+		length := int64(binary.BigEndian.Uint32(header[4:]))
+		if _, err := io.CopyN(w, frames, length); err == io.EOF {
+			return io.ErrUnexpectedEOF
+		} else if err != nil {
+			return err
+		}
+	}
 }
 
 // connect makes sure that the engine's version is known. It costs nothing while it is.

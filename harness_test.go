@@ -581,8 +581,10 @@ func (e *fakeEngine) input(name string) string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	var text strings.Builder
-	for _, in := range e.byName(name).stdin {
-		text.WriteString(in.text)
+	if c := e.byName(name); c != nil {
+		for _, in := range c.stdin {
+			text.WriteString(in.text)
+		}
 	}
 	return text.String()
 }

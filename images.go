@@ -42,10 +42,12 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	late := ctx.Err() != nil
 	cancel()
 	if err != nil { // more of the upload is of no use; the deadline ends the connection's context
-		w.Header().Set("Connection", "close")
 		ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
 	body.Close()
+	if err != nil { // net/http sets it too, on the way, for a body that is too large
+		w.Header().Set("Connection", "close")
+	}
 	if late {
 		return failure(http.StatusGatewayTimeout, "the engine did not take the image in time")
 	}

@@ -142,6 +142,10 @@ func (s *server) handler(rt route) http.Handler {
 			s.fail(w, r, noSuchService(id))
 			return
 		}
+		if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
+			s.fail(w, r, failure(http.StatusRequestEntityTooLarge, "this request has no body"))
+			return
+		}
 		ctx := r.Context()
 		if rt.finish {
 			ctx = s.life
@@ -202,13 +206,17 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	}
 	if status == http.StatusServiceUnavailable {
 		rw.Header().Set("Retry-After", "1")
+	}
+	if client.IsErrConnectionFailed(err) || isA[*net.OpError](err) {
 		s.engine.lost()
 	}
 	if status == http.StatusInternalServerError {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
 	}
 	if w, ok := rw.(*response); ok && w.status != 0 {
-		s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
+		if !errors.Is(err, context.Canceled) { // by the client, or at the daemon's end
+			s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
+		}
 		panic(http.ErrAbortHandler)
 	}
 	writeJSON(rw, status, map[string]any{"error": struct {
@@ -233,7 +241,7 @@ func describe(err error) (status int, description string) {
 		return api.status, api.description
 	}
 	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
-	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
+	message := strings.ReplaceAll(plain(err), "Error response from daemon", "engine")
 	message, _, _ = strings.Cut(message, " for API route and version ") // the engine's URL with the socket's path
 	switch {
 	case isTooLong:
@@ -345,7 +353,10 @@ type flushing struct{ http.ResponseWriter }
 
 func (f flushing) Write(p []byte) (int, error) {
 	n, err := f.ResponseWriter.Write(p)
-	return n, cmp.Or(err, http.NewResponseController(f.ResponseWriter).Flush())
+	if cmp.Or(err, http.NewResponseController(f.ResponseWriter).Flush()) != nil {
+		err = errors.New("the client does not read") // no error of the engine's connection
+	}
+	return n, err
 }
 
 // health answers GET /health: whether services can be worked on.

@@ -201,11 +201,6 @@ type inspected struct {
 	raw []byte
 }
 
-// isRun reports whether c runs, and has not stopped since it was seen as earlier.
-func (c inspected) isRun(earlier inspected) bool {
-	return c.State.Running && c.ID == earlier.ID && c.State.StartedAt == earlier.State.StartedAt
-}
-
 // lookup finds a service's container. The engine also answers to prefixes of container
 // ids, so only the exact name and the labels make a container a service; further calls
 // use the full id of what lookup returns.

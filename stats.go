@@ -36,6 +36,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return badRequest("stream: must be true or false")
 	}
+	stream = stream && r.Method == http.MethodGet // HEAD would not end
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(s.serving, cancel)()

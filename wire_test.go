@@ -140,8 +140,8 @@ func TestBodyWithoutEndIsCutOff(t *testing.T) {
 		{"GET /nowhere", chunked, 404},
 		{"GET /nowhere", "Content-Length: 1099511627776\r\n", 404},
 		{"PUT /service", "Content-Length: 1099511627776\r\n", 405},
-		{"GET /health", chunked, 204},
-		{"DELETE /service/web", "Content-Length: 1099511627776\r\n", 404},
+		{"GET /health", chunked, 413},
+		{"DELETE /service/web", "Content-Length: 1099511627776\r\n", 413},
 	} {
 		conn := wireDial(t, d)
 		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n%s\r\n", test.line, d.key, test.framing)
