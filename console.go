@@ -58,7 +58,7 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	if err == nil {
 		return errors.New("the engine ended the logs of a service that runs")
 	}
-	if isA[*apiError](err) {
+	if status, _ := describe(err); status == http.StatusConflict || status == http.StatusNotFound {
 		return nil // stopped, or deleted
 	}
 	return err

@@ -516,6 +516,7 @@ func apiMuteEngine(t *testing.T, w apiWorld) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { listener.Close() })
+	w.do(t, "GET", "/service/demo", "") // no connection of the earlier engine's is used after
 }
 
 // anyID stands in for ids, of which no two engines choose the same.

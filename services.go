@@ -21,7 +21,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/mount"
-	"github.com/docker/docker/client"
 	"github.com/docker/go-connections/nat"
 )
 
@@ -207,7 +206,7 @@ type inspected struct {
 func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
 	for try := 1; ; try++ {
 		c, err := s.inspect(ctx, id, id)
-		if err == nil || client.IsErrConnectionFailed(err) || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil {
 			return c, err
 		}
 		// No such name, or an id that is a prefix of several: the list knows neither kind.
@@ -250,6 +249,9 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected,
 	}
 	if err != nil {
 		return inspected{}, err
+	}
+	if c.ID == "" {
+		return c, failure(http.StatusBadGateway, "the engine's answer cannot be read")
 	}
 	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
 		return inspected{}, noSuchService(id)

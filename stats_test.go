@@ -408,27 +408,3 @@ func TestStatsLeaveNothing(t *testing.T) { // not parallel: it counts the proces
 		e.close()
 	})
 }
-
-// However often a service restarts before its first statistics, they are not an error.
-func TestStatsWaitThroughManyRestarts(t *testing.T) {
-	t.Parallel()
-	e, d := startWithRunning(t, nil)
-	begun := make(chan struct{})
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasSuffix(r.URL.Path, "/stats") {
-			return false
-		}
-		begun <- struct{}{}
-		<-r.Context().Done() // a stream without a frame
-		return true
-	})
-	asked := crowdSend(t, d, "GET", "/service/web/stats", "")
-	for range 3 * statsTries {
-		<-begun
-		d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
-	}
-	<-begun
-	e.setIntercept(nil)
-	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
-	(<-asked).want(t, 200, `"/web"`)
-}
