@@ -260,8 +260,6 @@ func TestFollowOfARunningServiceIsBrokenOffWhenTheDaemonEnds(t *testing.T) {
 	l.wait(t, "ready")
 	r := stdinOpen(t, m.daemon, id)
 	io.WriteString(r, "x")
-	r2 := m.do(t, "GET", "/service/"+id, "")
-	r2.want(t, 200)
 	if err := m.stop(); err != nil {
 		t.Error(err)
 	}
@@ -364,7 +362,7 @@ func TestLogsAreTheEngines(t *testing.T) {
 	for _, tty := range []bool{true, false} {
 		id, l := m.consoleRun(t, "flood", fmt.Sprintf(`"tty":%v`, tty))
 		last := fmt.Sprintf("%099d", 39_999)
-		waitFor(t, "the last line", func() bool { return strings.Contains(consoleTail2(l.text), last) })
+		waitFor(t, "the last line", func() bool { return strings.Contains(l.text.tail(), last) })
 		var want bytes.Buffer
 		end := map[bool]string{true: "\r\n", false: "\n"}[tty]
 		w := bufio.NewWriter(&want)
@@ -381,7 +379,8 @@ func TestLogsAreTheEngines(t *testing.T) {
 	}
 }
 
-func consoleTail2(b *syncBuffer) string {
+// tail returns what was written last.
+func (b *syncBuffer) tail() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	text := b.text.Bytes()
