@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -441,23 +442,45 @@ func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 	}
 	defer idle.Close()
 	io.WriteString(idle, "GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
-	var followers []logStream
-	for range 30 {
-		followers = append(followers, logsOpen(t, d, "/service/web/logs?follow=true"))
+	const followers, size = 30, 64_000
+	var sizes [followers]byteCount // of all: to keep that many bytes would slow them down
+	ended := make(chan error, followers)
+	for i := range followers {
+		response, err := d.client.Do(d.request(t, "GET", "/service/web/logs?follow=true", nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		go func() { // ends with the stream
+			_, err := io.Copy(&sizes[i], response.Body)
+			ended <- err
+		}()
 	}
 	dropped := func() bool { return strings.Contains(d.log.String(), "remote="+idle.LocalAddr().String()) }
-	printed := 0
+	printed := int64(0)
 	for ; !dropped() || printed < 20; printed++ {
-		text := fmt.Sprintf("%8d", printed)
-		e.print("web", stdcopy.Stdout, strings.Repeat(text, 8000))
-		waitFor(t, "the text", func() bool { return followers[0].text.size() > printed*8*8000 })
+		e.print("web", stdcopy.Stdout, strings.Repeat("x", size))
+		waitFor(t, "the text", func() bool { return sizes[0].Load() == (printed+1)*size })
 	}
 	d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
-	for i, l := range followers {
-		if err := l.end(t); err != nil || l.text.size() != printed*8*8000 {
-			t.Errorf("follower %d: %v, %d bytes, want %d", i, err, l.text.size(), printed*8*8000)
+	for range followers {
+		if err := <-ended; err != nil {
+			t.Error(err)
 		}
 	}
+	for i := range followers {
+		if got := sizes[i].Load(); got != printed*size {
+			t.Errorf("follower %d has %d bytes, want %d", i, got, printed*size)
+		}
+	}
+}
+
+// byteCount counts what is written to it.
+type byteCount struct{ atomic.Int64 }
+
+func (n *byteCount) Write(p []byte) (int, error) {
+	n.Add(int64(len(p)))
+	return len(p), nil
 }
 
 func TestFollowersLeaveNothing(t *testing.T) { // not parallel: it counts the process's goroutines

@@ -817,12 +817,6 @@ func (b *syncBuffer) String() string {
 	return b.text.String()
 }
 
-func (b *syncBuffer) size() int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.text.Len()
-}
-
 // startDaemon runs the daemon against the engine at dockerHost until the test ends.
 func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon {
 	t.Helper()
