@@ -211,36 +211,47 @@ func readSome(dir *os.Root) ([]fs.DirEntry, error) {
 	return entries, err
 }
 
-// serviceLocks has a lock for each service. Different services never wait for each other.
+// serviceLocks has a lock for each service, for those who ask in their order. Different
+// services never wait for each other.
 type serviceLocks struct {
 	mu   sync.Mutex
-	held map[string]chan struct{} // closed when the lock becomes free
+	byID map[string]*serviceLock // those that somebody has or waits for
 }
 
-func newServiceLocks() serviceLocks { return serviceLocks{held: map[string]chan struct{}{}} }
+type serviceLock struct {
+	free  chan struct{} // holds one value while nobody has the lock
+	users int
+}
+
+func newServiceLocks() serviceLocks { return serviceLocks{byID: map[string]*serviceLock{}} }
 
 // lock waits until the service's lock is free. With a ctx that has ended it only tries.
 func (l *serviceLocks) lock(ctx context.Context, id string) (unlock func(), err error) {
-	for {
+	l.mu.Lock()
+	k := l.byID[id]
+	if k == nil {
+		k = &serviceLock{free: make(chan struct{}, 1)}
+		k.free <- struct{}{}
+		l.byID[id] = k
+	}
+	k.users++
+	l.mu.Unlock()
+	leave := func() {
 		l.mu.Lock()
-		busy, ok := l.held[id]
-		if !ok {
-			break
+		defer l.mu.Unlock()
+		if k.users--; k.users == 0 {
+			delete(l.byID, id)
 		}
-		l.mu.Unlock()
+	}
+	select {
+	case <-k.free:
+	default:
 		select {
-		case <-busy:
+		case <-k.free:
 		case <-ctx.Done():
+			leave()
 			return nil, failure(http.StatusGatewayTimeout, "another operation on this service is still under way")
 		}
 	}
-	defer l.mu.Unlock()
-	free := make(chan struct{})
-	l.held[id] = free
-	return func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		delete(l.held, id)
-		close(free)
-	}, nil
+	return func() { k.free <- struct{}{}; leave() }, nil
 }

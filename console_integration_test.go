@@ -82,15 +82,19 @@ func TestShellOnATTYIsDrivenThroughTheConsole(t *testing.T) {
 	}
 }
 
-// A prompt ends no line.
-func TestPromptIsSeenBeforeItsLineEnds(t *testing.T) {
+// A prompt ends no line: the engine logs it with the rest of that.
+func TestPromptComesWithTheRestOfItsLine(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	for _, tty := range []bool{true, false} {
 		id, l := m.consoleRun(t, "shell", fmt.Sprintf(`"tty":%v`, tty))
 		l.wait(t, "ready")
 		m.stdin(t, id, "prompt\n").want(t, 204)
-		l.wait(t, "$ ")
+		m.stdin(t, id, "say the rest\n").want(t, 204)
+		l.wait(t, "<the rest>")
+		if text := l.text.String(); !strings.Contains(text, "$ ") {
+			t.Errorf("%q has no prompt", text)
+		}
 	}
 }
 
