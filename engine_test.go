@@ -350,3 +350,20 @@ func TestEngineOverTLS(t *testing.T) {
 	d.do(t, "POST", "/service/web/stdin", "typed\n").want(t, 204)
 	d.do(t, "GET", "/service/web/stats", "").want(t, 200)
 }
+
+func TestEngineOverTCPBelowAnyPath(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	listener := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.URL.Path = strings.TrimPrefix(r.URL.Path, "/base")
+		e.ServeHTTP(w, r)
+	}))
+	t.Cleanup(listener.Close)
+	for _, path := range []string{"", "/", "/base", "/base/"} {
+		d := startDaemon(t, "tcp://"+listener.Listener.Addr().String()+path, nil)
+		d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+		d.do(t, "GET", "/service/web", "").want(t, 200, `"/web"`)
+		d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	}
+}
