@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -407,4 +408,34 @@ func TestStatsLeaveNothing(t *testing.T) { // not parallel: it counts the proces
 		}
 		e.close()
 	})
+}
+
+// However often a service is restarted before its first statistics, that is no failure of
+// the engine's.
+func TestStatsWaitThroughManyRestarts(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	begun := make(chan struct{}, 100)
+	var speaks atomic.Bool
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case strings.HasSuffix(r.URL.Path, "/stop"): // it runs again before anybody looks
+			w.WriteHeader(http.StatusNoContent)
+			return true
+		case strings.HasSuffix(r.URL.Path, "/stats") && !speaks.Load():
+			begun <- struct{}{}
+			<-r.Context().Done()
+			return true
+		}
+		return false
+	})
+	asked := crowdSend(t, d, "GET", "/service/web/stats", "")
+	for range 3 * statsTries {
+		waitFor(t, "a stream of the engine's", func() bool { return len(begun) > 0 })
+		<-begun
+		d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
+	}
+	speaks.Store(true)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
+	(<-asked).want(t, 200, `"/web"`)
 }
