@@ -778,13 +778,6 @@ func TestWritersWithOpenRequestsKeepTheirOrder(t *testing.T) {
 func TestLargeWriterDoesNotKeepOthersOut(t *testing.T) {
 	t.Parallel()
 	e, d := consoleStart(t, "", nil)
-	// A service that reads slowly: each chunk takes a while.
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if strings.HasSuffix(r.URL.Path, "/attach") {
-			time.Sleep(20 * time.Millisecond)
-		}
-		return false
-	})
 	large := stdinOpen(t, d, "web")
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() { // ends with stop
@@ -798,7 +791,7 @@ func TestLargeWriterDoesNotKeepOthersOut(t *testing.T) {
 			}
 		}
 	}()
-	for range 5 {
+	for range 20 {
 		before := len(consoleCalls(e, "/attach?"))
 		d.do(t, "POST", "/service/web/stdin", "x").want(t, 204)
 		if between := len(consoleCalls(e, "/attach?")) - before; between > 10 {
@@ -946,7 +939,7 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 			io.Copy(io.Discard, conn)            // to CloseWrite
 			conn.Read(make([]byte, 1))           // at once
 			for err := error(nil); err == nil; { // until the daemon has left
-				time.Sleep(10 * time.Millisecond)
+				time.Sleep(10 * time.Millisecond) // only a write tells, and the daemon reads all of them
 				_, err = conn.Write([]byte("x"))
 			}
 			conn.Close()
