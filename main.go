@@ -16,7 +16,7 @@
 //   - The engine is trusted; its availability is not.
 //
 // Read main.go, server.go (whose route table is the table of contents), auth.go, engine.go,
-// services.go, lifecycle.go, binds.go, archive.go, images.go, stats.go. Callers stand
+// services.go, lifecycle.go, binds.go, archive.go, images.go, stats.go, console.go. Callers stand
 // above callees.
 package main
 
