@@ -33,7 +33,6 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	defer context.AfterFunc(s.serving, cancel)()
 	opening := time.AfterFunc(s.waits.read, cancel)
 	current, logs, err := s.openLogs(ctx, r.PathValue("id"), options)
 	if !opening.Stop() {
@@ -99,13 +98,8 @@ func logsOptions(r *http.Request) (o container.LogsOptions, err error) {
 // serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of
 // the body. That may come in small parts, hours apart.
 func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
-	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
-	defer context.AfterFunc(s.serving, func() {
-		cancel()
-		http.NewResponseController(w).SetReadDeadline(time.Now())
-	})()
-	begin, err := s.lookup(ctx, r.PathValue("id"))
+	defer context.AfterFunc(s.serving, func() { http.NewResponseController(w).SetReadDeadline(time.Now()) })()
+	begin, err := s.lookup(r.Context(), r.PathValue("id"))
 	if err == nil && (!begin.State.Running || !begin.Config.OpenStdin) {
 		err = failure(http.StatusConflict, "the service does not run, or has no open stdin")
 	}
@@ -114,7 +108,7 @@ func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
 	for err == nil && end == nil {
 		var n int
 		if n, end = r.Body.Read(chunk); n > 0 {
-			err = s.writeStdin(ctx, r.PathValue("id"), begin, chunk[:n])
+			err = s.writeStdin(r.Context(), r.PathValue("id"), begin, chunk[:n])
 		}
 	}
 	switch {

@@ -150,10 +150,13 @@ func (s *server) handler(rt route) http.Handler {
 		if rt.finish {
 			ctx = s.life
 		}
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
 		if rt.limit > 0 {
-			var cancel context.CancelFunc
 			ctx, cancel = context.WithTimeout(ctx, rt.limit)
 			defer cancel()
+		} else {
+			defer context.AfterFunc(s.serving, cancel)()
 		}
 		r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
 		err := s.engine.connect(ctx)

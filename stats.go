@@ -37,10 +37,9 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 		return badRequest("stream: must be true or false")
 	}
 	stream = stream && r.Method == http.MethodGet // HEAD would not end
-	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
-	defer context.AfterFunc(s.serving, cancel)()
+	ctx := r.Context()
 	if !stream {
+		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, s.waits.read)
 		defer cancel()
 	}
