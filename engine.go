@@ -74,30 +74,20 @@ func (e *engine) newSDK() (*client.Client, error) {
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
 // send asks the engine for what the SDK is too slow for, or too patient. An answer with
-// another status is an error.
-func (e *engine) send(ctx context.Context, method, call string, header http.Header, status int) (*http.Response, error) {
+// another status, redirections too, is an error.
+func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (*http.Response, error) {
 	sdk := e.api()
-	r, err := http.NewRequestWithContext(ctx, method, "/v"+sdk.ClientVersion()+call, nil)
-	if err != nil {
-		return nil, err
+	transport := sdk.HTTPClient().Transport.(*http.Transport)
+	at, _ := client.ParseHostURL(sdk.DaemonHost()) // what newSDK has parsed too
+	call.Scheme, call.Host, call.Path = "http", at.Host, path.Join(at.Path, "/v"+sdk.ClientVersion(), call.Path)
+	if transport.TLSClientConfig != nil {
+		call.Scheme = "https"
 	}
-	at, err := client.ParseHostURL(sdk.DaemonHost())
-	if err != nil {
-		return nil, err
-	}
-	httpClient := sdk.HTTPClient()
-	r.URL.Scheme, r.URL.Host, r.Host = "http", at.Host, at.Host
+	r := &http.Request{Method: method, URL: &call, Host: at.Host, Header: header}
 	if at.Scheme == "unix" {
 		r.Host = client.DummyHost
-	} else if httpClient.Transport.(*http.Transport).TLSClientConfig != nil {
-		r.URL.Scheme = "https"
 	}
-	r.URL.Path = path.Join(at.Path, r.URL.Path)
-	r.Header = header
-	answer, err := httpClient.Do(r)
-	if in, ok := errors.AsType[*url.Error](err); ok {
-		err = in.Err // without the URL
-	}
+	answer, err := transport.RoundTrip(r.WithContext(ctx))
 	if err != nil || answer.StatusCode == status {
 		return answer, err
 	}
@@ -117,7 +107,8 @@ func (e *engine) send(ctx context.Context, method, call string, header http.Head
 // inspect returns the engine's bytes about a container. To decode all of them, as the SDK
 // does, costs more than the rest of a read.
 func (e *engine) inspect(ctx context.Context, nameOrID string) ([]byte, error) {
-	answer, err := e.send(ctx, http.MethodGet, "/containers/"+nameOrID+"/json", http.Header{}, http.StatusOK)
+	call := url.URL{Path: "/containers/" + nameOrID + "/json"}
+	answer, err := e.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
 	if err != nil {
 		return nil, err
 	}
@@ -129,8 +120,9 @@ func (e *engine) inspect(ctx context.Context, nameOrID string) ([]byte, error) {
 // passed on all that was written before CloseWrite.
 func (e *engine) attachStdin(ctx context.Context, containerID, detachKeys string) (duplex, error) {
 	query := url.Values{"stream": {"1"}, "stdin": {"1"}, "detachKeys": {detachKeys}}
+	call := url.URL{Path: "/containers/" + containerID + "/attach", RawQuery: query.Encode()}
 	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
-	answer, err := e.send(ctx, http.MethodPost, "/containers/"+containerID+"/attach?"+query.Encode(), upgrade, http.StatusSwitchingProtocols)
+	answer, err := e.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
 	if errdefs.IsNotFound(err) {
 		return nil, failure(http.StatusConflict, "the service has stopped")
 	}
