@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
 	"path"
 	"sync/atomic"
 	"time"
@@ -26,7 +27,6 @@ const (
 // its own version negotiation is not safe beside other calls, ignores their deadlines,
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
-	host  string
 	sdk   atomic.Pointer[client.Client]
 	known atomic.Bool // sdk speaks the version of the engine that answered last
 }
@@ -40,30 +40,23 @@ type duplex interface {
 // newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the
 // environment's. It does not connect.
 func newEngine(host string) (*engine, error) {
-	e := &engine{host: host}
-	sdk, err := e.newSDK()
-	if err != nil {
-		return nil, err
-	}
+	e := &engine{}
+	sdk, err := newSDK(cmp.Or(host, os.Getenv(client.EnvOverrideHost), client.DefaultDockerHost))
 	e.sdk.Store(sdk)
-	return e, nil
+	return e, err
 }
 
 // newSDK returns the SDK's client on its own transport, without its tracing: that would
 // hide from net/http that a body writes itself.
-func (e *engine) newSDK() (*client.Client, error) {
+func newSDK(host string) (*client.Client, error) {
 	var plain *http.Client
 	var transport *http.Transport
-	options := []client.Opt{client.WithHost(client.DefaultDockerHost), client.FromEnv}
-	if e.host != "" {
-		options = append(options, client.WithHost(e.host))
-	}
-	sdk, err := client.NewClientWithOpts(append(options, func(sdk *client.Client) error {
+	sdk, err := client.NewClientWithOpts(client.FromEnv, client.WithHost(host), func(sdk *client.Client) error {
 		plain = sdk.HTTPClient()
 		transport = plain.Transport.(*http.Transport) // the SDK has made no other yet
 		transport.MaxIdleConns, transport.MaxIdleConnsPerHost = engineConns, engineConns
 		return client.WithHTTPClient(plain)(sdk)
-	})...)
+	})
 	if err == nil {
 		plain.Transport = transport
 	}
@@ -177,7 +170,7 @@ func (e *engine) ping(ctx context.Context) error {
 	if answer.APIVersion == "" {
 		return failure(http.StatusBadGateway, "what answers at the engine's address is no Docker Engine")
 	}
-	sdk, err := e.newSDK()
+	sdk, err := newSDK(e.api().DaemonHost())
 	if err != nil {
 		return err
 	}
