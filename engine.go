@@ -28,7 +28,7 @@ const (
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
 	sdk   atomic.Pointer[client.Client]
-	known atomic.Bool // sdk speaks the version of the engine that answered last
+	known atomic.Bool // sdk speaks the engine's version; false after an outage, from which another may come back
 }
 
 // duplex is a connection whose two directions end apart.
@@ -148,17 +148,6 @@ func demultiplex(w io.Writer, frames io.Reader) error {
 	}
 }
 
-// connect makes sure that the engine's version is known. It costs nothing while it is.
-func (e *engine) connect(ctx context.Context) error {
-	if e.known.Load() {
-		return nil
-	}
-	return e.ping(ctx)
-}
-
-// lost notes that the engine was out of reach: another version may come back.
-func (e *engine) lost() { e.known.Store(false) }
-
 // ping asks the engine for its version, within pingTime, and speaks that from now on.
 func (e *engine) ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, pingTime)
@@ -181,5 +170,3 @@ func (e *engine) ping(ctx context.Context) error {
 	e.known.Store(true)
 	return nil
 }
-
-func (e *engine) close() { e.api().Close() }

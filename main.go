@@ -103,7 +103,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	if err != nil {
 		return fmt.Errorf("cannot use the engine's address: %w", err)
 	}
-	defer engine.close()
+	defer func() { engine.api().Close() }()
 	binds, err := openBinds(cfg.binds)
 	if err != nil {
 		return fmt.Errorf("cannot use the bind directories' root: %w", err)

@@ -159,7 +159,10 @@ func (s *server) handler(rt route) http.Handler {
 			defer context.AfterFunc(s.serving, cancel)()
 		}
 		r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
-		err := s.engine.connect(ctx)
+		var err error
+		if !s.engine.known.Load() {
+			err = s.engine.ping(ctx)
+		}
 		if err == nil {
 			err = rt.handle(s, w, r.WithContext(ctx))
 		}
@@ -211,7 +214,7 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 		rw.Header().Set("Retry-After", "1")
 	}
 	if client.IsErrConnectionFailed(err) || isA[*net.OpError](err) {
-		s.engine.lost()
+		s.engine.known.Store(false)
 	}
 	if status == http.StatusInternalServerError {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
