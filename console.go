@@ -134,10 +134,20 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 	if err := s.sameRun(ctx, id, begin); err != nil {
 		return err
 	}
-	pipe, err := s.engine.attachStdin(ctx, begin.ID, detachKeys(chunk))
+	query := url.Values{"stream": {"1"}, "stdin": {"1"}, "detachKeys": {detachKeys(chunk)}}
+	call := url.URL{Path: "/containers/" + begin.ID + "/attach", RawQuery: query.Encode()}
+	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
+	answer, err := s.engine.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
+	if errdefs.IsNotFound(err) {
+		return failure(http.StatusConflict, "the service has stopped")
+	}
 	if err != nil {
 		return err
 	}
+	pipe := answer.Body.(interface { // whose two directions end apart
+		io.ReadWriteCloser
+		CloseWrite() error
+	})
 	defer pipe.Close()
 	defer context.AfterFunc(ctx, func() { pipe.Close() })()
 	_, err = pipe.Write(chunk)

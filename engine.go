@@ -31,12 +31,6 @@ type engine struct {
 	known atomic.Bool // sdk speaks the engine's version; false after an outage, from which another may come back
 }
 
-// duplex is a connection whose two directions end apart.
-type duplex interface {
-	io.ReadWriteCloser
-	CloseWrite() error
-}
-
 // newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the
 // environment's. It does not connect.
 func newEngine(host string) (*engine, error) {
@@ -95,34 +89,6 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 		return nil, errdefs.ErrConflict.WithMessage(message)
 	}
 	return nil, errors.New(message)
-}
-
-// inspect returns the engine's bytes about a container. To decode all of them, as the SDK
-// does, costs more than the rest of a read.
-func (e *engine) inspect(ctx context.Context, nameOrID string) ([]byte, error) {
-	call := url.URL{Path: "/containers/" + nameOrID + "/json"}
-	answer, err := e.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
-	if err != nil {
-		return nil, err
-	}
-	defer answer.Body.Close()
-	return io.ReadAll(answer.Body)
-}
-
-// attachStdin returns a connection to a container's stdin. It ends when the engine has
-// passed on all that was written before CloseWrite.
-func (e *engine) attachStdin(ctx context.Context, containerID, detachKeys string) (duplex, error) {
-	query := url.Values{"stream": {"1"}, "stdin": {"1"}, "detachKeys": {detachKeys}}
-	call := url.URL{Path: "/containers/" + containerID + "/attach", RawQuery: query.Encode()}
-	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
-	answer, err := e.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
-	if errdefs.IsNotFound(err) {
-		return nil, failure(http.StatusConflict, "the service has stopped")
-	}
-	if err != nil {
-		return nil, err
-	}
-	return answer.Body.(duplex), nil
 }
 
 // demultiplex writes what the engine has packed into frames, of stdout and stderr alike. A

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"io"
 	"maps"
 	"math"
 	"net/http"
@@ -239,13 +240,19 @@ func (s *server) current(ctx context.Context, id string, found journal) (current
 	return found[roleCurrent], err
 }
 
-// inspect inspects a container by its name or full id if it is that of service id.
+// inspect inspects a container by its name or full id if it is that of service id. To
+// decode all of the answer, as the SDK does, costs more than the rest of a read.
 func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected, err error) {
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // streams have no limit of their own
 	defer cancel()
-	raw, err := s.engine.inspect(ctx, nameOrID)
-	if err == nil {
-		err = json.Unmarshal(raw, &c)
+	call := url.URL{Path: "/containers/" + nameOrID + "/json"}
+	answer, err := s.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
+	if err != nil {
+		return c, err
+	}
+	defer answer.Body.Close()
+	if c.raw, err = io.ReadAll(answer.Body); err == nil {
+		err = json.Unmarshal(c.raw, &c)
 	}
 	if err != nil {
 		return inspected{}, err
@@ -256,7 +263,6 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected,
 	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
 		return inspected{}, noSuchService(id)
 	}
-	c.raw = raw
 	return c, nil
 }
 
