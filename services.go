@@ -205,6 +205,8 @@ type inspected struct {
 // ids, so only the exact name and the labels make a container a service; further calls
 // use the full id of what lookup returns.
 func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // streams have no limit of their own
+	defer cancel()
 	for try := 1; ; try++ {
 		c, err := s.inspect(ctx, id, id)
 		if err == nil || ctx.Err() != nil {
@@ -243,8 +245,6 @@ func (s *server) current(ctx context.Context, id string, found journal) (current
 // inspect inspects a container by its name or full id if it is that of service id. To
 // decode all of the answer, as the SDK does, costs more than the rest of a read.
 func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected, err error) {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // streams have no limit of their own
-	defer cancel()
 	call := url.URL{Path: "/containers/" + nameOrID + "/json"}
 	answer, err := s.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
 	if err != nil {

@@ -123,8 +123,6 @@ func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed
 	if feed != nil {
 		return feed, "", nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // a stream has no limit of its own
-	defer cancel()
 	current, err := s.lookup(ctx, id)
 	if err != nil {
 		return nil, "", err
