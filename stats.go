@@ -17,7 +17,7 @@ import (
 
 const (
 	statsAge   = 1500 * time.Millisecond // the engine sends a frame every second
-	statsTries = 3                       // feeds that may end without a frame for one request
+	statsTries = 3                       // containers, or feeds of one, that may end without a frame for one request
 	maxFrame   = 1 << 20                 // bytes
 )
 
@@ -43,55 +43,48 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 		ctx, cancel = context.WithTimeout(ctx, s.waits.read)
 		defer cancel()
 	}
-	seen, frames, ends := time.Now().Add(-statsAge), 0, 0
+	seen, begun, ends := time.Now().Add(-statsAge), false, 0
 	for {
 		feed, containerID, err := s.stats.open(ctx, s, r.PathValue("id"))
-		if err == nil && feed == nil && frames == 0 {
-			err = s.askStats(ctx, w, containerID)
-			if errdefs.IsNotFound(err) && ends < lookupTries {
-				ends++
-				continue // another container has just taken its place
-			}
+		if err != nil || feed == nil && begun {
 			return err
 		}
-		if err != nil || feed == nil {
-			return err
+		var frame []byte
+		if feed == nil {
+			frame, err = s.askStats(ctx, containerID)
+		} else {
+			frame, seen, err = feed.newer(ctx, seen)
 		}
-		frame, at, err := feed.newer(ctx, seen)
 		if err == errOperated {
 			continue // whatever is there now
 		}
-		if err == io.EOF && ends < statsTries {
-			ends++
-			continue // it does not run any more
-		}
-		if err == io.EOF {
+		if err == io.EOF || errdefs.IsNotFound(err) { // it has stopped, or another has just taken its place
+			if ends++; ends <= statsTries {
+				continue
+			}
 			err = failure(http.StatusBadGateway, "the engine sends no statistics of this service")
 		}
-		if err != nil || !stream {
+		if err != nil || feed == nil || !stream {
 			return passOn(w, frame, err)
 		}
-		if frames == 0 {
-			w.Header().Set("Content-Type", "application/x-ndjson")
-		}
-		seen, frames, ends = at, frames+1, 0
+		w.Header().Set("Content-Type", "application/x-ndjson")
+		begun, ends = true, 0
 		if _, err := (flushing{w}).Write(frame); err != nil {
 			return err
 		}
 	}
 }
 
-// askStats passes on the engine's one frame of a container that does not run.
-func (s *server) askStats(ctx context.Context, w http.ResponseWriter, containerID string) error {
+// askStats returns the engine's one frame of a container that does not run.
+func (s *server) askStats(ctx context.Context, containerID string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
 	defer cancel()
 	stats, err := s.engine.api().ContainerStats(ctx, containerID, false)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer stats.Body.Close()
-	frame, err := io.ReadAll(stats.Body)
-	return passOn(w, frame, err)
+	return io.ReadAll(stats.Body)
 }
 
 // statsFeeds has one feed for each service that is watched.
@@ -171,7 +164,7 @@ func (f *statsFeed) newer(ctx context.Context, seen time.Time) (frame []byte, ar
 		frame, arrived, changed, ended := f.frame, f.arrived, f.changed, f.ended
 		f.mu.Unlock()
 		if ended != nil {
-			return nil, arrived, ended
+			return nil, seen, ended
 		}
 		if arrived.After(seen) {
 			return frame, arrived, nil
@@ -179,7 +172,7 @@ func (f *statsFeed) newer(ctx context.Context, seen time.Time) (frame []byte, ar
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return nil, arrived, ctx.Err()
+			return nil, seen, ctx.Err()
 		}
 	}
 }
