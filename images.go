@@ -44,7 +44,7 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	if err != nil { // more of the upload is of no use; the deadline ends the connection's context
 		ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
-	body.Close()
+	body.mu.Lock()  // for good: nobody reads the upload any more
 	if err != nil { // net/http sets it too, on the way, for a body that is too large
 		w.Header().Set("Connection", "close")
 	}
@@ -103,8 +103,7 @@ func (u *upload) Read(p []byte) (int, error) {
 // checkedTar is a body that net/http has write itself: each byte is copied once.
 type checkedTar struct {
 	upload upload
-	mu     sync.Mutex // held while it is written
-	closed bool
+	mu     sync.Mutex // held while it is written, and from the request's end on
 }
 
 // Read makes checkedTar an io.Reader. Nobody calls it: the check has to see the end
@@ -113,19 +112,11 @@ func (t *checkedTar) Read([]byte) (int, error) { return 0, errors.ErrUnsupported
 
 // WriteTo passes the upload on. It fails unless that is one whole archive.
 func (t *checkedTar) WriteTo(w io.Writer) (int64, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.closed {
+	if !t.mu.TryLock() {
 		return 0, errors.ErrUnsupported
 	}
-	return 0, followTar(io.TeeReader(&t.upload, w))
-}
-
-// Close waits until nobody reads the upload any more.
-func (t *checkedTar) Close() {
-	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.closed = true
+	return 0, followTar(io.TeeReader(&t.upload, w))
 }
 
 // followTar reads r to its end. It returns nil if that was one whole tar archive, with
