@@ -207,7 +207,7 @@ type inspected struct {
 func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // streams have no limit of their own
 	defer cancel()
-	for try := 1; ; try++ {
+	for range lookupTries {
 		c, err := s.inspect(ctx, id, id)
 		if err == nil || ctx.Err() != nil {
 			return c, err
@@ -221,13 +221,11 @@ func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
 		if err == nil {
 			c, err = s.inspect(ctx, id, current.ID)
 		}
-		if errdefs.IsNotFound(err) && try == lookupTries {
-			err = noSuchService(id)
-		}
 		if !errdefs.IsNotFound(err) {
 			return c, err
 		}
 	}
+	return inspected{}, noSuchService(id)
 }
 
 // current returns the service's container. Where a start is just putting the next one
