@@ -43,12 +43,11 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	}
 	defer logs.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
-	out := flushing{w}
-	out.Write(nil) // the header: the service may be silent for long
+	w.Write(nil) // the header: the service may be silent for long
 	if current.Config.Tty {
-		_, err = io.Copy(out, logs)
+		_, err = io.Copy(w, logs)
 	} else {
-		err = demultiplex(out, logs)
+		err = demultiplex(w, logs)
 	}
 	if err != nil || !options.Follow {
 		return err

@@ -351,15 +351,10 @@ func (w *response) Write(p []byte) (int, error) {
 	w.status = cmp.Or(w.status, http.StatusOK)
 	n, err := w.ResponseWriter.Write(p)
 	w.written += int64(n)
-	return n, err
-}
-
-// flushing sends each write to the client at once.
-type flushing struct{ http.ResponseWriter }
-
-func (f flushing) Write(p []byte) (int, error) {
-	n, err := f.ResponseWriter.Write(p)
-	if cmp.Or(err, http.NewResponseController(f.ResponseWriter).Flush()) != nil {
+	if w.Header().Get("Content-Length") == "" { // a stream: each write is sent at once
+		err = cmp.Or(err, w.ctl.Flush())
+	}
+	if err != nil {
 		err = errors.New("the client does not read") // no error of the engine's connection
 	}
 	return n, err

@@ -69,7 +69,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 		}
 		w.Header().Set("Content-Type", "application/x-ndjson")
 		begun, ends = true, 0
-		if _, err := (flushing{w}).Write(frame); err != nil {
+		if _, err := w.Write(frame); err != nil {
 			return err
 		}
 	}
