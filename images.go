@@ -135,11 +135,9 @@ func followTar(r io.Reader) error {
 		err = stream.drain()
 	}
 	switch {
-	case err == nil, isA[*http.MaxBytesError](err):
-		return err
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return badRequest("the body came too slowly")
-	case isA[*net.OpError](err): // the engine reads no more
+	case err == nil, isA[*http.MaxBytesError](err), isA[*net.OpError](err): // the last: the engine reads no more
 		return err
 	}
 	return badRequest("the body is not a whole tar archive: %s", plain(err))
