@@ -44,15 +44,14 @@ func newEngine(host string) (*engine, error) {
 // hide from net/http that a body writes itself.
 func newSDK(host string) (*client.Client, error) {
 	var plain *http.Client
-	var transport *http.Transport
 	sdk, err := client.NewClientWithOpts(client.FromEnv, client.WithHost(host), func(sdk *client.Client) error {
-		plain = sdk.HTTPClient()
-		transport = plain.Transport.(*http.Transport) // the SDK has made no other yet
+		plain = sdk.HTTPClient()                       // a copy, which gets no tracing
+		transport := plain.Transport.(*http.Transport) // the SDK has made no other yet
 		transport.MaxIdleConns, transport.MaxIdleConnsPerHost = engineConns, engineConns
-		return client.WithHTTPClient(plain)(sdk)
+		return nil
 	})
 	if err == nil {
-		plain.Transport = transport
+		err = client.WithHTTPClient(plain)(sdk)
 	}
 	return sdk, err
 }
