@@ -21,22 +21,19 @@ const (
 	newKeyBytes   = 32
 )
 
-// coreKey is the SHA-256 sum of the core key: of one length whatever the key's, and
-// no secret to guess at when it shows in a core dump.
+// coreKey is the SHA-256 sum of what the header must say, the core key in base64: of one
+// length whatever the key's, and no secret to guess at when it shows in a core dump.
 type coreKey [sha256.Size]byte
 
-// authorizes reports whether r carries the core key, once. It compares sums because
-// [subtle.ConstantTimeCompare] returns early on unequal lengths.
+// authorizes reports whether r carries the core key, once. It decodes nothing: a key has
+// only one strict base64 form. It compares sums because [subtle.ConstantTimeCompare]
+// returns early on unequal lengths.
 func (k coreKey) authorizes(r *http.Request) bool {
 	values := r.Header[coreKeyHeader]
 	if len(values) != 1 {
 		return false
 	}
-	key, err := base64.StdEncoding.Strict().DecodeString(values[0])
-	if err != nil {
-		return false
-	}
-	sum := sha256.Sum256(key)
+	sum := sha256.Sum256([]byte(values[0]))
 	return subtle.ConstantTimeCompare(sum[:], k[:]) == 1
 }
 
@@ -68,7 +65,7 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	if info.Mode().Perm()&0o077 != 0 {
 		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
 	}
-	return sha256.Sum256(key), nil
+	return sha256.Sum256([]byte(base64.StdEncoding.EncodeToString(key))), nil
 }
 
 // createCoreKey writes a random key beside path and links it into place, so that a
