@@ -49,18 +49,15 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 		log.Info("core key created", "path", path)
 		info, err = os.Stat(path)
 	}
+	var key []byte
+	if err == nil && info.Mode().IsRegular() && info.Size() <= maxKeyBytes {
+		key, err = os.ReadFile(path)
+	}
+	if err == nil && len(key) < minKeyBytes { // or not read
+		err = fmt.Errorf("the core key %s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
+	}
 	if err != nil {
 		return coreKey{}, err
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxKeyBytes {
-		return coreKey{}, fmt.Errorf("the core key %s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
-	}
-	key, err := os.ReadFile(path)
-	if err != nil {
-		return coreKey{}, err
-	}
-	if len(key) < minKeyBytes {
-		return coreKey{}, fmt.Errorf("the core key %s must have at least %d bytes", path, minKeyBytes)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
