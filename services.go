@@ -81,14 +81,11 @@ type hostPort struct {
 	HostPort string // "0": the engine chooses
 }
 
-func (h *hosts) UnmarshalJSON(text []byte) (err error) {
-	if bytes.HasPrefix(text, []byte("[")) {
-		err = decodeJSON(text, (*[]hostPort)(h))
-	} else {
-		*h = make(hosts, 1)
-		err = decodeJSON(text, &(*h)[0])
+func (h *hosts) UnmarshalJSON(text []byte) error {
+	if !bytes.HasPrefix(text, []byte("[")) {
+		text = slices.Concat([]byte("["), text, []byte("]"))
 	}
-	if err != nil {
+	if err := decodeJSON(text, (*[]hostPort)(h)); err != nil {
 		return badRequest("port_map: %s", strings.TrimPrefix(err.Error(), "the body: "))
 	}
 	return nil
@@ -386,8 +383,7 @@ func (s *server) containerSpec(p serviceParams) (*container.Config, *container.H
 	for port, ends := range p.PortMap {
 		config.ExposedPorts[nat.Port(port)] = struct{}{} // else the engine publishes nothing
 		for _, end := range ends {
-			host.PortBindings[nat.Port(port)] = append(host.PortBindings[nat.Port(port)],
-				nat.PortBinding{HostIP: end.HostIP, HostPort: end.HostPort})
+			host.PortBindings[nat.Port(port)] = append(host.PortBindings[nat.Port(port)], nat.PortBinding(end))
 		}
 	}
 	if p.MaxCPU != nil {
