@@ -28,6 +28,7 @@ const (
 	maxJSON     = 1 << 20     // bytes of a JSON body
 	uploadStall = time.Minute // longest pause in an upload
 	lingerTime  = time.Second // for discarding what a client still sends after its answer
+	forever     = math.MaxInt64 * time.Nanosecond
 )
 
 // A route is one line of the API. All paths need the core key, so access is no column.
@@ -35,7 +36,7 @@ type route struct {
 	pattern string        // as for [http.ServeMux]; each stands under /v1 as well
 	success int           // status, if handle writes none
 	body    int64         // most bytes of the request's body
-	limit   time.Duration // 0: until the client leaves, or the daemon
+	limit   time.Duration // forever: until the client leaves, or the daemon
 	finish  bool          // runs to its end, or limit, even if the client leaves
 	handle  func(*server, http.ResponseWriter, *http.Request) error
 }
@@ -49,12 +50,12 @@ func (s *server) routes() []route {
 		{"GET /service/{id}", 200, 0, s.waits.read, false, (*server).inspectService},
 		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, (*server).deleteService},
 		{"POST /service/{id}/ctl", 204, maxJSON, change, true, (*server).controlService},
-		{"GET /service/{id}/stats", 200, 0, 0, false, (*server).serviceStats},
-		{"GET /service/{id}/logs", 200, 0, 0, false, (*server).serviceLogs},
-		{"POST /service/{id}/stdin", 204, math.MaxInt64, 0, false, (*server).serviceStdin},
+		{"GET /service/{id}/stats", 200, 0, forever, false, (*server).serviceStats},
+		{"GET /service/{id}/logs", 200, 0, forever, false, (*server).serviceLogs},
+		{"POST /service/{id}/stdin", 204, math.MaxInt64, forever, false, (*server).serviceStdin},
 		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, (*server).resizeTTY},
 		{"PATCH /service/{id}/env", 204, maxJSON, change, true, (*server).setServiceEnv},
-		{"POST /docker/image", 201, s.maxImageBytes, 0, false, (*server).importImage},
+		{"POST /docker/image", 201, s.maxImageBytes, forever, false, (*server).importImage},
 		{"GET /health", 204, 0, s.waits.read, false, (*server).health},
 	}
 }
@@ -83,7 +84,11 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
 		for _, prefix := range []string{"", "/v1"} {
-			s.mux.Handle(method+" "+prefix+pattern, s.handler(rt))
+			s.mux.HandleFunc(method+" "+prefix+pattern, func(w http.ResponseWriter, r *http.Request) {
+				if err := s.answer(rt, w.(*response), r); err != nil {
+					s.fail(w, r, err)
+				}
+			})
 			methods[prefix+pattern] = append(methods[prefix+pattern], method)
 		}
 	}
@@ -133,45 +138,35 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// handler is what every admitted request goes through.
-func (s *server) handler(rt route) http.Handler {
-	hasID := strings.Contains(rt.pattern, "{id}")
-	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		w := rw.(*response)
-		if id := r.PathValue("id"); hasID && !serviceID.MatchString(id) {
-			s.fail(w, r, noSuchService(id))
-			return
-		}
-		if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
-			s.fail(w, r, failure(http.StatusRequestEntityTooLarge, "this request has no body"))
-			return
-		}
-		ctx := r.Context()
-		if rt.finish {
-			ctx = s.life
-		}
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		if rt.limit > 0 {
-			ctx, cancel = context.WithTimeout(ctx, rt.limit)
-			defer cancel()
-		} else {
-			defer context.AfterFunc(s.serving, cancel)()
-		}
-		r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
-		var err error
-		if !s.engine.known.Load() {
-			err = s.engine.ping(ctx)
-		}
-		if err == nil {
-			err = rt.handle(s, w, r.WithContext(ctx))
-		}
-		if err != nil {
-			s.fail(w, r, err)
-		} else if w.status == 0 {
-			w.WriteHeader(rt.success)
-		}
-	})
+// answer is what every admitted request goes through.
+func (s *server) answer(rt route, w *response, r *http.Request) error {
+	if id := r.PathValue("id"); strings.Contains(rt.pattern, "{id}") && !serviceID.MatchString(id) {
+		return noSuchService(id)
+	}
+	if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
+		return failure(http.StatusRequestEntityTooLarge, "this request has no body")
+	}
+	ctx := r.Context()
+	if rt.finish {
+		ctx = s.life
+	}
+	ctx, cancel := context.WithTimeout(ctx, rt.limit)
+	defer cancel()
+	if rt.limit == forever {
+		defer context.AfterFunc(s.serving, cancel)()
+	}
+	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
+	var err error
+	if !s.engine.known.Load() {
+		err = s.engine.ping(ctx)
+	}
+	if err == nil {
+		err = rt.handle(s, w, r.WithContext(ctx))
+	}
+	if err == nil && w.status == 0 {
+		w.WriteHeader(rt.success)
+	}
+	return err
 }
 
 // apiError is an error that the client reads as it stands.
@@ -219,7 +214,7 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	if status == http.StatusInternalServerError {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
 	}
-	if w, ok := rw.(*response); ok && w.status != 0 {
+	if rw.(*response).status != 0 {
 		if !errors.Is(err, context.Canceled) { // by the client, or at the daemon's end
 			s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
 		}
