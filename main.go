@@ -225,11 +225,7 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 			return c, err
 		}
 		mistakes = append(mistakes, err)
-		if fs.NArg() == len(args) { // it stopped at something like "---"
-			args = args[1:]
-		} else {
-			args = fs.Args()
-		}
+		args = args[max(1, len(args)-fs.NArg()):] // it stops at something like "---"
 	}
 	if fs.NArg() > 0 {
 		mistakes = append(mistakes, fmt.Errorf("%q is no flag", fs.Arg(0)))
