@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -18,7 +19,6 @@ const (
 	coreKeyHeader = "X-Duxcore-Corekey" // X-Duxcore-CoreKey in canonical form
 	minKeyBytes   = 16
 	maxKeyBytes   = 4096
-	newKeyBytes   = 32
 )
 
 // coreKey is the SHA-256 sum of what the header must say, the core key in base64: of one
@@ -74,12 +74,10 @@ func createCoreKey(path string) error {
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	key := make([]byte, newKeyBytes)
+	key := make([]byte, 32)
 	rand.Read(key)
-	if _, err := f.Write(key); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
+	_, err = f.Write(key)
+	if err = cmp.Or(err, f.Sync()); err != nil {
 		return err
 	}
 	return os.Link(f.Name(), path)
