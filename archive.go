@@ -336,7 +336,7 @@ func (u *unpacker) replace(parent *os.Root, name string, h *tar.Header, content 
 			err = parent.Symlink(h.Linkname, base)
 		}
 	case tar.TypeLink:
-		return u.link(name, h.Linkname)
+		return u.link(name, h.Linkname) // which may close parent
 	}
 	if err == nil && u.asRoot {
 		o := cmp.Or(u.owner, &owner{h.Uid, h.Gid})
@@ -374,13 +374,11 @@ func (u *unpacker) link(name, target string) error {
 		return errLinkTarget
 	}
 	target = path.Clean(target)
-	dir, err := walk(u.root, path.Dir(target), func(*os.Root, string) error { return errLinkTarget })
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if info, err := dir.Lstat(path.Base(target)); err != nil || !info.Mode().IsRegular() {
+	if info, err := u.root.Lstat(target); err != nil || !info.Mode().IsRegular() {
 		return errLinkTarget
+	}
+	if _, err := u.open(path.Dir(target)); err != nil { // it passes a link; all is there, so that nothing is made
+		return err
 	}
 	return u.root.Link(target, name)
 }
@@ -399,34 +397,21 @@ func clear(parent *os.Root, base string) error {
 	return parent.Remove(base)
 }
 
-// open returns the directory dir, made if it is missing. The unpacker closes it.
+// open returns the directory dir, made if it is missing. It walks there without passing a
+// link. The unpacker closes it.
 func (u *unpacker) open(dir string) (*os.Root, error) {
 	if u.parentDir == dir {
 		return u.parent, nil
 	}
-	opened, err := walk(u.root, dir, func(at *os.Root, part string) error {
-		u.implied++
-		return u.replace(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
-	})
-	if err != nil {
-		return nil, err
-	}
-	u.parent.Close()
-	u.parent, u.parentDir = opened, dir
-	return opened, nil
-}
-
-// walk opens the directory dir below root without passing a link. It calls missing for
-// each part of the way that is not there. The caller closes what it returns.
-func walk(root *os.Root, dir string, missing func(at *os.Root, part string) error) (*os.Root, error) {
-	at, err := root.OpenRoot(".")
+	at, err := u.root.OpenRoot(".")
 	if err != nil {
 		return nil, err
 	}
 	for part := range strings.SplitSeq(dir, "/") {
 		info, err := at.Lstat(part)
 		if errors.Is(err, fs.ErrNotExist) {
-			err = missing(at, part)
+			u.implied++
+			err = u.replace(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
 		} else if err == nil && !info.IsDir() {
 			err = errThroughLink
 		}
@@ -440,5 +425,7 @@ func walk(root *os.Root, dir string, missing func(at *os.Root, part string) erro
 		}
 		at = below
 	}
+	u.parent.Close()
+	u.parent, u.parentDir = at, dir
 	return at, nil
 }
