@@ -320,10 +320,19 @@ func staysInside(dir, target string) bool {
 // replace puts an entry in its place below its opened parent.
 func (u *unpacker) replace(parent *os.Root, name string, h *tar.Header, content io.Reader) error {
 	base, isDir := path.Base(name), h.Typeflag == tar.TypeDir
-	if err := clear(parent, base); err != nil && !(isDir && err == errReplacesDir) {
+	earlier, err := parent.Lstat(base)
+	switch {
+	case err == nil && !earlier.IsDir():
+		err = parent.Remove(base)
+	case err == nil && !isDir:
+		err = errReplacesDir
+	case errors.Is(err, fs.ErrNotExist):
+		err = nil
+	}
+	if err != nil {
 		return err
 	}
-	err := errType
+	err = errType
 	switch h.Typeflag {
 	case tar.TypeDir:
 		if err = parent.Mkdir(base, 0o700); errors.Is(err, fs.ErrExist) {
@@ -381,20 +390,6 @@ func (u *unpacker) link(name, target string) error {
 		return err
 	}
 	return u.root.Link(target, name)
-}
-
-// clear removes what an earlier entry put at base, unless that is a directory.
-func clear(parent *os.Root, base string) error {
-	info, err := parent.Lstat(base)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
-		return err
-	case info.IsDir():
-		return errReplacesDir
-	}
-	return parent.Remove(base)
 }
 
 // open returns the directory dir, made if it is missing. It walks there without passing a
