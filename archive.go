@@ -305,16 +305,11 @@ func outside(name string) bool {
 // whatever other such links it passes: it may lead upwards only at its beginning, from
 // dir itself, which is no link. "link/../x" could be anywhere.
 func staysInside(dir, target string) bool {
-	parts := strings.Split(strings.TrimRight(target, "/"), "/")
-	for ; len(parts) > 0 && slices.Contains([]string{"", ".", ".."}, parts[0]); parts = parts[1:] {
-		if parts[0] == ".." {
-			if dir == "." {
-				return false
-			}
-			dir = path.Dir(dir)
-		}
+	parts := strings.Split(target, "/")
+	for len(parts) > 0 && slices.Contains([]string{"", ".", ".."}, parts[0]) {
+		parts = parts[1:]
 	}
-	return target != "" && !path.IsAbs(target) && !slices.Contains(parts, "..")
+	return target != "" && !path.IsAbs(target) && !slices.Contains(parts, "..") && !outside(path.Join(dir, target))
 }
 
 // replace puts an entry in its place below its opened parent.
