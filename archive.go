@@ -144,6 +144,7 @@ func fetchError(ctx context.Context, err error) error {
 }
 
 // source is a download that ends when its server is too slow, and remembers its failure.
+// What minFetchRate asks for in a window has to come within one, again and again.
 type source struct {
 	body   io.Reader
 	window time.Duration           // of waiting for the server, not of our own work
@@ -155,15 +156,12 @@ type source struct {
 
 func (s *source) Read(p []byte) (int, error) {
 	start := time.Now()
-	stalled := time.AfterFunc(s.window, func() { s.cancel(errTooSlow) })
+	late := time.AfterFunc(s.window-s.waited, func() { s.cancel(errTooSlow) })
 	n, err := s.body.Read(p)
-	stalled.Stop()
+	late.Stop()
 	s.waited += time.Since(start)
 	s.got += int64(n)
-	if s.waited >= s.window {
-		if s.got < int64(minFetchRate*s.waited.Seconds()) {
-			err = errTooSlow
-		}
+	if s.got >= int64(minFetchRate*s.window.Seconds()) {
 		s.waited, s.got = 0, 0
 	}
 	if err != nil && err != io.EOF {
