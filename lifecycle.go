@@ -214,14 +214,10 @@ func (s *server) change(ctx context.Context, id string, do func(found journal) e
 		if err == nil {
 			err = do(found)
 		}
-		if !errdefs.IsConflict(err) && !errdefs.IsNotFound(err) || time.Now().After(end) {
+		if !errdefs.IsConflict(err) && !errdefs.IsNotFound(err) || time.Now().After(end) || ctx.Err() != nil {
 			return err
 		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-time.After(lateTime / 50):
-		}
+		time.Sleep(lateTime / 50) // the next list fails if ctx ends meanwhile
 	}
 }
 
@@ -370,11 +366,7 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 		if all, ok := byService(list); ok {
 			return all, nil
 		}
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-time.After(10 * time.Millisecond):
-		}
+		time.Sleep(10 * time.Millisecond) // the next list fails if ctx ends meanwhile
 	}
 }
 
