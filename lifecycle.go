@@ -99,13 +99,10 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 			return s.fetch.unpack(ctx, p.BindContents, dir, limits, p.owner())
 		})
 	}
-	if err == nil {
-		err = ctx.Err()
+	if err = cmp.Or(err, ctx.Err()); err != nil {
+		return err
 	}
-	if err == nil {
-		err = s.engine.api().ContainerRename(change, created.ID, p.ID)
-	}
-	return err
+	return s.engine.api().ContainerRename(change, created.ID, p.ID)
 }
 
 // setEnv replaces the service's variables, from the next start on. The container that
