@@ -110,7 +110,10 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 // that has the engine's defaults and choices in it. It shares the current one's
 // anonymous volumes, which stay anonymous, so that they go with the last container.
 func (s *server) setEnv(ctx context.Context, id string, env []string) error {
-	return s.changeExisting(ctx, id, func(found journal) error {
+	return s.change(ctx, id, func(found journal) error {
+		if !found.has(roleCurrent) {
+			return noSuchService(id)
+		}
 		current := found[roleCurrent]
 		var p serviceParams
 		if err := json.Unmarshal([]byte(current.Labels[labelParams]), &p); err != nil {
@@ -136,7 +139,10 @@ func (s *server) setEnv(ctx context.Context, id string, env []string) error {
 
 // control starts, stops or restarts a service. What holds already is no error.
 func (s *server) control(ctx context.Context, id, op string) error {
-	return s.changeExisting(ctx, id, func(found journal) error {
+	return s.change(ctx, id, func(found journal) error {
+		if !found.has(roleCurrent) {
+			return noSuchService(id)
+		}
 		current := found[roleCurrent]
 		if op == "start" && current.State == container.StateRunning {
 			return nil
@@ -216,16 +222,6 @@ func (s *server) change(ctx context.Context, id string, do func(found journal) e
 		}
 		time.Sleep(lateTime / 50) // the next list fails if ctx ends meanwhile
 	}
-}
-
-// changeExisting is change for a service that must exist.
-func (s *server) changeExisting(ctx context.Context, id string, do func(found journal) error) error {
-	return s.change(ctx, id, func(found journal) error {
-		if !found.has(roleCurrent) {
-			return noSuchService(id)
-		}
-		return do(found)
-	})
 }
 
 // settle finishes or undoes what an earlier operation on the service, perhaps of a
