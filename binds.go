@@ -71,19 +71,8 @@ func (b *bindRoot) close() {
 	b.lock.Close()
 }
 
-// makeEmpty makes the service's bind directory. It takes the place of an empty one and
-// refuses any other: it would mix the data of two services.
-func (b *bindRoot) makeEmpty(id string, o *owner) error {
-	if err := b.removeEmpty(id); err != nil {
-		return err
-	}
-	err := b.makeDir(id, o)
-	if errors.Is(err, fs.ErrExist) {
-		return failure(http.StatusConflict, "the bind directory of %q exists and is not empty", id)
-	}
-	return err
-}
-
+// makeDir makes a bind directory. It refuses to take one that is there: it would mix the
+// data of two services.
 func (b *bindRoot) makeDir(name string, o *owner) error {
 	if err := b.root.Mkdir(name, 0o755); err != nil {
 		return err
@@ -126,11 +115,9 @@ func (b *bindRoot) removeEmpty(id string) error {
 	return nil
 }
 
-// remove removes the service's bind directory with all that is in it.
+// remove removes the service's bind directory with all that is in it. Settling has removed
+// what was left beside it.
 func (b *bindRoot) remove(ctx context.Context, id string) error {
-	if err := b.removeLeftovers(ctx, id); err != nil {
-		return err
-	}
 	if err := b.root.Rename(id, gonePrefix+id); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -63,10 +63,14 @@ func (s *server) create(ctx context.Context, p serviceParams, registryAuth strin
 		if err := s.ensureImage(ctx, p.Image, registryAuth); err != nil {
 			return err
 		}
-		if err := s.binds.makeEmpty(p.ID, p.owner()); err != nil {
+		err := s.binds.makeDir(p.ID, p.owner())
+		if errors.Is(err, fs.ErrExist) { // settling has removed an empty one
+			return failure(http.StatusConflict, "the bind directory of %q exists and is not empty", p.ID)
+		}
+		if err != nil {
 			return err
 		}
-		err := s.createContents(ctx, p)
+		err = s.createContents(ctx, p)
 		if err != nil {
 			undo, cancel := context.WithTimeout(s.life, undoTime)
 			defer cancel()
