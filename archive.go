@@ -25,6 +25,7 @@ import (
 const (
 	maxRedirects = 5
 	maxEntryPath = 1024      // bytes
+	maxDepth     = 64        // directories in an entry's path
 	minFetchRate = 64 << 10  // bytes a second
 	readChunk    = 64 << 10  // bytes
 	writeChunk   = 128 << 10 // bytes

@@ -10,7 +10,9 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
+	"path"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 )
@@ -20,8 +22,6 @@ const (
 	stagingPrefix = ".new."  // contents of a create that has not committed
 	gonePrefix    = ".gone." // a bind directory on its way out
 )
-
-const maxDepth = 64 // of the directories that are walked into at a time
 
 // bindRoot is the directory that holds the bind directories. Every access to it and to
 // what is below goes through os.Root, because customers write there.
@@ -144,29 +144,30 @@ func (b *bindRoot) removeTree(ctx context.Context, name string) error {
 		return err
 	}
 	defer tree.Close()
-	if err := empty(ctx, tree, tree, "", 0); err != nil {
+	if err := empty(ctx, tree, "."); err != nil {
 		return err
 	}
 	return b.root.Remove(name)
 }
 
-// empty removes all that is in dir, which lies in tree at that path and depth. A customer
-// nests 60,000 directories in seconds, and os.Root.RemoveAll holds a descriptor for each:
-// at maxDepth, directories are lifted to the top of tree instead, to be met there later,
-// under a name that nobody can have foreseen.
-func empty(ctx context.Context, tree, dir *os.Root, at string, depth int) error {
+// empty removes all that is in tree at dir. A customer nests 60,000 directories in seconds,
+// and os.Root.RemoveAll holds a descriptor for each: here one that is not empty is lifted
+// out of dir instead, to be met there later, under a name that nobody can have foreseen.
+// From the top it cannot be, nor out of a subvolume.
+func empty(ctx context.Context, tree *os.Root, dir string) error {
 	for {
-		entries, err := readSome(dir)
+		entries, err := readSome(tree, dir)
 		if len(entries) == 0 || err != nil {
 			return err
 		}
 		for _, entry := range entries {
-			name := entry.Name()
-			err := cmp.Or(ctx.Err(), dir.Remove(name))
-			if errors.Is(err, syscall.ENOTEMPTY) && depth == maxDepth {
-				err = tree.Rename(at+name, rand.Text())
-			} else if errors.Is(err, syscall.ENOTEMPTY) { // the next round removes it
-				err = emptyChild(ctx, tree, dir, name, at, depth)
+			name := path.Join(dir, entry.Name())
+			err := cmp.Or(ctx.Err(), tree.Remove(name))
+			if errors.Is(err, syscall.ENOTEMPTY) && dir != "." {
+				err = tree.Rename(name, path.Join(path.Dir(dir), rand.Text()))
+			}
+			if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EXDEV) && strings.Count(dir, "/") < maxDepth {
+				err = empty(ctx, tree, name) // the next round removes it
 			}
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
@@ -175,18 +176,9 @@ func empty(ctx context.Context, tree, dir *os.Root, at string, depth int) error 
 	}
 }
 
-func emptyChild(ctx context.Context, tree, dir *os.Root, name, at string, depth int) error {
-	child, err := dir.OpenRoot(name)
-	if err != nil {
-		return err
-	}
-	defer child.Close()
-	return empty(ctx, tree, child, at+name+"/", depth+1)
-}
-
 // readSome returns the first entries of a directory: none, and no error, if it is empty.
-func readSome(dir *os.Root) ([]fs.DirEntry, error) {
-	f, err := dir.Open(".")
+func readSome(tree *os.Root, dir string) ([]fs.DirEntry, error) {
+	f, err := tree.Open(dir)
 	if err != nil {
 		return nil, err
 	}
