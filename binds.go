@@ -17,11 +17,9 @@ import (
 	"syscall"
 )
 
-// Beside the bind directories, which are named by their service's id, stand only these.
-const (
-	stagingPrefix = ".new."  // contents of a create that has not committed
-	gonePrefix    = ".gone." // a bind directory on its way out
-)
+// gonePrefix begins the name of a bind directory on its way out. All others in the root
+// are named by their service's id.
+const gonePrefix = ".gone."
 
 // bindRoot is the directory that holds the bind directories. Every access to it and to
 // what is below goes through os.Root, because customers write there.
@@ -71,37 +69,20 @@ func (b *bindRoot) close() {
 	b.lock.Close()
 }
 
-// makeDir makes a bind directory. It refuses to take one that is there: it would mix the
-// data of two services.
-func (b *bindRoot) makeDir(name string, o *owner) error {
-	if err := b.root.Mkdir(name, 0o755); err != nil {
+// make makes the service's bind directory. It refuses to take one that is there: it would
+// mix the data of two services.
+func (b *bindRoot) make(id string, o *owner) error {
+	err := b.root.Mkdir(id, 0o755)
+	if errors.Is(err, fs.ErrExist) { // settling has removed an empty one
+		return failure(http.StatusConflict, "the bind directory of %q exists and is not empty", id)
+	}
+	if err == nil {
+		err = b.root.Chmod(id, 0o755) // whatever the umask
+	}
+	if err != nil || o == nil || os.Geteuid() != 0 {
 		return err
 	}
-	if err := b.root.Chmod(name, 0o755); err != nil || o == nil || os.Geteuid() != 0 { // whatever the umask
-		return err
-	}
-	return b.root.Lchown(name, o.uid, o.gid)
-}
-
-// fill makes the service's empty bind directory anew with what unpack puts there.
-// [os.Root.Rename] replaces no directory, so there is a moment without one: the
-// service's container is not committed yet.
-func (b *bindRoot) fill(id string, o *owner, unpack func(*os.Root) error) error {
-	if err := b.makeDir(stagingPrefix+id, o); err != nil {
-		return err
-	}
-	staging, err := b.root.OpenRoot(stagingPrefix + id)
-	if err != nil {
-		return err
-	}
-	defer staging.Close()
-	if err := unpack(staging); err != nil {
-		return err
-	}
-	if err := b.root.Remove(id); err != nil {
-		return err
-	}
-	return b.root.Rename(stagingPrefix+id, id)
+	return b.root.Lchown(id, o.uid, o.gid)
 }
 
 // removeEmpty removes the service's bind directory if it is an empty directory.
@@ -121,21 +102,13 @@ func (b *bindRoot) remove(ctx context.Context, id string) error {
 	if err := b.root.Rename(id, gonePrefix+id); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return b.removeLeftovers(ctx, id)
+	return b.removeGone(ctx, id)
 }
 
-// removeLeftovers removes what an earlier operation left beside the bind directory.
-func (b *bindRoot) removeLeftovers(ctx context.Context, id string) error {
-	for _, name := range []string{stagingPrefix + id, gonePrefix + id} {
-		if err := b.removeTree(ctx, name); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// removeTree removes name with all that is in it, and follows no link out of it.
-func (b *bindRoot) removeTree(ctx context.Context, name string) error {
+// removeGone removes what is on its way out with all that is in it, and follows no link
+// out of it.
+func (b *bindRoot) removeGone(ctx context.Context, id string) error {
+	name := gonePrefix + id
 	if err := b.root.Remove(name); err == nil || errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

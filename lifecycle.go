@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -63,14 +62,10 @@ func (s *server) create(ctx context.Context, p serviceParams, registryAuth strin
 		if err := s.ensureImage(ctx, p.Image, registryAuth); err != nil {
 			return err
 		}
-		err := s.binds.makeDir(p.ID, p.owner())
-		if errors.Is(err, fs.ErrExist) { // settling has removed an empty one
-			return failure(http.StatusConflict, "the bind directory of %q exists and is not empty", p.ID)
-		}
-		if err != nil {
+		if err := s.binds.make(p.ID, p.owner()); err != nil {
 			return err
 		}
-		err = s.createContents(ctx, p)
+		err := s.createContents(ctx, p)
 		if err != nil {
 			undo, cancel := context.WithTimeout(s.life, undoTime)
 			defer cancel()
@@ -98,13 +93,18 @@ func (s *server) createContents(ctx context.Context, p serviceParams) error {
 		s.log.Warn("the engine created a container with a warning", "id", p.ID, "warning", warning)
 	}
 	if p.BindContents != "" {
+		dir, err := s.binds.root.OpenRoot(p.ID)
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
 		limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
-		err = s.binds.fill(p.ID, p.owner(), func(dir *os.Root) error {
-			return s.fetch.unpack(ctx, p.BindContents, dir, limits, p.owner())
-		})
+		if err := s.fetch.unpack(ctx, p.BindContents, dir, limits, p.owner()); err != nil {
+			return err
+		}
 	}
-	if err = cmp.Or(err, ctx.Err()); err != nil {
-		return err
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	return s.engine.api().ContainerRename(change, created.ID, p.ID)
 }
@@ -266,7 +266,7 @@ func (s *server) settle(ctx context.Context, id string) (journal, error) {
 
 // settleDirs removes what is left of the service's directories and worthless.
 func (s *server) settleDirs(ctx context.Context, id string, found journal) error {
-	if err := s.binds.removeLeftovers(ctx, id); err != nil || found.has(roleCurrent) || found.has(roleOther) {
+	if err := s.binds.removeGone(ctx, id); err != nil || found.has(roleCurrent) || found.has(roleOther) {
 		return err
 	}
 	if found.has(roleNew) || found.has(roleGone) {
@@ -324,7 +324,7 @@ func (s *server) settleAll(ctx context.Context) {
 		return
 	}
 	for _, entry := range entries {
-		id := strings.TrimPrefix(strings.TrimPrefix(entry.Name(), stagingPrefix), gonePrefix)
+		id := strings.TrimPrefix(entry.Name(), gonePrefix)
 		if serviceID.MatchString(id) && (id != entry.Name() || all[id] == nil) {
 			all[id] = nil
 		}
