@@ -56,7 +56,7 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	if err == nil {
 		return errors.New("the engine ended the logs of a service that runs")
 	}
-	if status, _ := describe(err); status == http.StatusConflict || status == http.StatusNotFound {
+	if status, _ := s.describe(err); status == http.StatusConflict || status == http.StatusNotFound {
 		return nil // stopped, or deleted
 	}
 	return err
@@ -195,9 +195,12 @@ func (s *server) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if !current.State.Running || !current.Config.Tty {
-		return failure(http.StatusConflict, "the service does not run, or has no tty")
-	}
 	size := container.ResizeOptions{Height: uint(body.Rows), Width: uint(body.Cols)}
-	return s.engine.api().ContainerResize(r.Context(), current.ID, size)
+	if current.State.Running && current.Config.Tty {
+		err = s.engine.api().ContainerResize(r.Context(), current.ID, size)
+		if !errdefs.IsNotFound(err) { // else a start has just replaced it
+			return err
+		}
+	}
+	return failure(http.StatusConflict, "the service does not run, or has no tty")
 }

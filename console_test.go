@@ -1066,8 +1066,10 @@ func TestSizeOfATTYThatIsNotThere(t *testing.T) {
 		t.Errorf("the engine was asked %q", calls)
 	}
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
-	consoleHook(e, "/resize", func(w http.ResponseWriter, r *http.Request) { reply(w, 409, "Container web is not running") })
-	d.do(t, "POST", "/service/web/tty", size).want(t, 409)
+	for _, status := range []int{409, 404} { // it has stopped; a start has replaced it
+		consoleHook(e, "/resize", func(w http.ResponseWriter, r *http.Request) { reply(w, status, "Container web is not there") })
+		d.do(t, "POST", "/service/web/tty", size).want(t, 409)
+	}
 }
 
 func TestConsoleReachesNoOtherContainer(t *testing.T) {

@@ -143,16 +143,24 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 		`invalid mount config: ` + d.binds,
 		`open /var/lib/docker/overlay2/` + randomHex() + `/merged/etc/passwd/x: not a directory`,
 	} {
-		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-			if !strings.HasSuffix(r.URL.Path, "/start") {
-				return false
+		for engines, ours := range map[int]int{200: 502, 400: 400, 404: 502, 500: 502} {
+			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.HasSuffix(r.URL.Path, "/start") && !strings.HasSuffix(r.URL.Path, "/images/create") {
+					return false
+				}
+				io.Copy(io.Discard, r.Body)
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(engines)
+				io.WriteString(w, `{"message":"`+message+`","error":"`+message+`"}`)
+				return true
+			})
+			a := d.do(t, "POST", "/docker/image", wholeTar()).want(t, ours, "engine: ")
+			errorsClean(t, d, a.body)
+			if engines == 200 {
+				continue // such an answer ends well for all but images
 			}
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(400)
-			io.WriteString(w, `{"message":"`+message+`"}`)
-			return true
-		})
-		a := d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 400, "engine: ")
-		errorsClean(t, d, a.body)
+			a = d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, ours, "engine: ")
+			errorsClean(t, d, a.body)
+		}
 	}
 }

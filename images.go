@@ -155,7 +155,7 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 	}
 	progress, err := s.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
-		_, text := describe(err)
+		_, text := s.describe(err)
 		return failure(http.StatusNotFound, "cannot pull the image: %s", text)
 	}
 	if err != nil {
@@ -181,7 +181,7 @@ func lastStatus(progress io.Reader) (status string, err error) {
 			return "", err
 		}
 		if message.Error != "" {
-			return "", failure(http.StatusBadGateway, "engine: %s", message.Error)
+			return "", errors.New("engine: " + message.Error)
 		}
 		status = message.Status
 	}

@@ -171,8 +171,7 @@ func (s *server) control(ctx context.Context, id, op string) error {
 		}
 		err := s.engine.api().ContainerStart(ctx, found[roleCurrent].ID, container.StartOptions{})
 		if errdefs.IsNotFound(err) { // of its network, say: trying again would not help
-			_, text := describe(err)
-			return failure(http.StatusBadGateway, "cannot start the service: %s", text)
+			return fmt.Errorf("cannot start the service: %v", err)
 		}
 		return err
 	})

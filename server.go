@@ -200,11 +200,7 @@ var errNoSuchPath = failure(http.StatusNotFound, "no such path")
 // fail answers with an error. Where an answer has begun it logs the error and breaks the
 // connection off, so that nobody takes what there is for all. It is the only writer of errors.
 func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
-	status, description := describe(err)
-	if !isA[*apiError](err) {
-		// The engine names what it cannot mount, and where it has the container's root.
-		description = engineDir.ReplaceAllString(strings.ReplaceAll(description, s.binds.path, "binds"), "")
-	}
+	status, description := s.describe(err)
 	if status == http.StatusServiceUnavailable {
 		rw.Header().Set("Retry-After", "1")
 	}
@@ -237,13 +233,15 @@ var goPrefix = regexp.MustCompile(`\b(archive/tar|gzip|flate|net/http|http|tls|x
 func plain(err error) string { return goPrefix.ReplaceAllString(err.Error(), "") }
 
 // describe returns what a client may know of err.
-func describe(err error) (status int, description string) {
+func (s *server) describe(err error) (status int, description string) {
 	if api, ok := errors.AsType[*apiError](err); ok {
 		return api.status, api.description
 	}
 	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
 	message := strings.ReplaceAll(plain(err), "Error response from daemon", "engine")
 	message, _, _ = strings.Cut(message, " for API route and version ") // the engine's URL with the socket's path
+	// The engine names what it cannot mount, and where it has the container's root.
+	message = engineDir.ReplaceAllString(strings.ReplaceAll(message, s.binds.path, "binds"), "")
 	switch {
 	case isTooLong:
 		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)

@@ -124,7 +124,7 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 	for id, found := range all {
 		if current, err := s.current(r.Context(), id, found); err == nil {
 			list = append(list, current)
-		} else if status, _ := describe(err); status != http.StatusNotFound {
+		} else if status, _ := s.describe(err); status != http.StatusNotFound {
 			return err
 		}
 	}
