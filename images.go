@@ -44,7 +44,8 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	if err != nil { // more of the upload is of no use; the deadline ends the connection's context
 		ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
-	body.mu.Lock()  // for good: nobody reads the upload any more
+	// For good: nobody reads the upload any more.
+	body.mu.Lock()
 	if err != nil { // net/http sets it too, on the way, for a body that is too large
 		w.Header().Set("Connection", "close")
 	}
