@@ -151,7 +151,7 @@ func empty(ctx context.Context, tree *os.Root, dir string) error {
 
 // readSome returns the first entries of a directory: none, and no error, if it is empty.
 func readSome(tree *os.Root, dir string) ([]fs.DirEntry, error) {
-	f, err := tree.Open(dir)
+	f, err := tree.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY, 0) // a pipe in its place would block
 	if err != nil {
 		return nil, err
 	}

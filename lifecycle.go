@@ -55,6 +55,9 @@ func containerName(role, id string) string {
 // carry them out nevertheless, and later.
 func (s *server) create(ctx context.Context, p serviceParams, registryAuth string) error {
 	return s.change(ctx, p.ID, func(found journal) error {
+		if found.has(roleOther) {
+			return failure(http.StatusConflict, "service %q has a container that was given another name", p.ID)
+		}
 		// Somebody else's container of that name is known here, before a download; the renaming decides.
 		if c, err := s.engine.api().ContainerInspect(ctx, p.ID); found.has(roleCurrent) || err == nil && c.Name == "/"+p.ID {
 			return failure(http.StatusConflict, "there is a container %q already", p.ID)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -107,5 +109,32 @@ func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	line, err := answers.ReadString('\n')
 	if err != nil || !strings.Contains(line, "100 Continue") {
 		t.Errorf("the daemon answers %q, %v", line, err)
+	}
+}
+
+// Whoever still writes to a tree that is deleted can put a pipe where a directory was.
+func TestPipeInThePlaceOfADirectoryIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tree, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tree.Close()
+	read := make(chan error, 1)
+	go func() { // ends with the read
+		_, err := readSome(tree, "pipe")
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		if !errors.Is(err, syscall.ENOTDIR) {
+			t.Errorf("reading a pipe as a directory: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("the pipe is waited for")
 	}
 }

@@ -499,7 +499,7 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 	if after := state(t, e, d); after != before {
 		t.Errorf("before%s\nafter%s", before, after)
 	}
-	for _, taken := range []string{"unlabelled", "other-daemon"} {
+	for _, taken := range []string{"unlabelled", "other-daemon", "renamed"} { // which may still use its directory
 		d.do(t, "POST", "/service", createBodyJSON(taken, "")).want(t, 409, taken)
 	}
 	if after := state(t, e, d); after != before {
