@@ -1,10 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"io"
 	"net/http"
@@ -165,18 +163,6 @@ func (s *server) sameRun(ctx context.Context, id string, begin inspected) error 
 		err = failure(http.StatusConflict, "the service has stopped; it may not have read all")
 	}
 	return err
-}
-
-// detachKeys is what makes the engine break off a chunk for a tty: ctrl-p ctrl-q unless it
-// is told otherwise. This cannot be foreseen, and no part of it ends the chunk: the engine
-// would keep that back as a beginning.
-func detachKeys(chunk []byte) string {
-	secret := rand.Text()
-	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]
-	for bytes.IndexByte(end, first) >= 0 {
-		first--
-	}
-	return strings.Join(strings.Split(string([]byte{first})+secret, ""), ",")
 }
 
 // resizeTTY answers POST /service/{id}/tty.

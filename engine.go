@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -11,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -111,6 +114,18 @@ func demultiplex(w io.Writer, frames io.Reader) error {
 			return err
 		}
 	}
+}
+
+// detachKeys is what makes the engine break off a chunk for a tty: ctrl-p ctrl-q unless it
+// is told otherwise. This cannot be foreseen, and no part of it ends the chunk: the engine
+// would keep that back as a beginning.
+func detachKeys(chunk []byte) string {
+	secret := rand.Text()
+	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]
+	for bytes.IndexByte(end, first) >= 0 {
+		first--
+	}
+	return strings.Join(strings.Split(string([]byte{first})+secret, ""), ",")
 }
 
 // ping asks the engine for its version, within pingTime, and speaks that from now on.
