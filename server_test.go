@@ -287,15 +287,25 @@ func TestEngineThatHangsIsAGatewayTimeout(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.createTimeout = 100 * time.Millisecond })
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		<-r.Context().Done()
-		return true
-	})
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 504)
-	d.do(t, "DELETE", "/service/web", "").want(t, 504)
-	e.setIntercept(nil)
-	d.do(t, "GET", "/service", "").want(t, 200, "[]")
+	d := startDaemon(t, e.host(), func(c *config) { c.createTimeout = time.Second })
+	for _, test := range []struct{ call, method, path, body string }{
+		{"", "POST", "/service", createBodyJSON("web", "")}, // the first of all, a ping
+		{"", "DELETE", "/service/web", ""},
+		// Calls that nothing but the route's limit ends.
+		{"/images/img:1/json", "POST", "/service", createBodyJSON("web", "")},
+		{"/containers/web/json", "POST", "/service", createBodyJSON("web", "")},
+	} {
+		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			hangs := strings.HasSuffix(r.URL.Path, test.call)
+			if hangs {
+				<-r.Context().Done()
+			}
+			return hangs
+		})
+		d.do(t, test.method, test.path, test.body).want(t, 504)
+		e.setIntercept(nil)
+		d.do(t, "GET", "/service", "").want(t, 200, "[]")
+	}
 }
 
 func TestEngineThatIsGoneAndComesBack(t *testing.T) {
