@@ -1010,20 +1010,27 @@ func TestDaemonEndsWhileStdinIsOpen(t *testing.T) {
 func TestStdinLeavesNothing(t *testing.T) { // not parallel: it counts the process's goroutines
 	newFakeEngine(t).close() // the first socket of a process makes two descriptors more
 	crowdLeavesNothing(t, func() {
-		e, d := consoleStart(t, "", func(c *config) { c.waits.write = 2 * time.Second })
-		for range 10 {
-			d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 100_000)).want(t, 204)
-		}
+		e, d := consoleStart(t, "", func(c *config) { c.waits.write = time.Second })
 		e.setDeaf("web", true)
 		d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 1<<20)).want(t, 504)
 		e.setDeaf("web", false)
+		d.stop()
+		e.close()
+	})
+	// With time enough for ten writers to take turns, and few bytes to look for their marks in.
+	crowdLeavesNothing(t, func() {
+		e, d := consoleStart(t, "", nil)
+		consoleService(t, d, "marks", "")
+		for range 10 {
+			d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 100_000)).want(t, 204)
+		}
 		var open []stdinRequest
 		for range 10 {
-			r := stdinOpen(t, d, "web")
+			r := stdinOpen(t, d, "marks")
 			io.WriteString(r, "!")
 			open = append(open, r)
 		}
-		waitFor(t, "ten marks", func() bool { return strings.Count(e.input("web"), "!") == 10 })
+		waitFor(t, "ten marks", func() bool { return e.input("marks") == "!!!!!!!!!!" })
 		d.stop()
 		for _, r := range open {
 			r.answer(t).want(t, 503)
