@@ -21,6 +21,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/docker/docker/api/types/container"
 )
 
 // The benchmarks do each thing through the daemon and then without it, in turn, so
@@ -225,4 +227,44 @@ func BenchmarkUnpack(b *testing.B) {
 			b.ReportMetric(theirs.Seconds()/ours.Seconds(), "x-tar")
 		})
 	}
+}
+
+// BenchmarkCreate makes a service without contents and deletes it again, in turn with the
+// three calls that the engine alone would need: create, rename, remove.
+func BenchmarkCreate(b *testing.B) {
+	m := newMachine(b, nil)
+	var made, removed, theirs []time.Duration
+	for b.Loop() {
+		for range 10 {
+			start := time.Now()
+			id := m.create(b, "")
+			made = append(made, time.Since(start))
+			start = time.Now()
+			m.do(b, "DELETE", "/service/"+id, "").want(b, http.StatusNoContent)
+			removed = append(removed, time.Since(start))
+
+			start = time.Now()
+			config := &container.Config{Image: m.image, Cmd: []string{"/probe"}}
+			c, err := m.engine.ContainerCreate(b.Context(), config, nil, nil, nil, id+".new")
+			if err == nil {
+				err = m.engine.ContainerRename(b.Context(), c.ID, id)
+			}
+			if err == nil {
+				err = m.engine.ContainerRemove(b.Context(), c.ID, container.RemoveOptions{Force: true})
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+			theirs = append(theirs, time.Since(start))
+		}
+	}
+	median := func(all []time.Duration) float64 {
+		slices.Sort(all)
+		return all[len(all)/2].Seconds() * 1000
+	}
+	b.ReportMetric(median(made), "ms-create")
+	b.ReportMetric(median(removed), "ms-delete")
+	b.ReportMetric(median(theirs), "ms-engine")
+	b.ReportMetric(median(theirs)/(median(made)+median(removed)), "x-engine")
+	b.ReportMetric(0, "ns/op")
 }
