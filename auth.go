@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 )
 
 const (
@@ -37,10 +38,23 @@ func (k coreKey) authorizes(r *http.Request) bool {
 	return subtle.ConstantTimeCompare(sum[:], k[:]) == 1
 }
 
+// keyDraft matches the names of files in which a core key is made.
+var keyDraft = regexp.MustCompile(`^\.corekey-[0-9]+$`)
+
 // loadCoreKey reads the core key from path, or creates one there if nothing is there.
 // A key that is short, long, unreadable or no regular file is an error: a daemon
 // without a good key would be open to everyone.
 func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
+	dir := filepath.Dir(path)
+	entries, err := os.ReadDir(dir)
+	for _, entry := range entries {
+		if keyDraft.MatchString(entry.Name()) { // of a daemon that died: it may be the key itself, by a second name
+			err = cmp.Or(err, os.Remove(filepath.Join(dir, entry.Name())))
+		}
+	}
+	if err != nil {
+		return coreKey{}, fmt.Errorf("cannot tidy up beside the core key: %w", err)
+	}
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := createCoreKey(path); err != nil {
@@ -67,18 +81,26 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 
 // createCoreKey writes a random key beside path and links it into place, so that a
 // crash leaves either no key or a whole one, and a key that is there is never replaced.
+// When it returns, the key survives a power cut.
 func createCoreKey(path string) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".corekey-*") // mode 0600
+	f, err := os.CreateTemp(filepath.Dir(path), ".corekey-*") // a keyDraft; mode 0600
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
 	defer f.Close()
 	key := make([]byte, 32)
 	rand.Read(key)
 	_, err = f.Write(key)
-	if err = cmp.Or(err, f.Sync()); err != nil {
+	if err = cmp.Or(err, f.Sync()); err == nil {
+		err = os.Link(f.Name(), path)
+	}
+	if err = cmp.Or(err, os.Remove(f.Name())); err != nil {
 		return err
 	}
-	return os.Link(f.Name(), path)
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
 }

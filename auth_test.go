@@ -177,6 +177,24 @@ func TestMissingCoreKeyIsCreated(t *testing.T) {
 	again.do(t, "GET", "/health", "").want(t, 204)
 }
 
+// A daemon that died as it made the key has left a copy of it, or the key itself by a second name.
+func TestStartRemovesWhatWasLeftOfMakingTheCoreKey(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "keys", "corekey.bin")
+	dir := filepath.Dir(path)
+	backup := filepath.Join(dir, ".corekey-2025-backup")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(path, plusSlashKey, 0o600), os.Link(path, dir+"/.corekey-1234567"),
+		os.WriteFile(dir+"/.corekey-89", []byte("half"), 0o600), os.WriteFile(backup, plusSlashKey, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKey = path })
+	d.do(t, "GET", "/health", "").want(t, 204)
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 2 || left[0].Name() != filepath.Base(backup) || left[1].Name() != filepath.Base(path) {
+		t.Errorf("there are %v, %v", left, err)
+	}
+}
+
 func TestBadCoreKeyFileStopsTheDaemon(t *testing.T) {
 	t.Parallel()
 	const secret = "KEYMARK"
