@@ -274,7 +274,7 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	case name == ".":
 		return u.root.Chmod(".", permissions(h))
 	}
-	parent, err := u.open(path.Dir(name))
+	parent, err := u.open(path.Dir(name), true)
 	if err == nil {
 		err = u.replace(parent, name, h, content)
 	}
@@ -377,18 +377,23 @@ func (u *unpacker) link(name, target string) error {
 		return errLinkTarget
 	}
 	target = path.Clean(target)
-	if info, err := u.root.Lstat(target); err != nil || !info.Mode().IsRegular() {
+	parent, err := u.open(path.Dir(target), false)
+	var info fs.FileInfo
+	if err == nil {
+		info, err = parent.Lstat(path.Base(target))
+	}
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !info.Mode().IsRegular() {
 		return errLinkTarget
 	}
-	if _, err := u.open(path.Dir(target)); err != nil { // it passes a link; all is there, so that nothing is made
+	if err != nil {
 		return err
 	}
-	return u.root.Link(target, name)
+	return u.root.Link(target, name) // neither passes a link
 }
 
-// open returns the directory dir, made if it is missing. It walks there without passing a
-// link. The unpacker closes it.
-func (u *unpacker) open(dir string) (*os.Root, error) {
+// open returns the directory dir, and makes what is missing on the way there if it is told
+// to. It walks there without passing a link. The unpacker closes it.
+func (u *unpacker) open(dir string, create bool) (*os.Root, error) {
 	if u.parentDir == dir {
 		return u.parent, nil
 	}
@@ -398,7 +403,7 @@ func (u *unpacker) open(dir string) (*os.Root, error) {
 	}
 	for part := range strings.SplitSeq(dir, "/") {
 		info, err := at.Lstat(part)
-		if errors.Is(err, fs.ErrNotExist) {
+		if create && errors.Is(err, fs.ErrNotExist) {
 			u.implied++
 			err = u.replace(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
 		} else if err == nil && !info.IsDir() {

@@ -524,9 +524,11 @@ func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
 	url := serveArchives(t, archives)
 	everything := func() map[string]node {
 		nodes := readTree(t, filepath.Dir(d.binds), filepath.Join(d.binds, "svc"))
-		root := nodes["binds"]
-		root.mtime = 0 // the staging directory comes and goes
-		nodes["binds"] = root
+		for _, name := range []string{"binds", "binds/.gone"} { // where the service's directory comes and goes
+			n := nodes[name]
+			n.mtime = 0
+			nodes[name] = n
+		}
 		return nodes
 	}
 	before := everything()

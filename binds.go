@@ -3,30 +3,30 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"os"
-	"path"
 	"path/filepath"
-	"strings"
+	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 )
 
-// gonePrefix begins the name of a bind directory on its way out. All others in the root
-// are named by their service's id.
-const gonePrefix = ".gone."
+// goneDir holds, by their services' ids, the bind directories that are on their way out. On a
+// full disk the root, with many entries, may have no room for one name more. This directory
+// has: it is almost empty, and a directory keeps the block that it was made with.
+const goneDir = ".gone"
 
-// bindRoot is the directory that holds the bind directories. Every access to it and to
-// what is below goes through os.Root, because customers write there.
+// bindRoot is the directory that holds the bind directories, each named by its service's id.
+// Every access to it and to what is below goes through os.Root, because customers write there.
 type bindRoot struct {
 	root *os.Root
-	path string // absolute, without links: as the engine sees it
-	lock *os.File
+	path string   // absolute, as it was given: so it stands in the containers' labels and mounts
+	dir  *os.File // the root: its lock keeps other daemons out, its sync makes its entries durable
+	gone *os.File // goneDir, for its sync
 }
 
 // owner is a numeric user and group.
@@ -34,29 +34,33 @@ type owner struct{ uid, gid int }
 
 // openBinds opens the root, makes it if it is missing, and keeps other daemons out of it.
 func openBinds(path string) (*bindRoot, error) {
-	if err := os.MkdirAll(path, 0o700); err != nil {
+	path, err := filepath.Abs(path)
+	if err != nil {
 		return nil, err
 	}
-	path, err := filepath.EvalSymlinks(path)
-	if err == nil {
-		path, err = filepath.Abs(path)
-	}
-	if err != nil {
+	_, missing := os.Stat(filepath.Join(path, goneDir))
+	if err := os.MkdirAll(filepath.Join(path, goneDir), 0o700); err != nil {
 		return nil, err
 	}
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, err
 	}
-	lock, err := root.Open(".")
-	if err == nil && syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+	b := &bindRoot{root: root, path: path}
+	b.dir, err = root.Open(".")
+	if err == nil && syscall.Flock(int(b.dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
 		err = errors.New("in use by another daemon")
 	}
 	if err == nil {
 		// Other users of the host must not reach the setuid programs that a service may have.
-		err = lock.Chmod(0o700)
+		err = b.dir.Chmod(0o700)
 	}
-	b := &bindRoot{root, path, lock}
+	if err == nil {
+		b.gone, err = root.Open(goneDir)
+	}
+	if err == nil && missing != nil { // what was made, its names included, survives a power cut
+		err = syncFilesystem(b.dir)
+	}
 	if err != nil {
 		b.close()
 		return nil, fmt.Errorf("%s: %w", path, err)
@@ -66,144 +70,246 @@ func openBinds(path string) (*bindRoot, error) {
 
 func (b *bindRoot) close() {
 	b.root.Close()
-	b.lock.Close()
+	b.dir.Close()  // which a nil *os.File can be asked for
+	b.gone.Close() // too
 }
 
-// make makes the service's bind directory. It refuses to take one that is there: it would
-// mix the data of two services.
-func (b *bindRoot) make(id string, o *owner) error {
-	err := b.root.Mkdir(id, 0o755)
-	if errors.Is(err, fs.ErrExist) { // settling has removed an empty one
-		return failure(http.StatusConflict, "the bind directory of %q exists and is not empty", id)
-	}
-	if err == nil {
-		err = b.root.Chmod(id, 0o755) // whatever the umask
-	}
-	if err != nil || o == nil || os.Geteuid() != 0 {
-		return err
-	}
-	return b.root.Lchown(id, o.uid, o.gid)
-}
+var errMoved = errors.New("the bind directories belong to services that know them by another path")
 
-// removeEmpty removes the service's bind directory if it is an empty directory.
-func (b *bindRoot) removeEmpty(id string) error {
-	if info, err := b.root.Lstat(id); err != nil || !info.IsDir() {
+// checkMoved returns an error if another path leads to the root, by which a daemon has made services
+// before the root was moved, say, or somebody made a link.
+func (b *bindRoot) checkMoved(path string) error {
+	there, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := b.root.Remove(id); !errors.Is(err, syscall.ENOTEMPTY) {
-		return err
+	here, hereErr := b.dir.Stat()
+	if err = cmp.Or(err, hereErr); err == nil && os.SameFile(here, there) {
+		err = fmt.Errorf("%w: start it with -binds %s", errMoved, path)
+	}
+	return err
+}
+
+// has reports whether the root has an entry. No other error than ENOENT says that it has not.
+func (b *bindRoot) has(name string) (bool, error) {
+	_, err := b.root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// allGone returns the ids of the services that have a directory on its way out.
+func (b *bindRoot) allGone() (ids []string, err error) {
+	entries, err := fs.ReadDir(b.root.FS(), goneDir)
+	for _, entry := range entries {
+		if serviceID.MatchString(entry.Name()) {
+			ids = append(ids, entry.Name())
+		}
+	}
+	return ids, err
+}
+
+// free returns a conflict if the service has a bind directory with something in it: to use that
+// would mix the data of two services.
+func (b *bindRoot) free(id string) error {
+	names, err := readSome(b.root, id)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case len(names) > 0 || errors.Is(err, syscall.ENOTDIR):
+		return conflict("the bind directory of %q exists and is not empty", id)
+	}
+	return err
+}
+
+// make makes the service's bind directory, or takes one that is there. The caller closes it.
+func (b *bindRoot) make(id string, o *owner) (*os.File, error) {
+	if err := b.root.Mkdir(id, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	dir, err := b.root.Open(id)
+	if err != nil {
+		return nil, err
+	}
+	err = dir.Chmod(0o755) // whatever the umask
+	if err == nil && o != nil && os.Geteuid() == 0 {
+		err = dir.Chown(o.uid, o.gid)
+	}
+	if err != nil {
+		dir.Close()
+		return nil, err
+	}
+	return dir, nil
+}
+
+// syncFilesystem makes all durable that was written to the file system that f is on. It returns
+// an error if any of that was lost since f was opened: syncfs(2), which package syscall lacks on
+// amd64. Where its number is not known here all file systems are synced, without such errors.
+func syncFilesystem(f *os.File) error {
+	number, known := map[string]uintptr{"amd64": 306, "arm64": 267}[runtime.GOARCH]
+	if !known {
+		syscall.Sync()
+		return nil
+	}
+	if _, _, errno := syscall.Syscall(number, f.Fd(), 0, 0); errno != 0 {
+		return fmt.Errorf("cannot sync the bind directories: %w", errno)
 	}
 	return nil
 }
 
-// remove removes the service's bind directory with all that is in it. Settling has removed
-// what was left beside it.
-func (b *bindRoot) remove(ctx context.Context, id string) error {
-	if err := b.root.Rename(id, gonePrefix+id); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+// discard puts the service's bind directory, or an empty one if it has none, among those on their
+// way out, for good: that survives a power cut, and no late call of a dead daemon undoes it.
+func (b *bindRoot) discard(id string) error {
+	err := b.root.Rename(id, goneDir+"/"+id)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = b.root.Mkdir(goneDir+"/"+id, 0o700)
 	}
-	return b.removeGone(ctx, id)
+	return cmp.Or(err, b.gone.Sync(), b.dir.Sync())
 }
 
-// removeGone removes what is on its way out with all that is in it, and follows no link
-// out of it.
-func (b *bindRoot) removeGone(ctx context.Context, id string) error {
-	name := gonePrefix + id
-	if err := b.root.Remove(name); err == nil || errors.Is(err, fs.ErrNotExist) {
-		return nil
+// erase removes what discard has put away, with all that is in it, for good.
+func (b *bindRoot) erase(ctx context.Context, id string) error {
+	dir, err := openBelow(b.root, goneDir+"/"+id)
+	if err == nil {
+		err = empty(ctx, dir)
 	}
-	tree, err := b.root.OpenRoot(name)
-	if err != nil {
-		return err
+	if err == nil || errors.Is(err, syscall.ENOTDIR) {
+		err = b.root.Remove(goneDir + "/" + id)
 	}
-	defer tree.Close()
-	if err := empty(ctx, tree, "."); err != nil {
-		return err
-	}
-	return b.root.Remove(name)
+	return cmp.Or(err, b.gone.Sync())
 }
 
-// empty removes all that is in tree at dir. A customer nests 60,000 directories in seconds,
-// and os.Root.RemoveAll holds a descriptor for each: here one that is not empty is lifted
-// out of dir instead, to be met there later, under a name that nobody can have foreseen.
-// From the top it cannot be, nor out of a subvolume.
-func empty(ctx context.Context, tree *os.Root, dir string) error {
-	for {
-		entries, err := readSome(tree, dir)
-		if len(entries) == 0 || err != nil {
+// A level is a directory on the way down into a tree.
+type level struct {
+	dir   *os.Root
+	depth int
+}
+
+// empty removes all that is in a directory, and closes it. It follows no link, and needs neither
+// a free block, for the disk may be full, nor a descriptor for each directory on its way down: a
+// customer nests 60,000 in seconds. Of those it keeps fewer the farther they are above, and what
+// lies between one that it has kept and its work it goes down again. That takes
+// depth × log(depth) steps on the whole.
+func empty(ctx context.Context, top *os.Root) error {
+	way := []level{{top, 0}}
+	defer func() {
+		for _, l := range way {
+			l.dir.Close()
+		}
+	}()
+	for len(way) > 0 {
+		at := way[len(way)-1]
+		name, err := removeSome(ctx, at.dir)
+		if err != nil {
 			return err
 		}
-		for _, entry := range entries {
-			name := path.Join(dir, entry.Name())
-			err := cmp.Or(ctx.Err(), tree.Remove(name))
-			if errors.Is(err, syscall.ENOTEMPTY) && dir != "." {
-				err = tree.Rename(name, path.Join(path.Dir(dir), rand.Text()))
+		if name == "" {
+			at.dir.Close()
+			way = way[:len(way)-1]
+			continue
+		}
+		below, err := openBelow(at.dir, name)
+		if err != nil {
+			return err
+		}
+		depth := at.depth + 1
+		way = append(slices.DeleteFunc(way, func(l level) bool {
+			// Of each 2ⁿ levels, one is kept for 16·2ⁿ levels more; the top is kept.
+			drop := l.depth > 0 && depth-l.depth > 16*(l.depth&-l.depth)
+			if drop {
+				l.dir.Close()
 			}
-			if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EXDEV) && strings.Count(dir, "/") < maxDepth {
-				err = empty(ctx, tree, name) // the next round removes it
-			}
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
+			return drop
+		}), level{below, depth})
+	}
+	return nil
+}
+
+// removeSome removes what is in a directory until it meets a directory that is not empty, whose
+// name it returns. It returns no name when nothing is left.
+func removeSome(ctx context.Context, dir *os.Root) (notEmpty string, err error) {
+	for {
+		names, err := readSome(dir, ".")
+		if err != nil || len(names) == 0 {
+			return "", err
+		}
+		for _, name := range names {
+			err := cmp.Or(ctx.Err(), dir.Remove(name))
+			switch {
+			case errors.Is(err, syscall.ENOTEMPTY), errors.Is(err, syscall.EEXIST): // POSIX allows both
+				return name, nil
+			case err != nil && !errors.Is(err, fs.ErrNotExist):
+				return "", err
 			}
 		}
 	}
 }
 
-// readSome returns the first entries of a directory: none, and no error, if it is empty.
-func readSome(tree *os.Root, dir string) ([]fs.DirEntry, error) {
-	f, err := tree.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY, 0) // a pipe in its place would block
+// openBelow opens a directory in dir, and nothing else: a pipe in its place would block. It goes
+// by way of /proc because an os.Root keeps its name, which would be longer with each level: with
+// 60,000 of them, that would be megabytes to copy at each.
+func openBelow(dir *os.Root, name string) (*os.Root, error) {
+	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	entries, err := f.ReadDir(1024)
+	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+}
+
+// readSome returns the first names in a directory: none, and no error, if it is empty.
+func readSome(root *os.Root, name string) ([]string, error) {
+	dir, err := root.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(128)
 	if err == io.EOF {
 		err = nil
 	}
-	return entries, err
+	return names, err
 }
 
-// serviceLocks has a lock for each service, for those who ask in their order. Different
-// services never wait for each other.
+// serviceLocks has a lock for each service. Who asks first gets it first; different services
+// never wait for each other.
 type serviceLocks struct {
-	mu   sync.Mutex
-	byID map[string]*serviceLock // those that somebody has or waits for
+	mu     sync.Mutex
+	queues map[string][]chan struct{} // by id: who is first has the lock, whoever moves up is told by his channel's end
 }
 
-type serviceLock struct {
-	free  chan struct{} // holds one value while nobody has the lock
-	users int
-}
+func newServiceLocks() serviceLocks { return serviceLocks{queues: map[string][]chan struct{}{}} }
 
-func newServiceLocks() serviceLocks { return serviceLocks{byID: map[string]*serviceLock{}} }
-
-// lock waits until the service's lock is free. With a ctx that has ended it only tries.
+// lock waits for the service's lock until ctx ends. With a ctx that has ended it only tries.
 func (l *serviceLocks) lock(ctx context.Context, id string) (unlock func(), err error) {
+	turn := make(chan struct{})
 	l.mu.Lock()
-	k := l.byID[id]
-	if k == nil {
-		k = &serviceLock{free: make(chan struct{}, 1)}
-		k.free <- struct{}{}
-		l.byID[id] = k
-	}
-	k.users++
+	first := len(l.queues[id]) == 0
+	l.queues[id] = append(l.queues[id], turn)
 	l.mu.Unlock()
-	leave := func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if k.users--; k.users == 0 {
-			delete(l.byID, id)
-		}
+	leave := func() { l.leave(id, turn) }
+	if first {
+		return leave, nil
 	}
 	select {
-	case <-k.free:
-	default:
-		select {
-		case <-k.free:
-		case <-ctx.Done():
-			leave()
-			return nil, failure(http.StatusGatewayTimeout, "another operation on this service is still under way")
-		}
+	case <-turn:
+		return leave, nil
+	case <-ctx.Done():
+		leave()
+		return nil, errUnderWay
 	}
-	return func() { k.free <- struct{}{}; leave() }, nil
+}
+
+// leave gives up a place in a queue. If that was the first, the next has the lock.
+func (l *serviceLocks) leave(id string, turn chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	at := slices.Index(l.queues[id], turn)
+	l.queues[id] = slices.Delete(l.queues[id], at, at+1)
+	if len(l.queues[id]) == 0 {
+		delete(l.queues, id)
+	} else if at == 0 {
+		close(l.queues[id][0])
+	}
 }

@@ -98,7 +98,7 @@ func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
 	defer context.AfterFunc(s.serving, func() { http.NewResponseController(w).SetReadDeadline(time.Now()) })()
 	begin, err := s.lookup(r.Context(), r.PathValue("id"))
 	if err == nil && (!begin.State.Running || !begin.Config.OpenStdin) {
-		err = failure(http.StatusConflict, "the service does not run, or has no open stdin")
+		err = conflict("the service does not run, or has no open stdin")
 	}
 	chunk := make([]byte, 64<<10)
 	var end error
@@ -136,7 +136,7 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
 	answer, err := s.engine.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
 	if errdefs.IsNotFound(err) {
-		return failure(http.StatusConflict, "the service has stopped")
+		return conflict("the service has stopped")
 	}
 	if err != nil {
 		return err
@@ -160,7 +160,7 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 func (s *server) sameRun(ctx context.Context, id string, begin inspected) error {
 	now, err := s.lookup(ctx, id)
 	if err == nil && (!now.State.Running || now.ID != begin.ID || now.State.StartedAt != begin.State.StartedAt) {
-		err = failure(http.StatusConflict, "the service has stopped; it may not have read all")
+		err = conflict("the service has stopped; it may not have read all")
 	}
 	return err
 }
@@ -188,5 +188,5 @@ func (s *server) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
-	return failure(http.StatusConflict, "the service does not run, or has no tty")
+	return conflict("the service does not run, or has no tty")
 }

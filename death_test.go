@@ -233,6 +233,11 @@ func (w *deathWorld) die(t *testing.T, d plannedDeath, tally *deathTally) {
 	allowed := []deathState{op.new}
 	if answer.status != op.status { // it was not acknowledged
 		allowed = append(allowed, op.old)
+		if op.downloads {
+			// A directory that is empty is no half-made service: the next create takes it, settling never
+			// removes one, lest an engine that lists nothing for a moment costs a service its own.
+			allowed = append(allowed, deathState{files: lookAtNoFile})
+		}
 	}
 	first, looked := w.look(t), time.Now()
 	if d.then == thenDelete {

@@ -188,9 +188,8 @@ func createFrom(t *testing.T, d *daemon, id, address string) answer {
 // wantNothing fails if a create has left anything.
 func wantNothing(t *testing.T, d *daemon, engine *fakeEngine) {
 	t.Helper()
-	left, err := os.ReadDir(d.binds)
-	if err != nil || len(left) > 0 || len(engine.names()) > 0 {
-		t.Errorf("there are the directories %v (%v) and the containers %q", left, err, engine.names())
+	if left := bindDirs(t, d.binds); len(left) > 0 || len(engine.names()) > 0 || len(engine.volumes) > 0 {
+		t.Errorf("there are the directories %q, the containers %q, the volumes %v", left, engine.names(), engine.volumes)
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/mount"
 	"github.com/docker/docker/api/types/versions"
 	"github.com/docker/docker/pkg/stdcopy"
 )
@@ -40,8 +41,9 @@ type fakeEngine struct {
 	intercept  func(http.ResponseWriter, *http.Request) bool
 	containers []*fakeContainer // in order of creation
 	images     []*fakeImage
-	remote     []string // images that a pull finds
-	frames     int      // of statistics sent so far
+	volumes    map[string]bool // anonymous ones: each container has one, as if each image asked for it
+	remote     []string        // images that a pull finds
+	frames     int             // of statistics sent so far
 	closed     bool
 	attaches   int           // so far
 	changed    chan struct{} // closed when a container has printed, read, started, ended or gone
@@ -53,6 +55,8 @@ type fakeContainer struct {
 	Running    bool
 	Config     container.Config
 	HostConfig container.HostConfig
+	mounts     []container.MountPoint
+	volume     string
 	imageID    string
 	started    bool // once at least
 	startedAt  string
@@ -86,10 +90,32 @@ func newFakeEngine(t testing.TB) *fakeEngine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &fakeEngine{t: t, socket: filepath.Join(dir, "s"), version: "1.41", changed: make(chan struct{})}
+	e := bareFakeEngine(t)
+	e.socket = filepath.Join(dir, "s")
 	e.reopen()
 	t.Cleanup(func() { e.close(); os.RemoveAll(dir) })
 	return e
+}
+
+// tempInMemory returns a directory in memory, where there is one: on a disk, the daemon's syncs
+// take most of the time of a test with thousands of steps.
+func tempInMemory(t testing.TB) string {
+	t.Helper()
+	memory := "/dev/shm"
+	if _, err := os.Stat(memory); err != nil {
+		memory = ""
+	}
+	dir, err := os.MkdirTemp(memory, "duxcore-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// bareFakeEngine returns one that listens nowhere.
+func bareFakeEngine(t testing.TB) *fakeEngine {
+	return &fakeEngine{t: t, version: "1.41", changed: make(chan struct{}), volumes: map[string]bool{}}
 }
 
 func (e *fakeEngine) host() string { return "unix://" + e.socket }
@@ -159,12 +185,15 @@ func (e *fakeEngine) addRemote(name string) {
 	e.remote = append(e.remote, tagged(name))
 }
 
-// addForeign adds a running container that somebody else made.
-func (e *fakeEngine) addForeign(name string, labels map[string]string) (id string) {
+// addForeign adds a running container that somebody else made, and that mounts directories of the host.
+func (e *fakeEngine) addForeign(name string, labels map[string]string, mounts ...string) (id string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	c := &fakeContainer{ID: randomHex(), Name: name, Labels: labels, Running: true, started: true, imageID: "sha256:" + randomHex()}
 	c.Config.Labels = labels
+	for _, dir := range mounts {
+		c.mounts = append(c.mounts, container.MountPoint{Type: mount.TypeBind, Source: dir, Destination: "/data"})
+	}
 	e.containers = append(e.containers, c)
 	return c.ID
 }
@@ -176,6 +205,13 @@ func (e *fakeEngine) container(name string) (fakeContainer, bool) {
 		return *c, true
 	}
 	return fakeContainer{}, false
+}
+
+// rename gives a container another name, as an administrator does.
+func (e *fakeEngine) rename(name, to string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.byName(name).Name = to
 }
 
 func (e *fakeEngine) names() []string {
@@ -340,13 +376,13 @@ func (e *fakeEngine) list(w http.ResponseWriter, r *http.Request) {
 	for _, c := range e.containers {
 		matches := c.Running || r.URL.Query().Get("all") == "1"
 		for label := range filter.Label {
-			key, value, _ := strings.Cut(label, "=")
+			key, value, withValue := strings.Cut(label, "=")
 			got, ok := c.Labels[key]
-			matches = matches && ok && got == value
+			matches = matches && ok && (got == value || !withValue)
 		}
 		if matches {
 			found = append(found, container.Summary{ID: c.ID, Names: []string{"/" + c.Name}, Image: c.Config.Image,
-				ImageID: c.imageID, Labels: c.Labels, State: c.state()})
+				ImageID: c.imageID, Labels: c.Labels, State: c.state(), Mounts: c.mounts})
 		}
 	}
 	slices.Reverse(found) // newest first
@@ -406,6 +442,18 @@ func (e *fakeEngine) create(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	c := &fakeContainer{ID: randomHex(), Name: name, Labels: body.Labels, Config: *body.Config, HostConfig: *body.HostConfig, imageID: img.id}
+	c.volume = c.ID
+	for _, other := range body.HostConfig.VolumesFrom {
+		from := e.find(w, other)
+		if from == nil {
+			return
+		}
+		c.volume = from.volume
+	}
+	e.volumes[c.volume] = true
+	for _, m := range body.HostConfig.Mounts {
+		c.mounts = append(c.mounts, container.MountPoint{Type: m.Type, Source: m.Source, Destination: m.Target})
+	}
 	e.containers = append(e.containers, c)
 	replyJSON(w, 201, container.CreateResponse{ID: c.ID, Warnings: []string{}})
 }
@@ -425,6 +473,7 @@ func (e *fakeEngine) onContainer(w http.ResponseWriter, r *http.Request, ref, ac
 			ContainerJSONBase: &container.ContainerJSONBase{ID: c.ID, Name: "/" + c.Name, Image: c.imageID, HostConfig: &c.HostConfig,
 				State: &container.State{Status: c.state(), Running: c.Running, StartedAt: cmp.Or(c.startedAt, zeroTime)}},
 			Config: &c.Config,
+			Mounts: c.mounts,
 		})
 		return
 	case "/start":
@@ -464,6 +513,10 @@ func (e *fakeEngine) onContainer(w http.ResponseWriter, r *http.Request, ref, ac
 			return
 		}
 		e.containers = slices.DeleteFunc(e.containers, func(other *fakeContainer) bool { return other == c })
+		uses := func(other *fakeContainer) bool { return other.volume == c.volume }
+		if r.URL.Query().Get("v") == "1" && !slices.ContainsFunc(e.containers, uses) {
+			delete(e.volumes, c.volume)
+		}
 	}
 	w.WriteHeader(status)
 }
@@ -861,10 +914,25 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 		t.Fatal(err)
 	}
 	d.key = base64.StdEncoding.EncodeToString(key)
-	if d.binds, err = filepath.EvalSymlinks(cfg.binds); err != nil {
-		t.Fatal(err)
-	}
+	d.binds = cfg.binds
 	return d
+}
+
+// bindDirs returns what is in a bind root: services' ids, and what is on its way out as ".gone/<id>".
+func bindDirs(t testing.TB, binds string) (names []string) {
+	t.Helper()
+	for _, dir := range []string{"", goneDir} {
+		entries, err := os.ReadDir(filepath.Join(binds, dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, entry := range entries {
+			if name := filepath.Join(dir, entry.Name()); name != goneDir {
+				names = append(names, name)
+			}
+		}
+	}
+	return names
 }
 
 // answer is a response, read to its end.

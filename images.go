@@ -74,7 +74,7 @@ func (s *server) importTar(ctx context.Context, body io.Reader) (id string, err 
 		return "", failure(http.StatusBadGateway, "the engine did not say which image it imported")
 	}
 	if err := s.engine.api().ImageTag(ctx, id, importName+":"+hex[:12]); err != nil {
-		undo, cancel := context.WithTimeout(s.life, undoTime) // whatever became of ctx
+		undo, cancel := context.WithTimeout(s.life, s.waits.settle) // whatever became of ctx
 		defer cancel()
 		_, removeErr := s.engine.api().ImageRemove(undo, id, image.RemoveOptions{Force: true})
 		return "", errors.Join(err, removeErr)
@@ -152,7 +152,7 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 		return err
 	}
 	if imageID.MatchString(name) { // no registry knows it
-		return failure(http.StatusNotFound, "no image %q", name)
+		return noSuchImage(name)
 	}
 	progress, err := s.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {

@@ -13,6 +13,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -35,6 +36,7 @@ import (
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/api/types/image"
+	"github.com/docker/docker/api/types/mount"
 	"github.com/docker/docker/client"
 	"github.com/docker/go-connections/nat"
 )
@@ -177,12 +179,8 @@ func (m *machine) wantNothing(t testing.TB) {
 	for _, c := range m.containers(t, m.binds) {
 		t.Errorf("there is a container %v", c.Names)
 	}
-	names, err := os.ReadDir(m.binds)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range names {
-		t.Errorf("there is a bind directory %s", name.Name())
+	for _, name := range bindDirs(t, m.binds) {
+		t.Errorf("there is a bind directory %s", name)
 	}
 }
 
@@ -639,6 +637,7 @@ func withoutEnv(t testing.TB, c container.InspectResponse) string {
 	t.Helper()
 	c.Config.Env, c.Config.Image, c.HostConfig.VolumesFrom = nil, "", nil
 	delete(c.Config.Labels, labelParams)
+	delete(c.Config.Labels, labelNumber)
 	return toJSON(t, []any{c.Name, c.Image, c.Config, c.HostConfig})
 }
 
@@ -781,10 +780,14 @@ func TestListShowsOnlyThisDaemonsServices(t *testing.T) {
 }
 
 // foreign runs the probe in a container that no daemon made and returns its id.
-func (m *machine) foreign(t testing.TB, name string, labels map[string]string) string {
+func (m *machine) foreign(t testing.TB, name string, labels map[string]string, mounts ...string) string {
 	t.Helper()
+	host := &container.HostConfig{NetworkMode: "none"}
+	for _, dir := range mounts {
+		host.Mounts = append(host.Mounts, mount.Mount{Type: mount.TypeBind, Source: dir, Target: "/data"})
+	}
 	created, err := m.engine.ContainerCreate(t.Context(), &container.Config{Image: m.image, Labels: labels,
-		Cmd: []string{"/probe", "run", "/tmp"}, WorkingDir: "/tmp"}, &container.HostConfig{NetworkMode: "none"}, nil, nil, name)
+		Cmd: []string{"/probe", "run", "/tmp"}, WorkingDir: "/tmp"}, host, nil, nil, name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -839,8 +842,8 @@ func TestForeignContainersAreNotFoundAndUntouched(t *testing.T) {
 	if after := inspect(targets[byName]); after != before[targets[byName]] {
 		t.Error("a create of its name touched a container")
 	}
-	if entries, err := os.ReadDir(m.binds); err != nil || len(entries) != 0 {
-		t.Errorf("there are bind directories: %v %v", entries, err)
+	if left := bindDirs(t, m.binds); len(left) != 0 {
+		t.Errorf("there are bind directories: %q", left)
 	}
 }
 
@@ -1258,12 +1261,18 @@ func TestDaemonsLeaveEachOthersHalfMadeServicesAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	half := map[string]string{} // directories of half-made services by the containers' names
-	for _, role := range []string{roleNew, roleGone} {
+	for _, prefix := range []string{nameNew, ""} {
 		id := newID()
-		name := containerName(role, id)
-		half[name] = filepath.Join(binds, id)
-		writeFile(t, filepath.Join(half[name], "file"), "content")
-		m.foreign(t, name, map[string]string{labelService: id, labelBinds: binds})
+		name, dir := prefix+id, filepath.Join(binds, id)
+		writeFile(t, filepath.Join(dir, "file"), "content")
+		m.foreign(t, name, map[string]string{labelService: id, labelBinds: binds}, dir)
+		half[name] = dir
+		if prefix == "" { // a delete that has committed
+			half[name] = filepath.Join(binds, goneDir, id)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(half[name]), 0o700), os.Rename(dir, half[name])); err != nil {
+				t.Fatal(err)
+			}
+		}
 		// The same directory is no trace of a service where another daemon looks.
 		writeFile(t, filepath.Join(m.binds, id, "file"), "content")
 	}

@@ -3,13 +3,14 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
-	"net/http"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -17,381 +18,484 @@ import (
 	"github.com/docker/docker/api/types/filters"
 )
 
-// The names of containers are the journal of what is under way. An entry is written
-// before what it stands for is begun, and removed after that is done, so that settle
-// can finish or undo it from the names alone.
+// The state of a service is in the names of its containers and directories, and nowhere else.
+// Ids have no dot, so names with one are the daemon's own. They are its journal: an entry is
+// written before what it stands for is begun, and removed after all of that is done, so that
+// settle, which reads nothing but the names and two labels, can finish or undo what a daemon left
+// that died. Whatever cannot be read from this table does not happen.
+//
+//	name                            meaning                               written by              ended by
+//	<id>                            the service: the current container    a create's commit,      DELETE
+//	                                                                      a start with a next
+//	duxcore.new.<id>                a create that has not committed       create                  its commit, settle
+//	duxcore.next.<id>.<number>      the service with its new              PATCH: its commit       the start that takes it,
+//	                                environment, for its next start                               a later PATCH, settle
+//	duxcore.now.<id>                a start has chosen this one:          a start's commit        that start, settle
+//	                                the current one has to go
+//	any other, that mounts          a stray: somebody gave it that        by hand                 by hand
+//	the service's directory         name; it may use the directory
+//	directory .gone/<id>            all that belongs to the service       DELETE's commit,        settle, last of all
+//	                                has to go                             a create's undoing
+//
+// A container with our labels that does not mount the service's directory, such as one made of
+// another's docker commit, is nobody's business.
+//
+// A create gives its container a random word, its birth, and the number 0; the containers that
+// PATCHes make inherit the birth and get higher numbers. The highest number wins. So the last call
+// of a daemon that died, which the engine may carry out when its successor has already looked, does
+// no harm: what it makes is outnumbered, or of an earlier birth, or takes effect as if it had been
+// sent last.
+//
+// Three contexts say how long something may take:
+//   - asked: what the client asked for. It ends when the client leaves, or at its route's limit.
+//   - finish: what must be finished once it is begun, which is each call that changes something. It
+//     ends at its deadline alone; the route table says which requests have one for their context.
+//   - server.life: the daemon's. It ends when run waits no longer for changes under way.
 const (
-	roleCurrent = ""     // <id>: the service
-	roleNew     = "new"  // a create that has not committed: it and its directory are worthless
-	roleNext    = "next" // the service with its new environment, waiting for the next start
-	rolePrev    = "prev" // an earlier next, until its successor exists
-	roleGone    = "gone" // a delete that has committed: all that belongs to it has to go
-	roleOther   = "?"    // somebody else gave it another name: it may still use its directory
+	nameNew  = "duxcore.new."  // and the id
+	nameNext = "duxcore.next." // and the id, a dot, and the number
+	nameNow  = "duxcore.now."  // and the id
 
 	labelService = "duxcore.service" // the service's id
-	labelBinds   = "duxcore.binds"   // the daemon's bind root: whose service it is
-	labelParams  = "duxcore.params"  // the service's serviceParams, as JSON
+	labelBinds   = "duxcore.binds"   // the path of its daemon's bind root
+	labelParams  = "duxcore.params"  // its serviceParams, as JSON
+	labelBirth   = "duxcore.birth"   // made by its create
+	labelNumber  = "duxcore.number"  // decimal
 )
 
-const (
-	undoTime = 2 * time.Minute // for undoing a create that failed, whatever became of its request
-	lateTime = 5 * time.Second // that the engine may be at work on the last call of a daemon that died
-)
+const nameTries = 3 // for a name that a late call may have taken
 
-// journal holds one service's containers by role. A role that is not there has an empty ID.
-type journal map[string]container.Summary
-
-func (j journal) has(role string) bool { return j[role].ID != "" }
-
-func containerName(role, id string) string {
-	if role == roleCurrent {
-		return id
-	}
-	return "duxcore." + role + "." + id
+// journal is what the engine has of one service. A container that is not there is nil.
+type journal struct {
+	current, new, now *container.Summary
+	next, strays      []*container.Summary
 }
 
-// create makes a service, or undoes all of it. Until it commits it is given up when
-// ctx ends; calls that change the engine's state are not, because the engine may
-// carry them out nevertheless, and later.
-func (s *server) create(ctx context.Context, p serviceParams, registryAuth string) error {
-	return s.change(ctx, p.ID, func(found journal) error {
-		if found.has(roleOther) {
-			return failure(http.StatusConflict, "service %q has a container that was given another name", p.ID)
+// waiting returns the container that the next start will take, and those that none will.
+func (j journal) waiting() (latest *container.Summary, idle []*container.Summary) {
+	for _, c := range j.next {
+		if j.current != nil && c.Labels[labelBirth] == j.current.Labels[labelBirth] &&
+			number(c) > number(cmp.Or(latest, j.current)) {
+			latest, c = c, latest
 		}
-		// Somebody else's container of that name is known here, before a download; the renaming decides.
-		if c, err := s.engine.api().ContainerInspect(ctx, p.ID); found.has(roleCurrent) || err == nil && c.Name == "/"+p.ID {
-			return failure(http.StatusConflict, "there is a container %q already", p.ID)
+		if c != nil {
+			idle = append(idle, c)
 		}
-		if err := s.ensureImage(ctx, p.Image, registryAuth); err != nil {
+	}
+	return latest, idle
+}
+
+// number returns a container's number. What is none counts as a create's.
+func number(c *container.Summary) int {
+	n, _ := strconv.Atoi(c.Labels[labelNumber])
+	return n
+}
+
+func nextName(id string, number int) string { return fmt.Sprintf("%s%s.%d", nameNext, id, number) }
+
+// create makes all of a service, or nothing.
+func (s *server) create(asked context.Context, p serviceParams, registryAuth string) error {
+	finish, cancel := context.WithTimeout(s.life, s.createTimeout)
+	defer cancel()
+	return s.change(asked, finish, p.ID, func(current, _ *container.Summary) error {
+		if current != nil {
+			return conflict("there is a service %q already", p.ID)
+		}
+		if err := s.ensureImage(asked, p.Image, registryAuth); err != nil {
 			return err
 		}
-		if err := s.binds.make(p.ID, p.owner()); err != nil {
+		if err := s.binds.free(p.ID); err != nil {
 			return err
 		}
-		err := s.createContents(ctx, p)
+		err := s.build(asked, finish, p)
 		if err != nil {
-			undo, cancel := context.WithTimeout(s.life, undoTime)
-			defer cancel()
-			if _, err := s.settle(undo, p.ID); err != nil {
-				s.log.Warn("a failed create is still to be undone", "id", p.ID, "err", err)
-			}
+			s.undo(p.ID)
 		}
 		return err
 	})
 }
 
-// createContents is the part of create that the journal covers.
-func (s *server) createContents(ctx context.Context, p serviceParams) error {
-	change, cancel := context.WithTimeout(s.life, s.createTimeout)
-	defer cancel()
-	config, host := s.containerSpec(p)
-	created, err := s.engine.api().ContainerCreate(change, config, host, nil, nil, containerName(roleNew, p.ID))
-	if errdefs.IsNotFound(err) { // removed again, or a pull that said nothing of its failure
-		return failure(http.StatusNotFound, "no image %q", p.Image)
-	}
+// build is the part of a create that is undone if it fails.
+func (s *server) build(asked, finish context.Context, p serviceParams) error {
+	dir, err := s.binds.make(p.ID, p.owner())
 	if err != nil {
-		return fmt.Errorf("cannot create the container: %w", err)
+		return err
 	}
-	for _, warning := range created.Warnings { // such as a limit that the kernel does not support
-		s.log.Warn("the engine created a container with a warning", "id", p.ID, "warning", warning)
-	}
-	if p.BindContents != "" {
-		dir, err := s.binds.root.OpenRoot(p.ID)
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
-		if err := s.fetch.unpack(ctx, p.BindContents, dir, limits, p.owner()); err != nil {
-			return err
+	defer dir.Close()
+	containerID, err := s.makeNew(finish, p)
+	if err == nil && p.BindContents != "" {
+		if err = s.fill(asked, p); err == nil {
+			err = syncFilesystem(dir)
 		}
 	}
-	if ctx.Err() != nil {
-		return ctx.Err()
+	if err == nil {
+		err = cmp.Or(dir.Sync(), s.binds.dir.Sync(), asked.Err())
 	}
-	return s.engine.api().ContainerRename(change, created.ID, p.ID)
+	if err == nil {
+		err = s.rename(finish, containerID, p.ID) // the commit
+	}
+	return err
 }
 
-// setEnv replaces the service's variables, from the next start on. The container that
-// waits for it is made from the service's own params, never from what inspect shows:
-// that has the engine's defaults and choices in it. It shares the current one's
-// anonymous volumes, which stay anonymous, so that they go with the last container.
-func (s *server) setEnv(ctx context.Context, id string, env []string) error {
-	return s.change(ctx, id, func(found journal) error {
-		if !found.has(roleCurrent) {
-			return noSuchService(id)
+// fill unpacks a service's bind_contents into its bind directory.
+func (s *server) fill(asked context.Context, p serviceParams) error {
+	root, err := s.binds.root.OpenRoot(p.ID)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
+	return s.fetch.unpack(asked, p.BindContents, root, limits, p.owner())
+}
+
+// makeNew makes the container of a create. What has its name already was made by a dead daemon's
+// late call, and is worth nothing.
+func (s *server) makeNew(finish context.Context, p serviceParams) (containerID string, err error) {
+	config, host := s.containerSpec(p, rand.Text(), 0)
+	for try := 1; ; try++ {
+		created, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nameNew+p.ID)
+		switch {
+		case errdefs.IsNotFound(err): // removed again, or a pull that said nothing of its failure
+			return "", noSuchImage(p.Image)
+		case errdefs.IsConflict(err) && try < nameTries:
+			all, err := s.ownContainers(finish, p.ID)
+			if err = cmp.Or(err, s.drop(finish, false, all[p.ID].new)); err != nil {
+				return "", err
+			}
+			continue
+		case err != nil:
+			return "", fmt.Errorf("cannot create the container: %w", err)
 		}
-		current := found[roleCurrent]
+		for _, warning := range created.Warnings { // such as a limit that the kernel does not support
+			s.log.Warn("the engine created a container with a warning", "id", p.ID, "warning", warning)
+		}
+		return created.ID, nil
+	}
+}
+
+// undo gives a create up as a DELETE would delete it: its commit may have failed, and come still.
+func (s *server) undo(id string) {
+	finish, cancel := context.WithTimeout(s.life, s.waits.settle)
+	defer cancel()
+	err := s.binds.discard(id)
+	if err == nil {
+		_, _, err = s.settle(finish, id)
+	}
+	if err != nil {
+		s.log.Warn("a failed create is still to be undone", "id", id, "err", err)
+	}
+}
+
+// setEnv replaces the service's variables, from the next start on. The container that waits for
+// it is made from the service's own params, never from what inspect shows: that has the engine's
+// defaults and choices in it. It shares the current one's anonymous volumes, which stay
+// anonymous, so that they go with the last container.
+func (s *server) setEnv(finish context.Context, id string, env []string) error {
+	return s.changeExisting(finish, id, func(current, next *container.Summary) error {
 		var p serviceParams
 		if err := json.Unmarshal([]byte(current.Labels[labelParams]), &p); err != nil {
 			return fmt.Errorf("cannot read the label %s of service %q: %w", labelParams, id, err)
 		}
 		p.Env = env
-		config, host := s.containerSpec(p)
-		config.Image = current.ImageID // the name may mean another image by now
-		host.VolumesFrom = []string{current.ID}
-		if found.has(roleNext) {
-			if err := s.move(ctx, found, id, roleNext, rolePrev); err != nil {
+		for try := 1; ; try++ {
+			n := number(cmp.Or(next, current)) + try // a dead daemon's late call may have the one before
+			config, host := s.containerSpec(p, current.Labels[labelBirth], n)
+			config.Image = current.ImageID // the name may mean another image by now
+			host.VolumesFrom = []string{current.ID}
+			_, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nextName(id, n)) // the commit
+			if err == nil {
+				_, _, err = s.settle(finish, id) // removes the next one that is outnumbered now
 				return err
 			}
+			if !errdefs.IsConflict(err) || try == nameTries {
+				return fmt.Errorf("cannot create the container with the new environment: %w", err)
+			}
 		}
-		_, err := s.engine.api().ContainerCreate(ctx, config, host, nil, nil, containerName(roleNext, id))
-		_, settleErr := s.settle(ctx, id) // removes the earlier next one, or gives it its name back
-		if err != nil {
-			return fmt.Errorf("cannot create the container with the new environment: %w", err)
-		}
-		return settleErr
 	})
 }
 
-// control starts, stops or restarts a service. What holds already is no error.
-func (s *server) control(ctx context.Context, id, op string) error {
-	return s.change(ctx, id, func(found journal) error {
-		if !found.has(roleCurrent) {
-			return noSuchService(id)
-		}
-		current := found[roleCurrent]
-		if op == "start" && current.State == container.StateRunning {
+// start starts a service that does not run.
+func (s *server) start(finish context.Context, id string) error {
+	return s.changeExisting(finish, id, func(current, next *container.Summary) error {
+		if current.State == container.StateRunning {
 			return nil
 		}
-		if op != "start" {
-			seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
-			if err := s.engine.api().ContainerStop(ctx, current.ID, container.StopOptions{Timeout: &seconds}); err != nil {
-				return fmt.Errorf("cannot stop the service: %w", err)
-			}
+		if next == nil {
+			return s.startContainer(finish, id, current)
 		}
-		s.stats.forget(id, nil)
-		if op == "stop" {
-			return nil
-		}
-		if found.has(roleNext) {
-			if err := s.drop(ctx, found, roleCurrent, false); err != nil {
-				return err
-			}
-			if err := s.move(ctx, found, id, roleNext, roleCurrent); err != nil {
-				return err
-			}
-		}
-		err := s.engine.api().ContainerStart(ctx, found[roleCurrent].ID, container.StartOptions{})
-		if errdefs.IsNotFound(err) { // of its network, say: trying again would not help
-			return fmt.Errorf("cannot start the service: %v", err)
-		}
-		return err
+		return s.stopAndStart(finish, id, current, next) // somebody may have paused it, say
 	})
 }
 
-// kill takes no lock: it must not wait behind the stop that it is there to cut short.
-func (s *server) kill(ctx context.Context, id string) error {
-	current, err := s.lookup(ctx, id)
+// restart stops a service that runs, and starts it.
+func (s *server) restart(finish context.Context, id string) error {
+	return s.changeExisting(finish, id, func(current, next *container.Summary) error {
+		return s.stopAndStart(finish, id, current, next)
+	})
+}
+
+// stop stops a service that runs.
+func (s *server) stop(finish context.Context, id string) error {
+	return s.changeExisting(finish, id, func(current, _ *container.Summary) error {
+		return s.stopContainer(finish, id, current)
+	})
+}
+
+// kill kills a service that runs. It takes no lock: it must not wait behind the stop that it is
+// there to cut short.
+func (s *server) kill(finish context.Context, id string) error {
+	current, err := s.lookup(finish, id)
 	if err != nil || !current.State.Running {
 		return err
 	}
-	return s.killContainer(ctx, current.ID)
-}
-
-// remove deletes a service with all that belongs to it, or the one of container and
-// bind directory that is left.
-func (s *server) remove(ctx context.Context, id string) error {
-	_, noDir := s.binds.root.Lstat(id) // before settling, which removes an empty one without a container
-	return s.change(ctx, id, func(found journal) error {
-		if found.has(roleCurrent) {
-			if err := s.move(ctx, found, id, roleCurrent, roleGone); err != nil {
-				return err
-			}
-			defer s.stats.forget(id, nil)
-			_, err := s.settle(ctx, id)
-			return err
-		}
-		if noDir != nil {
-			return noSuchService(id)
-		}
-		return s.binds.remove(ctx, id)
-	})
-}
-
-// change runs do under the service's lock, with its settled containers. While the engine
-// is still at work on the last call of a daemon that died, names are taken and listed
-// containers not found: it does all of it again until that is over, for lateTime at most.
-func (s *server) change(ctx context.Context, id string, do func(found journal) error) error {
-	unlock, err := s.locks.lock(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	for end := time.Now().Add(lateTime); ; {
-		found, err := s.settle(ctx, id)
-		if err == nil {
-			err = do(found)
-		}
-		if !errdefs.IsConflict(err) && !errdefs.IsNotFound(err) || time.Now().After(end) || ctx.Err() != nil {
-			return err
-		}
-		time.Sleep(lateTime / 50) // the next list fails if ctx ends meanwhile
-	}
-}
-
-// settle finishes or undoes what an earlier operation on the service, perhaps of a
-// daemon that died, has left half done, and returns the containers that the service
-// has then: none, the current one, or that and the next one. The caller holds the lock.
-//
-// A call of a daemon that died can take effect even after settle looked. So it acts on
-// containers by their full id, and keeps the directory of a service that has a current one.
-func (s *server) settle(ctx context.Context, id string) (journal, error) {
-	all, err := s.ownContainers(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	found := all[id]
-	if found.has(roleGone) && !found.has(roleCurrent) {
-		err = errors.Join(s.killContainer(ctx, found[roleGone].ID),
-			s.drop(ctx, found, rolePrev, true), s.drop(ctx, found, roleNext, true))
-	} else if found.has(rolePrev) && found.has(roleNext) {
-		err = s.drop(ctx, found, rolePrev, false)
-	} else if found.has(rolePrev) {
-		err = s.move(ctx, found, id, rolePrev, roleNext)
-	}
-	if err == nil && found.has(roleNext) && !found.has(roleCurrent) {
-		if _, noDir := s.binds.root.Lstat(id); noDir == nil {
-			err = s.move(ctx, found, id, roleNext, roleCurrent)
-		} else { // a dead daemon's PATCH, made after the service was deleted
-			err = s.drop(ctx, found, roleNext, true)
-		}
-	}
-	if err == nil {
-		err = s.settleDirs(ctx, id, found)
-	}
-	if err == nil { // last: they are the journal of all this
-		err = errors.Join(s.drop(ctx, found, roleNew, true), s.drop(ctx, found, roleGone, true))
-	}
-	return found, err
-}
-
-// settleDirs removes what is left of the service's directories and worthless.
-func (s *server) settleDirs(ctx context.Context, id string, found journal) error {
-	if err := s.binds.removeGone(ctx, id); err != nil || found.has(roleCurrent) || found.has(roleOther) {
-		return err
-	}
-	if found.has(roleNew) || found.has(roleGone) {
-		return s.binds.remove(ctx, id)
-	}
-	return s.binds.removeEmpty(id)
-}
-
-// move gives a container another role.
-func (s *server) move(ctx context.Context, found journal, id, from, to string) error {
-	c := found[from]
-	if err := s.engine.api().ContainerRename(ctx, c.ID, containerName(to, id)); err != nil {
-		return fmt.Errorf("cannot rename the container: %w", err)
-	}
-	delete(found, from)
-	c.Names = []string{"/" + containerName(to, id)}
-	found[to] = c
-	return nil
-}
-
-// drop kills and removes the container in a role, if there is one.
-func (s *server) drop(ctx context.Context, found journal, role string, volumes bool) error {
-	if !found.has(role) {
-		return nil
-	}
-	err := s.engine.api().ContainerRemove(ctx, found[role].ID, container.RemoveOptions{Force: true, RemoveVolumes: volumes})
-	if err != nil && !errdefs.IsNotFound(err) {
-		return fmt.Errorf("cannot remove the container: %w", err)
-	}
-	delete(found, role)
-	return nil
-}
-
-// killContainer kills a container. The engine's conflict means that it does not run.
-func (s *server) killContainer(ctx context.Context, containerID string) error {
-	err := s.engine.api().ContainerKill(ctx, containerID, "KILL")
-	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) {
+	err = s.engine.api().ContainerKill(finish, current.ID, "KILL")
+	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) { // it has ended meanwhile
 		return nil
 	}
 	return err
 }
 
-// settleAll settles every service that has more, or less, than a current container,
-// perhaps a next one, and a bind directory, and no operation under way. It logs what
-// it cannot do: the next round tries again.
-func (s *server) settleAll(ctx context.Context) {
-	err := s.engine.ping(ctx)
-	var all map[string]journal
-	if err == nil {
-		all, err = s.ownContainers(ctx, "")
+// remove deletes a service with all that belongs to it, or the one of container and bind directory
+// that is left.
+func (s *server) remove(finish context.Context, id string) error {
+	return s.change(finish, finish, id, func(current, _ *container.Summary) error {
+		if there, err := s.binds.has(id); current == nil && (err != nil || !there) {
+			return cmp.Or(err, noSuchService(id))
+		}
+		if err := s.binds.discard(id); err != nil { // the commit
+			return err
+		}
+		_, _, err := s.settle(finish, id)
+		s.stats.forget(id, nil)
+		return err
+	})
+}
+
+// change settles a service under its lock, and runs do with the containers that it has then.
+func (s *server) change(asked, finish context.Context, id string, do func(current, next *container.Summary) error) error {
+	unlock, err := s.locks.lock(asked, id)
+	if err != nil {
+		return err
 	}
-	entries, dirErr := fs.ReadDir(s.binds.root.FS(), ".")
-	if err = cmp.Or(err, dirErr); err != nil {
-		s.log.Warn("cannot look for unfinished operations", "err", err)
-		return
+	defer unlock()
+	current, next, err := s.settle(finish, id)
+	if err != nil {
+		return err
 	}
-	for _, entry := range entries {
-		id := strings.TrimPrefix(entry.Name(), gonePrefix)
-		if serviceID.MatchString(id) && (id != entry.Name() || all[id] == nil) {
-			all[id] = nil
+	return do(current, next)
+}
+
+// changeExisting does the same where there is a current container.
+func (s *server) changeExisting(finish context.Context, id string, do func(current, next *container.Summary) error) error {
+	return s.change(finish, finish, id, func(current, next *container.Summary) error {
+		if current == nil {
+			return noSuchService(id)
+		}
+		return do(current, next)
+	})
+}
+
+// stopAndStart stops the current container and starts it, or the next one in its place.
+func (s *server) stopAndStart(finish context.Context, id string, current, next *container.Summary) error {
+	if err := s.stopContainer(finish, id, current); err != nil {
+		return err
+	}
+	if next != nil {
+		if err := s.rename(finish, next.ID, nameNow+id); err != nil { // the commit
+			return err
+		}
+		if _, _, err := s.settle(finish, id); err != nil {
+			return err
 		}
 	}
-	ended, end := context.WithCancel(ctx)
-	end()
-	for id, found := range all {
-		if found.has(roleCurrent) && !found.has(roleNew) && !found.has(rolePrev) && !found.has(roleGone) {
+	return s.startContainer(finish, id, cmp.Or(next, current))
+}
+
+// settle finishes or undoes what an earlier operation on the service, perhaps of a daemon that
+// died, has left half done. It returns what the service has then: nothing, or a current container
+// and perhaps a next. The caller holds the service's lock. It reads as this table, from the top:
+//
+//	found                                              done
+//	a stray                                            nothing: an error that names it
+//	new, and neither current nor now nor .gone         the directory becomes .gone/<id>, and on
+//	.gone                                              remove all containers, then .gone/<id>; done
+//	any other new                                      remove it
+//	now                                                remove the current one, rename now to <id>
+//	a next of another birth than the current one, of   remove it
+//	no higher number, or outnumbered by another; any
+//	without a current one
+func (s *server) settle(finish context.Context, id string) (current, next *container.Summary, err error) {
+	all, err := s.ownContainers(finish, id)
+	gone, goneErr := s.binds.has(goneDir + "/" + id)
+	if err = cmp.Or(err, goneErr); err != nil {
+		return nil, nil, err
+	}
+	found := all[id]
+	if len(found.strays) > 0 {
+		return nil, nil, conflict("service %q has a container that was given another name: %q", id, strings.Join(found.strays[0].Names, " "))
+	}
+	if found.new != nil && found.current == nil && found.now == nil && !gone {
+		if err := s.binds.discard(id); err != nil {
+			return nil, nil, err
+		}
+		gone = true
+	}
+	if gone {
+		err := s.drop(finish, true, append(found.next, found.new, found.now, found.current)...)
+		if err == nil {
+			err = s.binds.erase(finish, id)
+		}
+		return nil, nil, err
+	}
+	err = s.drop(finish, false, found.new)
+	if err == nil && found.now != nil {
+		// It was stopped before the commit. What may have started it since was meant for an earlier service.
+		if err = s.drop(finish, true, found.current); err == nil {
+			err = s.rename(finish, found.now.ID, id)
+		}
+		found.current = found.now
+	}
+	latest, idle := found.waiting()
+	if err == nil {
+		err = s.drop(finish, false, idle...)
+	}
+	return found.current, latest, err
+}
+
+// drop removes containers, of which some may be nil, with their volumes: the engine keeps what
+// another one uses. Where the engine is at that already, for a daemon that died, drop waits for it.
+func (s *server) drop(finish context.Context, force bool, containers ...*container.Summary) error {
+	for _, c := range containers {
+		if c == nil {
 			continue
 		}
+		err := s.engine.api().ContainerRemove(finish, c.ID, container.RemoveOptions{Force: force, RemoveVolumes: true})
+		if errdefs.IsConflict(err) && (force || c.State == container.StateRemoving) { // else it runs
+			removed, failed := s.engine.api().ContainerWait(finish, c.ID, container.WaitConditionRemoved)
+			select {
+			case <-removed:
+				err = nil
+			case err = <-failed:
+			}
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("cannot remove the container: %w", err)
+		}
+	}
+	return nil
+}
+
+func (s *server) rename(finish context.Context, containerID, name string) error {
+	if err := s.engine.api().ContainerRename(finish, containerID, name); err != nil {
+		return fmt.Errorf("cannot rename the container: %w", err)
+	}
+	return nil
+}
+
+func (s *server) startContainer(finish context.Context, id string, c *container.Summary) error {
+	s.stats.forget(id, nil)
+	return s.engine.api().ContainerStart(finish, c.ID, container.StartOptions{})
+}
+
+func (s *server) stopContainer(finish context.Context, id string, c *container.Summary) error {
+	seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
+	if err := s.engine.api().ContainerStop(finish, c.ID, container.StopOptions{Timeout: &seconds}); err != nil {
+		return fmt.Errorf("cannot stop the service: %w", err)
+	}
+	s.stats.forget(id, nil)
+	return nil
+}
+
+// settleRound settles each service that has something to be finished or undone: all at the same
+// time and each with its own deadline, so that none that hangs holds up the others. It logs what it
+// cannot do, which the next round tries again, and returns an error if it cannot look.
+func (s *server) settleRound() error {
+	ids, err := s.unsettled()
+	if err != nil {
+		s.log.Warn("cannot look for unfinished operations", "err", err)
+		return err
+	}
+	ended, end := context.WithCancel(s.life)
+	end()
+	var all sync.WaitGroup
+	for _, id := range ids {
 		unlock, err := s.locks.lock(ended, id)
 		if err != nil {
 			continue // whoever has the lock settles
 		}
-		if _, err := s.settle(ctx, id); err != nil {
-			s.log.Warn("cannot finish an operation", "id", id, "err", err)
-		}
-		unlock()
+		all.Go(func() { // ends with finish
+			defer unlock()
+			finish, cancel := context.WithTimeout(s.life, s.waits.settle)
+			defer cancel()
+			if _, _, err := s.settle(finish, id); err != nil {
+				s.log.Warn("cannot finish an operation", "id", id, "err", err)
+			}
+		})
 	}
+	all.Wait()
+	return nil
 }
 
-// ownContainers returns the containers of this daemon by service, of all or of one. It
-// asks again where the engine shows a container under two names, in the middle of a rename.
-func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
-	filter := filters.NewArgs(filters.Arg("label", labelBinds+"="+s.binds.path))
-	if id != "" {
-		filter.Add("label", labelService+"="+id)
+// unsettled returns the ids of the services for which settle has something to do.
+func (s *server) unsettled() ([]string, error) {
+	if err := s.engine.ping(s.life); err != nil {
+		return nil, err
 	}
+	all, err := s.ownContainers(s.life, "")
+	ids, goneErr := s.binds.allGone()
+	for id, found := range all {
+		if _, idle := found.waiting(); found.new != nil || found.now != nil || len(idle) > 0 {
+			ids = append(ids, id)
+		}
+	}
+	return ids, cmp.Or(err, goneErr)
+}
+
+// ownContainers returns the containers of this daemon by service, of all or of one. In the middle
+// of a rename the engine shows both names: what has an earlier name of the list below is that.
+func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
 	defer cancel()
-	for {
-		list, err := s.engine.api().ContainerList(ctx, container.ListOptions{All: true, Filters: filter})
-		if err != nil {
-			return nil, err
-		}
-		if all, ok := byService(list); ok {
-			return all, nil
-		}
-		time.Sleep(10 * time.Millisecond) // the next list fails if ctx ends meanwhile
+	label := labelService
+	if id != "" {
+		label += "=" + id
 	}
+	options := container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", label))}
+	list, err := s.engine.api().ContainerList(ctx, options)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]journal{}
+	for _, c := range list {
+		id, binds := c.Labels[labelService], c.Labels[labelBinds]
+		if !serviceID.MatchString(id) || !mounts(c.Mounts, filepath.Join(binds, id)) {
+			continue
+		}
+		if binds != s.binds.path {
+			if err := s.binds.checkMoved(binds); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		found, named := all[id], func(name string) bool { return slices.Contains(c.Names, "/"+name) }
+		switch {
+		case named(id):
+			found.current = &c
+		case named(nameNow + id):
+			found.now = &c
+		case named(nextName(id, number(&c))):
+			found.next = append(found.next, &c)
+		case named(nameNew + id):
+			found.new = &c
+		default:
+			found.strays = append(found.strays, &c)
+		}
+		all[id] = found
+	}
+	return all, nil
 }
 
-// byService sorts containers by service and role. It is not ok if one has two names.
-func byService(list []container.Summary) (all map[string]journal, ok bool) {
-	all = map[string]journal{}
-	for _, c := range list {
-		// A name with a second slash is a link that another container has to it.
-		c.Names = slices.DeleteFunc(c.Names, func(name string) bool { return strings.Count(name, "/") > 1 })
-		if len(c.Names) > 1 {
-			return nil, false
-		}
-		id := c.Labels[labelService]
-		if !serviceID.MatchString(id) {
-			continue // of an image that somebody gave our labels
-		}
-		if all[id] == nil {
-			all[id] = journal{}
-		}
-		as := roleOther
-		for _, role := range []string{roleCurrent, roleNew, roleNext, rolePrev, roleGone} {
-			if slices.Contains(c.Names, "/"+containerName(role, id)) {
-				as = role
-			}
-		}
-		all[id][as] = c
-	}
-	return all, true
+// mounts reports whether one of a container's mounts is a directory of the host.
+func mounts(all []container.MountPoint, dir string) bool {
+	return slices.ContainsFunc(all, func(m container.MountPoint) bool { return m.Source == dir })
 }

@@ -68,6 +68,7 @@ type waits struct {
 	write  time.Duration // for a client to take what is written
 	frame  time.Duration // for the next frame of the engine's statistics
 	linger time.Duration // for another request for a service's statistics
+	settle time.Duration // for settling one service, where no request waits for that
 }
 
 func main() {
@@ -116,14 +117,21 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	defer background.Wait()
 	defer endLife()
 	s := newServer(life, ctx, cfg, key, engine, binds, log)
-	first, cancel := context.WithTimeout(ctx, time.Minute) // the rest can wait for the next round
-	s.settleAll(first)
-	cancel()
-	background.Go(func() { // ends with life
+	first := make(chan error, 1)
+	background.Go(func() { first <- s.settleRound() })
+	select {
+	case err := <-first:
+		if errors.Is(err, errMoved) {
+			return err
+		}
+	case <-time.After(time.Minute): // the rest goes on beside what is asked for
+	case <-ctx.Done():
+	}
+	background.Go(func() { // ends with life, as all rounds do
 		for minute := time.Tick(time.Minute); ; {
 			select {
 			case <-minute:
-				s.settleAll(life)
+				background.Go(func() { s.settleRound() }) // one that hangs holds up no other
 			case <-life.Done():
 				return
 			}
@@ -183,7 +191,7 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 // mistakes in one error. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
 	c := config{waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
-		frame: 10 * time.Second, linger: 30 * time.Second}}
+		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)

@@ -203,7 +203,7 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 		t.Errorf("%v, %v", info.Mode(), err)
 	}
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	if c, _ := e.container("web"); c.HostConfig.Mounts[0].Source != dir+"/real/web" || c.Labels["duxcore.binds"] != dir+"/real" {
+	if c, _ := e.container("web"); c.HostConfig.Mounts[0].Source != dir+"/link/web" || c.Labels["duxcore.binds"] != dir+"/link" {
 		t.Errorf("mounts %v, labels %v", c.HostConfig.Mounts, c.Labels)
 	}
 }

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-
-	"github.com/docker/docker/api/types/container"
 )
 
 // What the daemon passes on is as docs/openapi.json says, whatever the service does.
@@ -48,15 +46,12 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 	m.ctl(t, id, "kill")
 	fits("killed")
 
-	// Somebody takes the service's name before its new environment is applied.
-	if err := m.engine.ContainerRemove(t.Context(), id, container.RemoveOptions{Force: true}); err != nil {
-		t.Fatal(err)
-	}
+	id = newID()
 	m.foreign(t, id, nil)
-	a := m.do(t, "GET", "/service/"+id, "").want(t, 409)
+	a := m.createAs(t, id, "").want(t, 409)
 	var got any
 	decode(t, a.body, &got)
-	want := operations["GET /service/{id}"].Responses[409].Content["application/json"].Examples["NameTaken"].Value
+	want := operations["POST /service"].Responses[409].Content["application/json"].Examples["NameTaken"].Value
 	if is := strings.ReplaceAll(fmt.Sprint(got), id, "demo"); anyID.ReplaceAllString(is, "ID") != anyID.ReplaceAllString(fmt.Sprint(want), "ID") {
 		t.Errorf("got  %s\nwant %s", is, want)
 	}

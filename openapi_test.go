@@ -462,13 +462,9 @@ var apiFailures = map[string]struct {
 	"NotDone":       {change: apiHaste, absent: true, setUp: apiMuteEngine},
 	"ImageNotDone":  {change: apiHaste, absent: true, setUp: apiMuteEngine},
 	"InternalError": {only: "POST /service", setUp: func(_ *testing.T, w apiWorld) { os.RemoveAll(w.binds) }},
-	"NameTaken": {only: "GET /service/{id}", setUp: func(t *testing.T, w apiWorld) {
-		w.do(t, "PATCH", "/service/demo/env", `{}`).want(t, 204)
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		w.byName("demo").Config.Labels, w.byName("demo").Labels = nil, nil // somebody else's now
-	}},
-	"BodyTooLarge": {change: func(c *config) { c.maxImageBytes = maxJSON }, body: wholeTar() + strings.Repeat("\x00", maxJSON)},
+	"NameTaken":     {setUp: func(_ *testing.T, w apiWorld) { w.addForeign("demo", nil) }},
+	"RenamedByHand": {setUp: func(_ *testing.T, w apiWorld) { w.rename("demo", "old") }},
+	"BodyTooLarge":  {change: func(c *config) { c.maxImageBytes = maxJSON }, body: wholeTar() + strings.Repeat("\x00", maxJSON)},
 
 	"UnknownField":     {body: apiCreate(`"max_mem":1`)},
 	"WrongType":        {body: apiCreate(`"max_ram":"64m"`)},

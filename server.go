@@ -187,6 +187,10 @@ func failure(status int, format string, args ...any) error {
 	return &apiError{status, fmt.Sprintf(format, args...)}
 }
 
+func conflict(format string, args ...any) error {
+	return failure(http.StatusConflict, format, args...)
+}
+
 func badRequest(format string, args ...any) error {
 	return failure(http.StatusBadRequest, format, args...)
 }
@@ -195,7 +199,14 @@ func noSuchService(id string) error {
 	return failure(http.StatusNotFound, "no service %q", id)
 }
 
-var errNoSuchPath = failure(http.StatusNotFound, "no such path")
+func noSuchImage(name string) error {
+	return failure(http.StatusNotFound, "no image %q", name)
+}
+
+var (
+	errNoSuchPath = failure(http.StatusNotFound, "no such path")
+	errUnderWay   = failure(http.StatusGatewayTimeout, "another operation on this service is still under way")
+)
 
 // fail answers with an error. Where an answer has begun it logs the error and breaks the
 // connection off, so that nobody takes what there is for all. It is the only writer of errors.
@@ -257,7 +268,7 @@ func (s *server) describe(err error) (status int, description string) {
 		return http.StatusConflict, message
 	case errdefs.IsInvalidArgument(err):
 		return http.StatusBadRequest, message
-	case isA[syscall.Errno](err): // the file system's: all other errors are the engine's
+	case isA[syscall.Errno](err), errors.Is(err, errMoved): // the file system's: all other errors are the engine's
 		return http.StatusInternalServerError, "internal error; the daemon's log has the details"
 	}
 	return http.StatusBadGateway, message

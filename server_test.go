@@ -113,7 +113,7 @@ func TestServiceLivesAndDies(t *testing.T) {
 		if got := e.imageTags(); !slices.Equal(got, []string{tag, "img:1"}) {
 			t.Errorf("images %q, want %q", got, tag)
 		}
-		if left, _ := os.ReadDir(d.binds); len(left) > 0 || len(e.names()) > 0 {
+		if left := bindDirs(t, d.binds); len(left) > 0 || len(e.names()) > 0 {
 			t.Errorf("left: %v %v", left, e.names())
 		}
 	}
@@ -124,7 +124,8 @@ func TestInspectPassesTheEnginesBytesOn(t *testing.T) {
 	e, d := startWithService(t)
 	c, _ := e.container("web")
 	const odd = `{ "Id":"%ID", "Name":"/web","State":{"Running":false},  "NewerField":1e2,` +
-		`"Config":{"Labels":{"duxcore.service":"web","duxcore.binds":"%BINDS"}}}`
+		`"Config":{"Labels":{"duxcore.service":"web","duxcore.binds":"%BINDS"}},` +
+		`"Mounts":[{"Source":"%BINDS/web","NewerField":{}}]}`
 	text := strings.NewReplacer("%ID", c.ID, "%BINDS", d.binds).Replace(odd)
 	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
 		io.WriteString(w, text)
@@ -293,7 +294,7 @@ func TestEngineThatHangsIsAGatewayTimeout(t *testing.T) {
 		{"", "DELETE", "/service/web", ""},
 		// Calls that nothing but the route's limit ends.
 		{"/images/img:1/json", "POST", "/service", createBodyJSON("web", "")},
-		{"/containers/web/json", "POST", "/service", createBodyJSON("web", "")},
+		{"/containers/create", "POST", "/service", createBodyJSON("web", "")},
 	} {
 		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
 			hangs := strings.HasSuffix(r.URL.Path, test.call)
@@ -337,7 +338,7 @@ func TestEngineThatIsGoneAndComesBack(t *testing.T) {
 		if got := <-spoken; got != "/v"+version {
 			t.Errorf("the daemon speaks %s to an engine of %s", got, version)
 		}
-		if left, _ := os.ReadDir(d.binds); len(left) != 1 || !slices.Equal(e.names(), []string{"web"}) {
+		if left := bindDirs(t, d.binds); len(left) != 1 || !slices.Equal(e.names(), []string{"web"}) {
 			t.Errorf("left: %v %q", left, e.names())
 		}
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"io"
@@ -120,15 +121,14 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	list := []container.Summary{}
+	list := []*container.Summary{}
 	for id, found := range all {
-		if current, err := s.current(r.Context(), id, found); err == nil {
-			list = append(list, current)
-		} else if status, _ := s.describe(err); status != http.StatusNotFound {
-			return err
+		if c := cmp.Or(found.current, found.now); c != nil {
+			c.Names = []string{"/" + id} // which a start is about to give to what it has chosen
+			list = append(list, c)
 		}
 	}
-	slices.SortFunc(list, func(a, b container.Summary) int { return strings.Compare(a.Names[0], b.Names[0]) })
+	slices.SortFunc(list, func(a, b *container.Summary) int { return strings.Compare(a.Names[0], b.Names[0]) })
 	writeJSON(w, http.StatusOK, list)
 	return nil
 }
@@ -152,13 +152,12 @@ func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
 	if err := s.readJSON(w, r, &body); err != nil {
 		return err
 	}
-	switch body.Op {
-	case "start", "stop", "restart":
-		return s.control(r.Context(), r.PathValue("id"), body.Op)
-	case "kill":
-		return s.kill(r.Context(), r.PathValue("id"))
+	do, known := map[string]func(context.Context, string) error{
+		"start": s.start, "stop": s.stop, "restart": s.restart, "kill": s.kill}[body.Op]
+	if !known {
+		return badRequest("op: must be start, stop, restart or kill")
 	}
-	return badRequest("op: must be start, stop, restart or kill")
+	return do(r.Context(), r.PathValue("id"))
 }
 
 // setServiceEnv answers PATCH /service/{id}/env.
@@ -195,12 +194,13 @@ type inspected struct {
 		OpenStdin bool
 		Tty       bool
 	}
-	raw []byte
+	Mounts []container.MountPoint
+	raw    []byte
 }
 
 // lookup finds a service's container. The engine also answers to prefixes of container
-// ids, so only the exact name and the labels make a container a service; further calls
-// use the full id of what lookup returns.
+// ids, so only the exact name, the labels and the mount make a container a service; further
+// calls use the full id of what lookup returns. It changes nothing.
 func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // streams have no limit of their own
 	defer cancel()
@@ -214,27 +214,23 @@ func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
 		if err != nil {
 			return inspected{}, err
 		}
-		current, err := s.current(ctx, id, all[id])
-		if err == nil {
-			c, err = s.inspect(ctx, id, current.ID)
+		switch found := all[id]; {
+		case found.current != nil:
+			c, err = s.inspect(ctx, id, found.current.ID)
+			if !errdefs.IsNotFound(err) {
+				return c, err
+			}
+		case found.now != nil: // a start is about to give it the service's name
+			unlock, err := s.locks.lock(ctx, id)
+			if err != nil {
+				return inspected{}, err
+			}
+			unlock()
+		default:
+			return inspected{}, noSuchService(id)
 		}
-		if !errdefs.IsNotFound(err) {
-			return c, err
-		}
 	}
-	return inspected{}, noSuchService(id)
-}
-
-// current returns the service's container. Where a start is just putting the next one
-// in its place, it waits until that is done.
-func (s *server) current(ctx context.Context, id string, found journal) (current container.Summary, err error) {
-	if !found.has(roleCurrent) && found.has(roleNext) && !found.has(roleGone) {
-		err = s.change(ctx, id, func(settled journal) error { found = settled; return nil })
-	}
-	if err == nil && !found.has(roleCurrent) {
-		err = noSuchService(id)
-	}
-	return found[roleCurrent], err
+	return inspected{}, errUnderWay
 }
 
 // inspect inspects a container by its name or full id if it is that of service id. To
@@ -255,7 +251,8 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected,
 	if c.ID == "" {
 		return c, failure(http.StatusBadGateway, "the engine's answer cannot be read")
 	}
-	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path {
+	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path ||
+		!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
 		return inspected{}, noSuchService(id)
 	}
 	return c, nil
@@ -345,12 +342,13 @@ func validPort(text string, least int) bool {
 // containerSpec is all that a service's container may do. The bind directory is a
 // mount.Mount: as a Binds string, a bind_dir of x:/etc:ro would be parsed. What is not
 // here is the engine's default: its seccomp profile, its masked paths, no devices.
-func (s *server) containerSpec(p serviceParams) (*container.Config, *container.HostConfig) {
+func (s *server) containerSpec(p serviceParams, birth string, number int) (*container.Config, *container.HostConfig) {
 	p.BindContents = ""          // it may hold a token, and is of no use again
 	params, _ := json.Marshal(p) // always has a JSON form
 	stopTimeout := int(s.stopTimeout / time.Second)
 	config := &container.Config{
-		Labels:          map[string]string{labelService: p.ID, labelBinds: s.binds.path, labelParams: string(params)},
+		Labels: map[string]string{labelService: p.ID, labelBinds: s.binds.path, labelParams: string(params),
+			labelBirth: birth, labelNumber: strconv.Itoa(number)},
 		Image:           p.Image,
 		Cmd:             p.Cmd,
 		Shell:           p.Shell,

@@ -8,7 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,13 +20,9 @@ import (
 // state is what a request may have changed: containers, images and bind directories.
 func state(t testing.TB, e *fakeEngine, d *daemon) string {
 	t.Helper()
-	entries, err := os.ReadDir(d.binds)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var all strings.Builder
-	for _, entry := range entries {
-		all.WriteString(" dir:" + entry.Name())
+	for _, name := range bindDirs(t, d.binds) {
+		all.WriteString(" dir:" + name)
 	}
 	for _, name := range e.names() {
 		c, _ := e.container(name)
@@ -463,11 +459,11 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 	labels := func(id, binds string) map[string]string {
 		return map[string]string{"duxcore.service": id, "duxcore.binds": binds, "duxcore.params": createBodyJSON(id, "")}
 	}
-	ids := []string{"unlabelled", "other-daemon", "other-id", "renamed", "no-service", "longer"}
+	ids := []string{"unlabelled", "other-daemon", "other-id", "committed", "no-service", "longer"}
 	full := e.addForeign("unlabelled", nil)
 	e.addForeign("other-daemon", labels("other-daemon", d.binds+"2"))
 	e.addForeign("other-id", labels("web", d.binds))
-	e.addForeign("renamed-by-hand", labels("renamed", d.binds))
+	e.addForeign("committed", labels("committed", d.binds)) // of an image that a docker commit of a service made
 	e.addForeign("no-service", map[string]string{"duxcore.binds": d.binds})
 	e.addForeign("longer", labels("longe", d.binds))
 	e.addForeign("duxcore.new.half", labels("half", d.binds+"2"))
@@ -499,7 +495,7 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 	if after := state(t, e, d); after != before {
 		t.Errorf("before%s\nafter%s", before, after)
 	}
-	for _, taken := range []string{"unlabelled", "other-daemon", "renamed"} { // which may still use its directory
+	for _, taken := range []string{"unlabelled", "other-daemon", "committed"} {
 		d.do(t, "POST", "/service", createBodyJSON(taken, "")).want(t, 409, taken)
 	}
 	if after := state(t, e, d); after != before {
@@ -557,8 +553,9 @@ func FuzzServiceID(f *testing.F) {
 			if filter := r.URL.Query().Get("filters"); filter != "" && !strings.Contains(filter, "duxcore.service") {
 				return false // the daemon looks after all services once a minute
 			}
-			for _, name := range []string{id, "duxcore.new." + id, "duxcore.next." + id} {
-				if c, ok := e.container(name); ok {
+			for _, name := range e.names() {
+				if name == id || name == "duxcore.new."+id || name == "duxcore.now."+id || strings.HasPrefix(name, "duxcore.next."+id+".") {
+					c, _ := e.container(name)
 					made[c.ID] = true
 				}
 			}
@@ -591,6 +588,7 @@ func FuzzServiceID(f *testing.F) {
 			kind, rest, _ := strings.Cut(path[1:], "/")
 			about, _, _ := strings.Cut(rest, "/")
 			_, renamed, _ := strings.Cut(strings.TrimPrefix(name, "duxcore."), ".")
+			renamed, _, _ = strings.Cut(renamed, ".")
 			switch {
 			case plainID(inPath) && (path == "/containers/json" || path == "/containers/"+inPath+"/json"):
 			case !plainID(id):
@@ -639,7 +637,8 @@ func granted(t *testing.T, change func(*config), extra string) string {
 	}
 	host := config["HostConfig"].(map[string]any)
 	delete(config, "HostConfig")
-	return strings.ReplaceAll(fieldLines("", config)+fieldLines("HostConfig.", host), d.binds, "BINDS")
+	lines := strings.ReplaceAll(fieldLines("", config)+fieldLines("HostConfig.", host), d.binds, "BINDS")
+	return regexp.MustCompile(`"duxcore.birth":"[A-Z2-7]{26}"`).ReplaceAllString(lines, `"duxcore.birth":"RANDOM"`)
 }
 
 func fieldLines(prefix string, fields map[string]any) string {
@@ -663,7 +662,7 @@ func TestEverythingThatAServiceIsGranted(t *testing.T) {
 		want   string
 	}{
 		{"minimal", nil, "", `Image "img:1"
-Labels {"duxcore.binds":"BINDS","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\"}","duxcore.service":"web"}
+Labels {"duxcore.binds":"BINDS","duxcore.birth":"RANDOM","duxcore.number":"0","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\"}","duxcore.service":"web"}
 OpenStdin true
 StopTimeout 30
 Tty true
@@ -677,7 +676,7 @@ HostConfig.RestartPolicy {"MaximumRetryCount":0,"Name":"no"}
 HostConfig.SecurityOpt ["no-new-privileges"]
 `},
 		{"without a network", nil, `"network_disabled":true`, `Image "img:1"
-Labels {"duxcore.binds":"BINDS","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\",\"network_disabled\":true}","duxcore.service":"web"}
+Labels {"duxcore.binds":"BINDS","duxcore.birth":"RANDOM","duxcore.number":"0","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\",\"network_disabled\":true}","duxcore.service":"web"}
 NetworkDisabled true
 OpenStdin true
 StopTimeout 30
@@ -697,7 +696,7 @@ Env ["A=1","B=x y=z"]
 ExposedPorts {"53/udp":{},"80/tcp":{},"9/sctp":{}}
 Hostname "web-1"
 Image "img:1"
-Labels {"duxcore.binds":"BINDS","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"x:/etc:ro\",\"cmd\":[\"run\",\"--all\"],\"shell\":[\"/bin/sh\",\"-c\"],\"user\":\"1000:1001\",\"working_dir\":\"/srv\",\"env\":[\"A=1\",\"B=x y=z\"],\"open_stdin\":false,\"tty\":false,\"hostname\":\"web-1\",\"port_map\":{\"53/udp\":[{\"HostIp\":\"::1\",\"HostPort\":\"53\"}],\"80/tcp\":[{\"HostIp\":\"127.0.0.1\",\"HostPort\":\"8080\"},{\"HostPort\":\"0\"}],\"9/sctp\":[{\"HostPort\":\"9\"}]},\"max_cpu\":50000,\"max_ram\":67108864}","duxcore.service":"web"}
+Labels {"duxcore.binds":"BINDS","duxcore.birth":"RANDOM","duxcore.number":"0","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"x:/etc:ro\",\"cmd\":[\"run\",\"--all\"],\"shell\":[\"/bin/sh\",\"-c\"],\"user\":\"1000:1001\",\"working_dir\":\"/srv\",\"env\":[\"A=1\",\"B=x y=z\"],\"open_stdin\":false,\"tty\":false,\"hostname\":\"web-1\",\"port_map\":{\"53/udp\":[{\"HostIp\":\"::1\",\"HostPort\":\"53\"}],\"80/tcp\":[{\"HostIp\":\"127.0.0.1\",\"HostPort\":\"8080\"},{\"HostPort\":\"0\"}],\"9/sctp\":[{\"HostPort\":\"9\"}]},\"max_cpu\":50000,\"max_ram\":67108864}","duxcore.service":"web"}
 Shell ["/bin/sh","-c"]
 StopTimeout 7
 User "1000:1001"

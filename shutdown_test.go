@@ -4,11 +4,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -61,7 +63,7 @@ func TestCreateIsUndoneWhenItsClientLeaves(t *testing.T) {
 			w.begin(t, create)
 			ctx, leave := context.WithCancel(t.Context())
 			// Where the call does not end with the client, the download after it does.
-			w.leaveAt(i, leave, strings.HasPrefix(call.name, "GET "))
+			w.leaveAt(i, leave, strings.HasPrefix(call.name, "GET /images/"))
 			commits := strings.HasSuffix(call.name, "/rename")
 			download := func(r *http.Request) { leave(); <-r.Context().Done() }
 			if !commits {
@@ -186,9 +188,9 @@ func TestDaemonsOnOneEngineLeaveEachOthersHalfMadeServicesAlone(t *testing.T) {
 	w, other := newDeathWorld(t), newDeathWorld(t)
 	for _, half := range []struct{ op, lastCall string }{
 		{"create", "POST /containers/create"},
-		{"second PATCH", "POST /containers/*/rename"},
+		{"second PATCH", "POST /containers/create"},
 		{"restart", "DELETE /containers/*"},
-		{"DELETE", "POST /containers/*/rename"},
+		{"DELETE", "DELETE /containers/*"},
 	} {
 		t.Run(half.op, func(t *testing.T) {
 			op := deathOps[slices.IndexFunc(deathOps, func(op *deathOp) bool { return op.name == half.op })]
@@ -244,6 +246,65 @@ func TestFullDiskDuringCreateUndoesIt(t *testing.T) {
 		t.Errorf("the disk is still full: %v", err)
 	}
 	w.mustSend(t, deathDelete, http.StatusNoContent)
+}
+
+// A customer fills the first level of its directory, so that it has no room for one name more, and
+// then the disk; and so may the root have no room for one.
+func TestFullDiskCanBeEmptied(t *testing.T) {
+	t.Parallel()
+	d := newDisk(t, "with a journal")
+	m := newMachine(t, func(c *config) { c.binds = filepath.Join(d.dir, "binds") })
+	id := m.create(t, "")
+	dir := filepath.Join(m.binds, id)
+	for i := range 100 {
+		if err := os.MkdirAll(fmt.Sprintf("%s/%0200d/is/not/empty", dir, i), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	full := func(what string, more func(i int) error) {
+		for i := range 1 << 20 {
+			if err := more(i); errors.Is(err, syscall.ENOSPC) {
+				return
+			} else if err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Fatalf("%s is never full", what)
+	}
+	file, err := os.Create(dir + "/file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	full("the disk", func(int) error { _, err := file.Write(make([]byte, 1<<10)); return err })
+	// A short link stands in the directory alone.
+	full("the root", func(i int) error { return os.Symlink("x", fmt.Sprintf("%s/%d", m.binds, i)) })
+	full("the directory", func(i int) error { return os.Symlink("x", fmt.Sprintf("%s/%d", dir, i)) })
+
+	m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+	for _, name := range bindDirs(t, m.binds) {
+		if strings.Contains(name, id) {
+			t.Errorf("there is %s", name)
+		}
+	}
+	m.do(t, "DELETE", "/service/"+m.create(t, ""), "").want(t, http.StatusNoContent)
+}
+
+func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
+	t.Parallel()
+	w := newDeathWorld(t)
+	w.daemon.kill()
+	w.alone = true
+	w.start(t)
+	w.begin(t, deathOps[0])
+	create := deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","user":"1000"}}`}
+	w.mustSend(t, create, http.StatusInternalServerError)
+	if !w.daemon.log.contains("invalid argument") {
+		t.Errorf("it failed for another reason:\n%s", w.daemon.log)
+	}
+	if got := w.look(t); got != (deathState{}) {
+		t.Errorf("left %+v, want nothing", got)
+	}
 }
 
 func TestPatchThatFailsKeepsTheEarlierOne(t *testing.T) {
