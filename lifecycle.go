@@ -124,7 +124,7 @@ func (s *server) build(asked, finish context.Context, p serviceParams) error {
 	defer dir.Close()
 	containerID, err := s.makeNew(finish, p)
 	if err == nil && p.BindContents != "" {
-		if err = s.fill(asked, p); err == nil {
+		if err = s.unpackContents(asked, p); err == nil {
 			err = syncFilesystem(dir)
 		}
 	}
@@ -132,20 +132,9 @@ func (s *server) build(asked, finish context.Context, p serviceParams) error {
 		err = cmp.Or(dir.Sync(), s.binds.dir.Sync(), asked.Err())
 	}
 	if err == nil {
-		err = s.rename(finish, containerID, p.ID) // the commit
+		err = s.engine.api().ContainerRename(finish, containerID, p.ID) // the commit
 	}
 	return err
-}
-
-// fill unpacks a service's bind_contents into its bind directory.
-func (s *server) fill(asked context.Context, p serviceParams) error {
-	root, err := s.binds.root.OpenRoot(p.ID)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
-	return s.fetch.unpack(asked, p.BindContents, root, limits, p.owner())
 }
 
 // makeNew makes the container of a create. What has its name already was made by a dead daemon's
@@ -154,23 +143,31 @@ func (s *server) makeNew(finish context.Context, p serviceParams) (containerID s
 	config, host := s.containerSpec(p, rand.Text(), 0)
 	for try := 1; ; try++ {
 		created, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nameNew+p.ID)
-		switch {
-		case errdefs.IsNotFound(err): // removed again, or a pull that said nothing of its failure
-			return "", noSuchImage(p.Image)
-		case errdefs.IsConflict(err) && try < nameTries:
+		if errdefs.IsConflict(err) && try < nameTries {
 			all, err := s.ownContainers(finish, p.ID)
 			if err = cmp.Or(err, s.drop(finish, false, all[p.ID].new)); err != nil {
 				return "", err
 			}
 			continue
-		case err != nil:
-			return "", fmt.Errorf("cannot create the container: %w", err)
+		}
+		if errdefs.IsNotFound(err) { // removed again, or a pull that said nothing of its failure
+			err = noSuchImage(p.Image)
 		}
 		for _, warning := range created.Warnings { // such as a limit that the kernel does not support
 			s.log.Warn("the engine created a container with a warning", "id", p.ID, "warning", warning)
 		}
-		return created.ID, nil
+		return created.ID, err
 	}
+}
+
+func (s *server) unpackContents(asked context.Context, p serviceParams) error {
+	root, err := s.binds.root.OpenRoot(p.ID)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
+	return s.fetch.unpack(asked, p.BindContents, root, limits, p.owner())
 }
 
 // undo gives a create up as a DELETE would delete it: its commit may have failed, and come still.
@@ -208,7 +205,7 @@ func (s *server) setEnv(finish context.Context, id string, env []string) error {
 				return err
 			}
 			if !errdefs.IsConflict(err) || try == nameTries {
-				return fmt.Errorf("cannot create the container with the new environment: %w", err)
+				return err
 			}
 		}
 	})
@@ -301,7 +298,7 @@ func (s *server) stopAndStart(finish context.Context, id string, current, next *
 		return err
 	}
 	if next != nil {
-		if err := s.rename(finish, next.ID, nameNow+id); err != nil { // the commit
+		if err := s.engine.api().ContainerRename(finish, next.ID, nameNow+id); err != nil { // the commit
 			return err
 		}
 		if _, _, err := s.settle(finish, id); err != nil {
@@ -351,7 +348,7 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 	if err == nil && found.now != nil {
 		// It was stopped before the commit. What may have started it since was meant for an earlier service.
 		if err = s.drop(finish, true, found.current); err == nil {
-			err = s.rename(finish, found.now.ID, id)
+			err = s.engine.api().ContainerRename(finish, found.now.ID, id)
 		}
 		found.current = found.now
 	}
@@ -379,15 +376,8 @@ func (s *server) drop(finish context.Context, force bool, containers ...*contain
 			}
 		}
 		if err != nil && !errdefs.IsNotFound(err) {
-			return fmt.Errorf("cannot remove the container: %w", err)
+			return err
 		}
-	}
-	return nil
-}
-
-func (s *server) rename(finish context.Context, containerID, name string) error {
-	if err := s.engine.api().ContainerRename(finish, containerID, name); err != nil {
-		return fmt.Errorf("cannot rename the container: %w", err)
 	}
 	return nil
 }
@@ -398,12 +388,9 @@ func (s *server) startContainer(finish context.Context, id string, c *container.
 }
 
 func (s *server) stopContainer(finish context.Context, id string, c *container.Summary) error {
+	defer s.stats.forget(id, nil)
 	seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
-	if err := s.engine.api().ContainerStop(finish, c.ID, container.StopOptions{Timeout: &seconds}); err != nil {
-		return fmt.Errorf("cannot stop the service: %w", err)
-	}
-	s.stats.forget(id, nil)
-	return nil
+	return s.engine.api().ContainerStop(finish, c.ID, container.StopOptions{Timeout: &seconds})
 }
 
 // settleRound settles each service that has something to be finished or undone: all at the same
@@ -413,7 +400,6 @@ func (s *server) settleRound() error {
 	ids, err := s.unsettled()
 	if err != nil {
 		s.log.Warn("cannot look for unfinished operations", "err", err)
-		return err
 	}
 	ended, end := context.WithCancel(s.life)
 	end()
@@ -433,22 +419,25 @@ func (s *server) settleRound() error {
 		})
 	}
 	all.Wait()
-	return nil
+	return err
 }
 
 // unsettled returns the ids of the services for which settle has something to do.
-func (s *server) unsettled() ([]string, error) {
+func (s *server) unsettled() (ids []string, err error) {
 	if err := s.engine.ping(s.life); err != nil {
 		return nil, err
 	}
 	all, err := s.ownContainers(s.life, "")
-	ids, goneErr := s.binds.allGone()
+	if err != nil {
+		return nil, err
+	}
 	for id, found := range all {
 		if _, idle := found.waiting(); found.new != nil || found.now != nil || len(idle) > 0 {
 			ids = append(ids, id)
 		}
 	}
-	return ids, cmp.Or(err, goneErr)
+	gone, err := s.binds.allGone()
+	return append(ids, gone...), err
 }
 
 // ownContainers returns the containers of this daemon by service, of all or of one. In the middle
