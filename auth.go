@@ -70,6 +70,11 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	if err == nil && len(key) < minKeyBytes { // or not read
 		err = fmt.Errorf("the core key %s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
 	}
+	for _, name := range []string{path, dir} { // made just now, or by a start that died: it has to survive a power cut
+		if err == nil {
+			err = syncFile(name)
+		}
+	}
 	if err != nil {
 		return coreKey{}, err
 	}
@@ -79,9 +84,18 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	return sha256.Sum256([]byte(base64.StdEncoding.EncodeToString(key))), nil
 }
 
+// syncFile makes a file durable, or the names in a directory.
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
 // createCoreKey writes a random key beside path and links it into place, so that a
 // crash leaves either no key or a whole one, and a key that is there is never replaced.
-// When it returns, the key survives a power cut.
 func createCoreKey(path string) error {
 	f, err := os.CreateTemp(filepath.Dir(path), ".corekey-*") // a keyDraft; mode 0600
 	if err != nil {
@@ -94,13 +108,5 @@ func createCoreKey(path string) error {
 	if err = cmp.Or(err, f.Sync()); err == nil {
 		err = os.Link(f.Name(), path)
 	}
-	if err = cmp.Or(err, os.Remove(f.Name())); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return cmp.Or(err, os.Remove(f.Name()))
 }

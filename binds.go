@@ -38,7 +38,6 @@ func openBinds(path string) (*bindRoot, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, missing := os.Stat(filepath.Join(path, goneDir))
 	if err := os.MkdirAll(filepath.Join(path, goneDir), 0o700); err != nil {
 		return nil, err
 	}
@@ -58,7 +57,7 @@ func openBinds(path string) (*bindRoot, error) {
 	if err == nil {
 		b.gone, err = root.Open(goneDir)
 	}
-	if err == nil && missing != nil { // what was made, its names included, survives a power cut
+	if err == nil { // what was made just now, or by a start that died, has to survive a power cut
 		err = syncFilesystem(b.dir)
 	}
 	if err != nil {
@@ -113,12 +112,16 @@ func (b *bindRoot) allGone() (ids []string, err error) {
 // free returns a conflict if the service has a bind directory with something in it: to use that
 // would mix the data of two services.
 func (b *bindRoot) free(id string) error {
-	names, err := readSome(b.root, id)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	info, err := b.root.Lstat(id)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
-	case len(names) > 0 || errors.Is(err, syscall.ENOTDIR):
-		return conflict("the bind directory of %q exists and is not empty", id)
+	}
+	isDir, names := err == nil && info.IsDir(), []string(nil)
+	if isDir {
+		names, err = readSome(b.root, id)
+	}
+	if err == nil && (!isDir || len(names) > 0) {
+		err = conflict("the bind directory of %q exists and is not empty", id)
 	}
 	return err
 }
@@ -170,12 +173,16 @@ func (b *bindRoot) discard(id string) error {
 
 // erase removes what discard has put away, with all that is in it, for good.
 func (b *bindRoot) erase(ctx context.Context, id string) error {
-	dir, err := openBelow(b.root, goneDir+"/"+id)
-	if err == nil {
-		err = empty(ctx, dir)
-	}
-	if err == nil || errors.Is(err, syscall.ENOTDIR) {
-		err = b.root.Remove(goneDir + "/" + id)
+	name := goneDir + "/" + id
+	err := b.root.Remove(name)
+	if isNotEmpty(err) { // and so a directory, not a link that somebody has put there
+		var dir *os.Root
+		if dir, err = openBelow(b.root, name); err == nil {
+			err = empty(ctx, dir)
+		}
+		if err == nil {
+			err = b.root.Remove(name)
+		}
 	}
 	return cmp.Or(err, b.gone.Sync())
 }
@@ -237,13 +244,19 @@ func removeSome(ctx context.Context, dir *os.Root) (notEmpty string, err error) 
 		for _, name := range names {
 			err := cmp.Or(ctx.Err(), dir.Remove(name))
 			switch {
-			case errors.Is(err, syscall.ENOTEMPTY), errors.Is(err, syscall.EEXIST): // POSIX allows both
+			case isNotEmpty(err):
 				return name, nil
 			case err != nil && !errors.Is(err, fs.ErrNotExist):
 				return "", err
 			}
 		}
 	}
+}
+
+// isNotEmpty reports whether a directory was not removed because of what is in it: POSIX has two
+// errors for that.
+func isNotEmpty(err error) bool {
+	return errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST)
 }
 
 // openBelow opens a directory in dir, and nothing else: a pipe in its place would block. It goes

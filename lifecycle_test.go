@@ -450,6 +450,26 @@ func TestEngineThatListsNothingForAMomentCostsNoDirectory(t *testing.T) {
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 }
 
+// An administrator may have put a link where a bind directory is looked for.
+func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
+	t.Parallel()
+	for _, target := range []string{"web", "../web", "/etc"} { // the second leads to the first from where it is on its way out
+		e, d := startWithService(t)
+		data := filepath.Join(d.binds, "web", "data")
+		if err := errors.Join(os.WriteFile(data, []byte("precious"), 0o600), os.Symlink(target, filepath.Join(d.binds, "link"))); err != nil {
+			t.Fatal(err)
+		}
+		d.do(t, "POST", "/service", createBodyJSON("link", "")).want(t, 409)
+		d.do(t, "DELETE", "/service/link", "").want(t, 204)
+		if got := bindDirs(t, d.binds); !slices.Equal(got, []string{"web"}) || len(e.names()) != 1 {
+			t.Errorf("%s: there are %q, %q", target, got, e.names())
+		}
+		if text, err := os.ReadFile(data); err != nil || string(text) != "precious" {
+			t.Errorf("%s: the data: %q, %v", target, text, err)
+		}
+	}
+}
+
 func TestServiceThatCannotBeSettledHidesNoOther(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)

@@ -137,17 +137,22 @@ func TestPowerCutLeavesOnlyWhatWasSynced(t *testing.T) {
 func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 	t.Parallel()
 	for kind := range diskKinds {
-		for _, onTwo := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, key and binds on two disks %v", kind, onTwo), func(t *testing.T) {
+		for i := range 4 {
+			onTwo, anotherDied := i&1 != 0, i&2 != 0
+			t.Run(fmt.Sprintf("%s, key and binds on two disks %v, after a start that died %v", kind, onTwo, anotherDied), func(t *testing.T) {
 				t.Parallel()
 				keys, wantKeys := newDisk(t, kind), tree{}
 				binds, wantBinds := keys, wantKeys
 				if onTwo { // so that a sync for the one does nothing for the other
 					binds, wantBinds = newDisk(t, kind), tree{}
 				}
-				d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
-					c.coreKey, c.binds = filepath.Join(keys.dir, "corekey.bin"), filepath.Join(binds.dir, "lib", "binds")
-				})
+				keyFile, root := filepath.Join(keys.dir, "corekey.bin"), filepath.Join(binds.dir, "lib", "binds")
+				if anotherDied { // before it synced what it had made
+					if err := cmp.Or(os.WriteFile(keyFile, make([]byte, 32), 0o600), os.MkdirAll(filepath.Join(root, goneDir), 0o700)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKey, c.binds = keyFile, root })
 				key, err := base64.StdEncoding.DecodeString(d.key)
 				if err != nil || len(key) != 32 {
 					t.Errorf("the key has %d bytes, %v, want 32", len(key), err)
