@@ -330,9 +330,9 @@ func (w *exploration) send(op, env string) error {
 	case "patch":
 		return w.daemon.setEnv(ctx, "web", []string{env})
 	case "restart":
-		return w.daemon.restart(ctx, "web")
+		return w.daemon.changeExisting(ctx, "web", w.daemon.restart)
 	default:
-		return w.daemon.remove(ctx, "web")
+		return w.daemon.change(ctx, ctx, "web", w.daemon.remove)
 	}
 }
 

@@ -97,7 +97,7 @@ func nextName(id string, number int) string { return fmt.Sprintf("%s%s.%d", name
 func (s *server) create(asked context.Context, p serviceParams, registryAuth string) error {
 	finish, cancel := context.WithTimeout(s.life, s.createTimeout)
 	defer cancel()
-	return s.change(asked, finish, p.ID, func(current, _ *container.Summary) error {
+	return s.change(asked, finish, p.ID, func(_ context.Context, _ string, current, _ *container.Summary) error {
 		if current != nil {
 			return conflict("there is a service %q already", p.ID)
 		}
@@ -188,7 +188,7 @@ func (s *server) undo(id string) {
 // defaults and choices in it. It shares the current one's anonymous volumes, which stay
 // anonymous, so that they go with the last container.
 func (s *server) setEnv(finish context.Context, id string, env []string) error {
-	return s.changeExisting(finish, id, func(current, next *container.Summary) error {
+	return s.changeExisting(finish, id, func(_ context.Context, _ string, current, next *container.Summary) error {
 		var p serviceParams
 		if err := json.Unmarshal([]byte(current.Labels[labelParams]), &p); err != nil {
 			return fmt.Errorf("cannot read the label %s of service %q: %w", labelParams, id, err)
@@ -212,30 +212,43 @@ func (s *server) setEnv(finish context.Context, id string, env []string) error {
 }
 
 // start starts a service that does not run.
-func (s *server) start(finish context.Context, id string) error {
-	return s.changeExisting(finish, id, func(current, next *container.Summary) error {
-		if current.State == container.StateRunning {
-			return nil
-		}
-		if next == nil {
-			return s.startContainer(finish, id, current)
-		}
-		return s.stopAndStart(finish, id, current, next) // somebody may have paused it, say
-	})
+func (s *server) start(finish context.Context, id string, current, next *container.Summary) error {
+	switch {
+	case current.State == container.StateRunning:
+		return nil
+	case next == nil:
+		return s.startContainer(finish, id, current)
+	}
+	return s.restart(finish, id, current, next) // somebody may have paused it, say
 }
 
-// restart stops a service that runs, and starts it.
-func (s *server) restart(finish context.Context, id string) error {
-	return s.changeExisting(finish, id, func(current, next *container.Summary) error {
-		return s.stopAndStart(finish, id, current, next)
-	})
+// restart stops a service that runs, and starts it, or what waits for that in its place.
+func (s *server) restart(finish context.Context, id string, current, next *container.Summary) error {
+	if err := s.stop(finish, id, current, next); err != nil {
+		return err
+	}
+	if next == nil {
+		return s.startContainer(finish, id, current)
+	}
+	if err := s.engine.api().ContainerRename(finish, next.ID, nameNow+id); err != nil { // the commit
+		return err
+	}
+	if _, _, err := s.settle(finish, id); err != nil {
+		return err
+	}
+	return s.startContainer(finish, id, next)
 }
 
 // stop stops a service that runs.
-func (s *server) stop(finish context.Context, id string) error {
-	return s.changeExisting(finish, id, func(current, _ *container.Summary) error {
-		return s.stopContainer(finish, id, current)
-	})
+func (s *server) stop(finish context.Context, id string, current, _ *container.Summary) error {
+	defer s.stats.forget(id, nil)
+	seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
+	return s.engine.api().ContainerStop(finish, current.ID, container.StopOptions{Timeout: &seconds})
+}
+
+func (s *server) startContainer(finish context.Context, id string, c *container.Summary) error {
+	s.stats.forget(id, nil)
+	return s.engine.api().ContainerStart(finish, c.ID, container.StartOptions{})
 }
 
 // kill kills a service that runs. It takes no lock: it must not wait behind the stop that it is
@@ -254,22 +267,23 @@ func (s *server) kill(finish context.Context, id string) error {
 
 // remove deletes a service with all that belongs to it, or the one of container and bind directory
 // that is left.
-func (s *server) remove(finish context.Context, id string) error {
-	return s.change(finish, finish, id, func(current, _ *container.Summary) error {
-		if there, err := s.binds.has(id); current == nil && (err != nil || !there) {
-			return cmp.Or(err, noSuchService(id))
-		}
-		if err := s.binds.discard(id); err != nil { // the commit
-			return err
-		}
-		_, _, err := s.settle(finish, id)
-		s.stats.forget(id, nil)
+func (s *server) remove(finish context.Context, id string, current, _ *container.Summary) error {
+	if there, err := s.binds.has(id); current == nil && (err != nil || !there) {
+		return cmp.Or(err, noSuchService(id))
+	}
+	if err := s.binds.discard(id); err != nil { // the commit
 		return err
-	})
+	}
+	defer s.stats.forget(id, nil)
+	_, _, err := s.settle(finish, id)
+	return err
 }
 
-// change settles a service under its lock, and runs do with the containers that it has then.
-func (s *server) change(asked, finish context.Context, id string, do func(current, next *container.Summary) error) error {
+// An operation changes a service under its lock, with the containers that settling has left of it.
+type operation func(finish context.Context, id string, current, next *container.Summary) error
+
+// change waits for the service's lock, settles the service, and does an operation.
+func (s *server) change(asked, finish context.Context, id string, do operation) error {
 	unlock, err := s.locks.lock(asked, id)
 	if err != nil {
 		return err
@@ -279,33 +293,17 @@ func (s *server) change(asked, finish context.Context, id string, do func(curren
 	if err != nil {
 		return err
 	}
-	return do(current, next)
+	return do(finish, id, current, next)
 }
 
-// changeExisting does the same where there is a current container.
-func (s *server) changeExisting(finish context.Context, id string, do func(current, next *container.Summary) error) error {
-	return s.change(finish, finish, id, func(current, next *container.Summary) error {
+// changeExisting does an operation on a service that there is.
+func (s *server) changeExisting(finish context.Context, id string, do operation) error {
+	return s.change(finish, finish, id, func(finish context.Context, id string, current, next *container.Summary) error {
 		if current == nil {
 			return noSuchService(id)
 		}
-		return do(current, next)
+		return do(finish, id, current, next)
 	})
-}
-
-// stopAndStart stops the current container and starts it, or the next one in its place.
-func (s *server) stopAndStart(finish context.Context, id string, current, next *container.Summary) error {
-	if err := s.stopContainer(finish, id, current); err != nil {
-		return err
-	}
-	if next != nil {
-		if err := s.engine.api().ContainerRename(finish, next.ID, nameNow+id); err != nil { // the commit
-			return err
-		}
-		if _, _, err := s.settle(finish, id); err != nil {
-			return err
-		}
-	}
-	return s.startContainer(finish, id, cmp.Or(next, current))
 }
 
 // settle finishes or undoes what an earlier operation on the service, perhaps of a daemon that
@@ -380,17 +378,6 @@ func (s *server) drop(finish context.Context, force bool, containers ...*contain
 		}
 	}
 	return nil
-}
-
-func (s *server) startContainer(finish context.Context, id string, c *container.Summary) error {
-	s.stats.forget(id, nil)
-	return s.engine.api().ContainerStart(finish, c.ID, container.StartOptions{})
-}
-
-func (s *server) stopContainer(finish context.Context, id string, c *container.Summary) error {
-	defer s.stats.forget(id, nil)
-	seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
-	return s.engine.api().ContainerStop(finish, c.ID, container.StopOptions{Timeout: &seconds})
 }
 
 // settleRound settles each service that has something to be finished or undone: all at the same

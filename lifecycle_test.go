@@ -607,8 +607,8 @@ func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
 	s.binds.root.Close() // now every look fails, with an error that is not ENOENT
 	for name, do := range map[string]func() error{
 		"settle": func() error { _, _, err := s.settle(t.Context(), "web"); return err },
-		"DELETE": func() error { return s.remove(t.Context(), "web") },
-		"start":  func() error { return s.start(t.Context(), "web") },
+		"DELETE": func() error { return s.change(t.Context(), t.Context(), "web", s.remove) },
+		"start":  func() error { return s.changeExisting(t.Context(), "web", s.start) },
 		"create": func() error {
 			return s.create(t.Context(), serviceParams{ID: "new", Image: "img:1", BindDir: "/data"}, "")
 		},

@@ -141,7 +141,7 @@ func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
 
 // deleteService answers DELETE /service/{id} when all that belonged to it is gone.
 func (s *server) deleteService(_ http.ResponseWriter, r *http.Request) error {
-	return s.remove(r.Context(), r.PathValue("id"))
+	return s.change(r.Context(), r.Context(), r.PathValue("id"), s.remove)
 }
 
 // controlService answers POST /service/{id}/ctl.
@@ -152,12 +152,17 @@ func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
 	if err := s.readJSON(w, r, &body); err != nil {
 		return err
 	}
-	do, known := map[string]func(context.Context, string) error{
-		"start": s.start, "stop": s.stop, "restart": s.restart, "kill": s.kill}[body.Op]
-	if !known {
-		return badRequest("op: must be start, stop, restart or kill")
+	switch ctx, id := r.Context(), r.PathValue("id"); body.Op {
+	case "start":
+		return s.changeExisting(ctx, id, s.start)
+	case "stop":
+		return s.changeExisting(ctx, id, s.stop)
+	case "restart":
+		return s.changeExisting(ctx, id, s.restart)
+	case "kill":
+		return s.kill(ctx, id)
 	}
-	return do(r.Context(), r.PathValue("id"))
+	return badRequest("op: must be start, stop, restart or kill")
 }
 
 // setServiceEnv answers PATCH /service/{id}/env.
