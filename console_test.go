@@ -885,7 +885,8 @@ func TestServiceThatDoesNotReadIsAGatewayTimeout(t *testing.T) {
 	}
 	e.setDeaf("web", false)
 	d.do(t, "POST", "/service/web/stdin", "again").want(t, 204)
-	if all := e.input("web"); !strings.HasSuffix(all, "again") {
+	// What the engine had taken before the 504 the service may get behind it.
+	if all := e.input("web"); !strings.Contains(all, "again") {
 		t.Errorf("the service has read %q", consoleTail(all))
 	}
 }
