@@ -46,8 +46,10 @@ func openBinds(path string) (*bindRoot, error) {
 		return nil, err
 	}
 	b := &bindRoot{root: root, path: path}
-	b.dir, err = root.Open(".")
-	if err == nil && syscall.Flock(int(b.dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+	if b.dir, err = root.Open("."); err == nil {
+		err = syscall.Flock(int(b.dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	}
+	if err == syscall.EWOULDBLOCK {
 		err = errors.New("in use by another daemon")
 	}
 	if err == nil {
@@ -75,16 +77,21 @@ func (b *bindRoot) close() {
 
 var errMoved = errors.New("the bind directories belong to services that know them by another path")
 
-// checkMoved returns an error if another path leads to the root, by which a daemon has made services
-// before the root was moved, say, or somebody made a link.
-func (b *bindRoot) checkMoved(path string) error {
-	there, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	here, hereErr := b.dir.Stat()
-	if err = cmp.Or(err, hereErr); err == nil && os.SameFile(here, there) {
-		err = fmt.Errorf("%w: start it with -binds %s", errMoved, path)
+// checkMoved returns an error if one of these paths, of bind roots that services have, leads to
+// this root too, such as by a link, or cannot be looked at: those services' directories may be here.
+func (b *bindRoot) checkMoved(paths []string) error {
+	here, err := b.dir.Stat()
+	for _, path := range paths {
+		there, statErr := os.Stat(path)
+		if errors.Is(statErr, fs.ErrNotExist) {
+			continue
+		}
+		if err = cmp.Or(err, statErr); err != nil {
+			return err
+		}
+		if os.SameFile(here, there) {
+			return fmt.Errorf("%w: start it with -binds %s", errMoved, path)
+		}
 	}
 	return err
 }
@@ -161,17 +168,19 @@ func syncFilesystem(f *os.File) error {
 	return nil
 }
 
-// discard puts the service's bind directory, or an empty one if it has none, among those on their
-// way out, for good: that survives a power cut, and no late call of a dead daemon undoes it.
+// discard puts the service's bind directory among those on their way out, for good: that survives
+// a power cut, and no late call of a dead daemon undoes it. A service without one gets an empty
+// file there, for which a full disk has room.
 func (b *bindRoot) discard(id string) error {
 	err := b.root.Rename(id, goneDir+"/"+id)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = b.root.Mkdir(goneDir+"/"+id, 0o700)
+		err = b.root.WriteFile(goneDir+"/"+id, nil, 0o600)
 	}
 	return cmp.Or(err, b.gone.Sync(), b.dir.Sync())
 }
 
-// erase removes what discard has put away, with all that is in it, for good.
+// erase removes what discard has put away, with all that is in it, for good. A daemon that died may
+// not have synced either directory.
 func (b *bindRoot) erase(ctx context.Context, id string) error {
 	name := goneDir + "/" + id
 	err := b.root.Remove(name)
@@ -184,7 +193,7 @@ func (b *bindRoot) erase(ctx context.Context, id string) error {
 			err = b.root.Remove(name)
 		}
 	}
-	return cmp.Or(err, b.gone.Sync())
+	return cmp.Or(err, b.gone.Sync(), b.dir.Sync())
 }
 
 // A level is a directory on the way down into a tree.

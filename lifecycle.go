@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -63,12 +64,16 @@ const (
 	labelNumber  = "duxcore.number"  // decimal
 )
 
-const nameTries = 3 // for a name that a late call may have taken
+const (
+	nameTries = 3               // for a name that a late call may have taken
+	lateTime  = 5 * time.Second // that the engine may be at work on such a call
+)
 
 // journal is what the engine has of one service. A container that is not there is nil.
 type journal struct {
 	current, new, now *container.Summary
 	next, strays      []*container.Summary
+	elsewhere         []string // bind roots of other daemons that have a service of this id
 }
 
 // waiting returns the container that the next start will take, and those that none will.
@@ -138,17 +143,23 @@ func (s *server) build(asked, finish context.Context, p serviceParams) error {
 }
 
 // makeNew makes the container of a create. What has its name already was made by a dead daemon's
-// late call, and is worth nothing.
+// late call, and is worth nothing. The engine gives the name to what it shows only when it is made.
 func (s *server) makeNew(finish context.Context, p serviceParams) (containerID string, err error) {
 	config, host := s.containerSpec(p, rand.Text(), 0)
-	for try := 1; ; try++ {
+	for end := time.Now().Add(lateTime); ; {
 		created, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nameNew+p.ID)
-		if errdefs.IsConflict(err) && try < nameTries {
+		if errdefs.IsConflict(err) && time.Now().Before(end) {
 			all, err := s.ownContainers(finish, p.ID)
 			if err = cmp.Or(err, s.drop(finish, false, all[p.ID].new)); err != nil {
 				return "", err
 			}
+			if all[p.ID].new == nil {
+				time.Sleep(lateTime / 100) // the next call fails if finish ends meanwhile
+			}
 			continue
+		}
+		if errdefs.IsConflict(err) { // of the name, not of the service
+			err = errUnderWay
 		}
 		if errdefs.IsNotFound(err) { // removed again, or a pull that said nothing of its failure
 			err = noSuchImage(p.Image)
@@ -326,6 +337,9 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 		return nil, nil, err
 	}
 	found := all[id]
+	if err := s.binds.checkMoved(found.elsewhere); err != nil {
+		return nil, nil, err
+	}
 	if len(found.strays) > 0 {
 		return nil, nil, conflict("service %q has a container that was given another name: %q", id, strings.Join(found.strays[0].Names, " "))
 	}
@@ -382,9 +396,14 @@ func (s *server) drop(finish context.Context, force bool, containers ...*contain
 
 // settleRound settles each service that has something to be finished or undone: all at the same
 // time and each with its own deadline, so that none that hangs holds up the others. It logs what it
-// cannot do, which the next round tries again, and returns an error if it cannot look.
-func (s *server) settleRound() error {
-	ids, err := s.unsettled()
+// cannot do: the next round tries again. The first one returns an error if this bind root has moved.
+func (s *server) settleRound(first bool) error {
+	ids, elsewhere, err := s.unsettled()
+	if first && err == nil {
+		if err := s.binds.checkMoved(elsewhere); errors.Is(err, errMoved) {
+			return err
+		}
+	}
 	if err != nil {
 		s.log.Warn("cannot look for unfinished operations", "err", err)
 	}
@@ -406,25 +425,27 @@ func (s *server) settleRound() error {
 		})
 	}
 	all.Wait()
-	return err
+	return nil
 }
 
-// unsettled returns the ids of the services for which settle has something to do.
-func (s *server) unsettled() (ids []string, err error) {
+// unsettled returns the ids of the services for which settle has something to do, and the bind
+// roots of other daemons.
+func (s *server) unsettled() (ids, elsewhere []string, err error) {
 	if err := s.engine.ping(s.life); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	all, err := s.ownContainers(s.life, "")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for id, found := range all {
+		elsewhere = append(elsewhere, found.elsewhere...)
 		if _, idle := found.waiting(); found.new != nil || found.now != nil || len(idle) > 0 {
 			ids = append(ids, id)
 		}
 	}
 	gone, err := s.binds.allGone()
-	return append(ids, gone...), err
+	return append(ids, gone...), elsewhere, err
 }
 
 // ownContainers returns the containers of this daemon by service, of all or of one. In the middle
@@ -447,14 +468,10 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 		if !serviceID.MatchString(id) || !mounts(c.Mounts, filepath.Join(binds, id)) {
 			continue
 		}
-		if binds != s.binds.path {
-			if err := s.binds.checkMoved(binds); err != nil {
-				return nil, err
-			}
-			continue
-		}
 		found, named := all[id], func(name string) bool { return slices.Contains(c.Names, "/"+name) }
 		switch {
+		case binds != s.binds.path:
+			found.elsewhere = append(found.elsewhere, binds)
 		case named(id):
 			found.current = &c
 		case named(nameNow + id):

@@ -406,12 +406,10 @@ func TestMovedBindRootKeepsItsServices(t *testing.T) {
 	d = startDaemon(t, e.host(), use(after))
 	e.reopen()
 	for _, request := range []struct{ method, path, body string }{
-		{"GET", "/service", ""}, {"GET", "/service/web", ""}, {"DELETE", "/service/web", ""}, {"DELETE", "/service/empty", ""},
+		{"DELETE", "/service/web", ""}, {"DELETE", "/service/empty", ""}, {"PATCH", "/service/web/env", "{}"},
 		{"POST", "/service", createBodyJSON("empty", "")}, {"POST", "/service/web/ctl", `{"op":"start"}`},
 	} {
-		if a := d.do(t, request.method, request.path, request.body); a.status < 400 {
-			t.Errorf("%s %s: %d %s", request.method, request.path, a.status, a.body)
-		}
+		d.do(t, request.method, request.path, request.body).want(t, 500)
 	}
 	if err := d.stop(); err != nil {
 		t.Fatal(err)
@@ -426,6 +424,28 @@ func TestMovedBindRootKeepsItsServices(t *testing.T) {
 	if got := bindDirs(t, after); len(got) > 0 || len(e.names()) > 0 {
 		t.Errorf("left: %q, %q", got, e.names())
 	}
+}
+
+// Another daemon's root may have become anything.
+func TestBindRootOfAnotherDaemonThatCannotBeLookedAtHidesNothing(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	loop := filepath.Join(filepath.Dir(d.binds), "loop")
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	e.addForeign("theirs", map[string]string{labelService: "theirs", labelBinds: loop}, filepath.Join(loop, "theirs"))
+	e.addForeign(nameNew+"half", map[string]string{labelService: "half", labelBinds: d.binds}, filepath.Join(d.binds, "half"))
+	if err := d.stop(); err != nil {
+		t.Fatal(err)
+	}
+	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
+	if got := e.names(); !slices.Equal(got, []string{"theirs", "web"}) {
+		t.Errorf("there are %q: nothing was settled", got)
+	}
+	d.do(t, "GET", "/service", "").want(t, 200, `"/web"`)
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	d.do(t, "DELETE", "/service/theirs", "").want(t, 500) // that one may be here
 }
 
 func TestEngineThatListsNothingForAMomentCostsNoDirectory(t *testing.T) {
@@ -518,10 +538,10 @@ func TestHungCallOfARoundHoldsUpNoOtherService(t *testing.T) {
 	held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "DELETE /containers/"+hung) })
 	defer release()
 	rounds := make(chan struct{})
-	go func() { s.settleRound(); close(rounds) }() // ends with the deadline of what hangs
+	go func() { s.settleRound(false); close(rounds) }() // ends with the deadline of what hangs
 	<-held
 	half("web")
-	s.settleRound() // another one, which the first does not hold up
+	s.settleRound(false) // another one, which the first does not hold up
 	if got := e.names(); !slices.Equal(got, []string{nameNew + "hangs"}) {
 		t.Errorf("there are %q", got)
 	}
@@ -581,6 +601,17 @@ func TestLateCallsDoNotTakeNames(t *testing.T) {
 			return false
 		}
 	}
+	refused := 0
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		refuses := r.URL.Query().Get("name") == "duxcore.new.slow" && refused < 3
+		if refuses { // the engine still makes the one that has the name, and does not show it
+			refused++
+			reply(w, 409, "Conflict. The container name is already in use")
+		}
+		return refuses
+	})
+	d.do(t, "POST", "/service", createBodyJSON("slow", "")).want(t, 201)
+	d.do(t, "DELETE", "/service/slow", "").want(t, 204)
 	e.setIntercept(comeLate("duxcore.new.other", "other", "0"))
 	d.do(t, "POST", "/service", createBodyJSON("other", "")).want(t, 201)
 	e.setIntercept(comeLate("duxcore.next.web.1", "web", "1"))

@@ -21,6 +21,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -116,12 +117,14 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer endLife()
-	s := newServer(life, ctx, cfg, key, engine, binds, log)
+	serving, stop := context.WithCancel(ctx)
+	defer stop()
+	s := newServer(life, serving, cfg, key, engine, binds, log)
 	first := make(chan error, 1)
-	background.Go(func() { first <- s.settleRound() })
+	background.Go(func() { first <- s.settleRound(true) })
 	select {
 	case err := <-first:
-		if errors.Is(err, errMoved) {
+		if err != nil {
 			return err
 		}
 	case <-time.After(time.Minute): // the rest goes on beside what is asked for
@@ -131,7 +134,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 		for minute := time.Tick(time.Minute); ; {
 			select {
 			case <-minute:
-				background.Go(func() { s.settleRound() }) // one that hangs holds up no other
+				background.Go(func() { s.settleRound(false) }) // one that hangs holds up no other
 			case <-life.Done():
 				return
 			}
@@ -147,12 +150,12 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	}
 	log.Info("listening", "addr", listener.Addr(), "binds", binds.path, "version", version())
 	listening(listener.Addr())
-	return s.serve(ctx, listener)
+	return s.serve(serving, stop, listener)
 }
 
-// serve answers requests until ctx ends or the listener fails, closes the listener, and
-// waits for requests under way.
-func (s *server) serve(ctx context.Context, listener net.Listener) error {
+// serve answers requests until serving ends or the listener fails, which ends serving. It closes
+// the listener, and waits for requests under way.
+func (s *server) serve(serving context.Context, stop func(), listener net.Listener) (err error) {
 	srv := &http.Server{
 		Handler:                      s,
 		BaseContext:                  func(net.Listener) context.Context { return s.life },
@@ -175,16 +178,16 @@ func (s *server) serve(ctx context.Context, listener net.Listener) error {
 		}
 	}()
 	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
+	case err = <-failed: // such as no memory for another connection
+	case <-serving.Done():
 	}
+	stop()
 	grace, cancel := context.WithTimeout(s.life, s.stopTimeout+15*time.Second)
 	defer cancel()
-	if err := srv.Shutdown(grace); err != nil {
-		return errors.New("some requests did not end in time; the next start settles what they left")
+	if srv.Shutdown(grace) != nil {
+		err = cmp.Or(err, errors.New("some requests did not end in time; the next start settles what they left"))
 	}
-	return nil
+	return err
 }
 
 // parseConfig reads the environment, then the arguments, which win. It reports all

@@ -2,11 +2,15 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"crypto/sha256"
 	"errors"
 	"flag"
 	"fmt"
 	goversion "go/version"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -247,5 +251,62 @@ func TestGoHasTheFixesOfOsRoot(t *testing.T) {
 	asked, _, _ := strings.Cut(rest, "\n")
 	if goversion.Compare("go"+asked, "go1.26.5") < 0 {
 		t.Errorf("go.mod asks for go %s only", asked)
+	}
+}
+
+// failingListener fails when it is told to, as for want of memory.
+type failingListener struct {
+	net.Listener
+	fail chan struct{}
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	accepted := make(chan net.Conn, 1)
+	go func() { // ends with the listener
+		if conn, err := l.Listener.Accept(); err == nil {
+			accepted <- conn
+		}
+	}()
+	select {
+	case conn := <-accepted:
+		return conn, nil
+	case <-l.fail:
+		return nil, errors.New("no memory for a connection")
+	}
+}
+
+func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	s := bareServer(t, e, nil)
+	if err := s.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	failing := &failingListener{listener, make(chan struct{})}
+	served := make(chan error, 1)
+	serving, stop := context.WithCancel(t.Context())
+	defer stop()
+	go func() { served <- s.serve(serving, stop, failing) }() // ends with the listener
+	d := &daemon{url: "http://" + listener.Addr().String(), client: &http.Client{Transport: &http.Transport{}}}
+	sum := sha256.Sum256([]byte("key"))
+	s.key, d.key = sum, "key"
+	held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "/stop") })
+	stopped := crowdSend(t, d, "POST", "/service/web/ctl", `{"op":"stop"}`)
+	<-held
+	close(failing.fail)
+	select {
+	case err := <-served:
+		t.Errorf("it did not wait for the change: %v", err)
+	case <-serving.Done(): // it has begun to end
+	}
+	release()
+	(<-stopped).want(t, 204)
+	if err := <-served; err == nil || !strings.Contains(err.Error(), "no memory") {
+		t.Errorf("it ended with %v", err)
 	}
 }
