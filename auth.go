@@ -46,14 +46,14 @@ var keyDraft = regexp.MustCompile(`^\.corekey-[0-9]+$`)
 // without a good key would be open to everyone.
 func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	dir := filepath.Dir(path)
-	entries, err := os.ReadDir(dir)
+	entries, tidyErr := os.ReadDir(dir)
 	for _, entry := range entries {
 		if keyDraft.MatchString(entry.Name()) { // of a daemon that died: it may be the key itself, by a second name
-			err = cmp.Or(err, os.Remove(filepath.Join(dir, entry.Name())))
+			tidyErr = cmp.Or(tidyErr, os.Remove(filepath.Join(dir, entry.Name())))
 		}
 	}
-	if err != nil {
-		return coreKey{}, fmt.Errorf("cannot tidy up beside the core key: %w", err)
+	if tidyErr != nil {
+		log.Warn("cannot remove what an earlier start may have left beside the core key", "err", tidyErr)
 	}
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -70,10 +70,8 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	if err == nil && len(key) < minKeyBytes { // or not read
 		err = fmt.Errorf("the core key %s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
 	}
-	for _, name := range []string{path, dir} { // made just now, or by a start that died: it has to survive a power cut
-		if err == nil {
-			err = syncFile(name)
-		}
+	if err == nil { // made just now, or by a start that died, it has to survive a power cut
+		err = cmp.Or(syncFile(path), syncFile(dir))
 	}
 	if err != nil {
 		return coreKey{}, err
@@ -87,6 +85,9 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 // syncFile makes a file durable, or the names in a directory.
 func syncFile(path string) error {
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrPermission) { // who may not read a directory has made nothing in it
+		return nil
+	}
 	if err != nil {
 		return err
 	}

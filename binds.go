@@ -77,21 +77,16 @@ func (b *bindRoot) close() {
 
 var errMoved = errors.New("the bind directories belong to services that know them by another path")
 
-// checkMoved returns an error if one of these paths, of bind roots that services have, leads to
-// this root too, such as by a link, or cannot be looked at: those services' directories may be here.
-func (b *bindRoot) checkMoved(paths []string) error {
-	here, err := b.dir.Stat()
-	for _, path := range paths {
-		there, statErr := os.Stat(path)
-		if errors.Is(statErr, fs.ErrNotExist) {
-			continue
-		}
-		if err = cmp.Or(err, statErr); err != nil {
-			return err
-		}
-		if os.SameFile(here, there) {
-			return fmt.Errorf("%w: start it with -binds %s", errMoved, path)
-		}
+// checkMoved returns an error if another path leads to this root too: by a link, say, that was left
+// where it was before.
+func (b *bindRoot) checkMoved(path string) error {
+	there, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	here, hereErr := b.dir.Stat()
+	if err = cmp.Or(err, hereErr); err == nil && os.SameFile(here, there) {
+		err = fmt.Errorf("%w: start it with -binds %s", errMoved, path)
 	}
 	return err
 }

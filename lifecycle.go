@@ -22,7 +22,7 @@ import (
 // The state of a service is in the names of its containers and directories, and nowhere else.
 // Ids have no dot, so names with one are the daemon's own. They are its journal: an entry is
 // written before what it stands for is begun, and removed after all of that is done, so that
-// settle, which reads nothing but the names and two labels, can finish or undo what a daemon left
+// settle, which reads nothing but names, labels and mounts, can finish or undo what a daemon left
 // that died. Whatever cannot be read from this table does not happen.
 //
 //	name                            meaning                               written by              ended by
@@ -50,7 +50,7 @@ import (
 // Three contexts say how long something may take:
 //   - asked: what the client asked for. It ends when the client leaves, or at its route's limit.
 //   - finish: what must be finished once it is begun, which is each call that changes something. It
-//     ends at its deadline alone; the route table says which requests have one for their context.
+//     ends at its deadline, or with life; the route table says which requests have one as context.
 //   - server.life: the daemon's. It ends when run waits no longer for changes under way.
 const (
 	nameNew  = "duxcore.new."  // and the id
@@ -73,7 +73,6 @@ const (
 type journal struct {
 	current, new, now *container.Summary
 	next, strays      []*container.Summary
-	elsewhere         []string // bind roots of other daemons that have a service of this id
 }
 
 // waiting returns the container that the next start will take, and those that none will.
@@ -103,8 +102,8 @@ func (s *server) create(asked context.Context, p serviceParams, registryAuth str
 	finish, cancel := context.WithTimeout(s.life, s.createTimeout)
 	defer cancel()
 	return s.change(asked, finish, p.ID, func(_ context.Context, _ string, current, _ *container.Summary) error {
-		if current != nil {
-			return conflict("there is a service %q already", p.ID)
+		if current != nil || s.nameTaken(asked, p.ID) {
+			return conflict("there is a container %q already", p.ID)
 		}
 		if err := s.ensureImage(asked, p.Image, registryAuth); err != nil {
 			return err
@@ -262,8 +261,8 @@ func (s *server) startContainer(finish context.Context, id string, c *container.
 	return s.engine.api().ContainerStart(finish, c.ID, container.StartOptions{})
 }
 
-// kill kills a service that runs. It takes no lock: it must not wait behind the stop that it is
-// there to cut short.
+// kill kills a service that runs. It takes no lock while there is a current container: it must not
+// wait behind the stop that it is there to cut short.
 func (s *server) kill(finish context.Context, id string) error {
 	current, err := s.lookup(finish, id)
 	if err != nil || !current.State.Running {
@@ -279,8 +278,13 @@ func (s *server) kill(finish context.Context, id string) error {
 // remove deletes a service with all that belongs to it, or the one of container and bind directory
 // that is left.
 func (s *server) remove(finish context.Context, id string, current, _ *container.Summary) error {
-	if there, err := s.binds.has(id); current == nil && (err != nil || !there) {
-		return cmp.Or(err, noSuchService(id))
+	if current == nil {
+		if there, err := s.binds.has(id); err != nil || !there {
+			return cmp.Or(err, noSuchService(id))
+		}
+		if s.nameTaken(finish, id) {
+			return conflict("there is a container %q that is no service", id)
+		}
 	}
 	if err := s.binds.discard(id); err != nil { // the commit
 		return err
@@ -292,6 +296,13 @@ func (s *server) remove(finish context.Context, id string, current, _ *container
 
 // An operation changes a service under its lock, with the containers that settling has left of it.
 type operation func(finish context.Context, id string, current, next *container.Summary) error
+
+// nameTaken reports whether a container has a service's name. One that the engine does not list as
+// that service's can be somebody else's; or the engine lists nothing for a moment, as when it starts.
+func (s *server) nameTaken(ctx context.Context, id string) bool {
+	c, err := s.engine.api().ContainerInspect(ctx, id)
+	return err == nil && c.Name == "/"+id
+}
 
 // change waits for the service's lock, settles the service, and does an operation.
 func (s *server) change(asked, finish context.Context, id string, do operation) error {
@@ -337,9 +348,6 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 		return nil, nil, err
 	}
 	found := all[id]
-	if err := s.binds.checkMoved(found.elsewhere); err != nil {
-		return nil, nil, err
-	}
 	if len(found.strays) > 0 {
 		return nil, nil, conflict("service %q has a container that was given another name: %q", id, strings.Join(found.strays[0].Names, " "))
 	}
@@ -358,7 +366,7 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 	}
 	err = s.drop(finish, false, found.new)
 	if err == nil && found.now != nil {
-		// It was stopped before the commit. What may have started it since was meant for an earlier service.
+		// It was stopped before the commit. What may have started it since was a dead daemon's late call.
 		if err = s.drop(finish, true, found.current); err == nil {
 			err = s.engine.api().ContainerRename(finish, found.now.ID, id)
 		}
@@ -382,8 +390,10 @@ func (s *server) drop(finish context.Context, force bool, containers ...*contain
 		if errdefs.IsConflict(err) && (force || c.State == container.StateRemoving) { // else it runs
 			removed, failed := s.engine.api().ContainerWait(finish, c.ID, container.WaitConditionRemoved)
 			select {
-			case <-removed:
-				err = nil
+			case end := <-removed:
+				if err = nil; end.Error != nil {
+					err = errors.New("engine: " + end.Error.Message)
+				}
 			case err = <-failed:
 			}
 		}
@@ -396,14 +406,9 @@ func (s *server) drop(finish context.Context, force bool, containers ...*contain
 
 // settleRound settles each service that has something to be finished or undone: all at the same
 // time and each with its own deadline, so that none that hangs holds up the others. It logs what it
-// cannot do: the next round tries again. The first one returns an error if this bind root has moved.
-func (s *server) settleRound(first bool) error {
-	ids, elsewhere, err := s.unsettled()
-	if first && err == nil {
-		if err := s.binds.checkMoved(elsewhere); errors.Is(err, errMoved) {
-			return err
-		}
-	}
+// cannot do, which the next round tries again, and returns an error if it cannot look.
+func (s *server) settleRound() error {
+	ids, err := s.unsettled()
 	if err != nil {
 		s.log.Warn("cannot look for unfinished operations", "err", err)
 	}
@@ -425,53 +430,77 @@ func (s *server) settleRound(first bool) error {
 		})
 	}
 	all.Wait()
-	return nil
+	return err
 }
 
-// unsettled returns the ids of the services for which settle has something to do, and the bind
-// roots of other daemons.
-func (s *server) unsettled() (ids, elsewhere []string, err error) {
-	if err := s.engine.ping(s.life); err != nil {
-		return nil, nil, err
+// unsettled returns the ids of the services for which settle has something to do.
+func (s *server) unsettled() (ids []string, err error) {
+	if err := s.meetEngine(s.life); err != nil {
+		return nil, err
 	}
 	all, err := s.ownContainers(s.life, "")
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	for id, found := range all {
-		elsewhere = append(elsewhere, found.elsewhere...)
 		if _, idle := found.waiting(); found.new != nil || found.now != nil || len(idle) > 0 {
 			ids = append(ids, id)
 		}
 	}
 	gone, err := s.binds.allGone()
-	return append(ids, gone...), elsewhere, err
+	return append(ids, gone...), err
 }
 
-// ownContainers returns the containers of this daemon by service, of all or of one. In the middle
-// of a rename the engine shows both names: what has an earlier name of the list below is that.
-func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
+// meetEngine asks the engine for its version, and once, when there first is one, whether it has
+// services that know this bind root by another path: without those nothing may be done. While the
+// daemon runs no other can make such services here.
+func (s *server) meetEngine(ctx context.Context) error {
+	if err := s.engine.ping(ctx); err != nil || s.met.Load() {
+		return err
+	}
+	list, err := s.list(ctx, labelService)
+	if err != nil {
+		return err
+	}
+	for _, c := range list {
+		if path := c.Labels[labelBinds]; path != s.binds.path && mounts(c.Mounts, filepath.Join(path, c.Labels[labelService])) {
+			if err := s.binds.checkMoved(path); errors.Is(err, errMoved) {
+				return err
+			} else if err != nil {
+				s.log.Warn("cannot look at another daemon's bind root", "err", err)
+			}
+		}
+	}
+	s.met.Store(true)
+	return nil
+}
+
+// list returns the engine's containers that have a label.
+func (s *server) list(ctx context.Context, label string) ([]container.Summary, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
 	defer cancel()
-	label := labelService
+	return s.engine.api().ContainerList(ctx, container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", label))})
+}
+
+// ownContainers returns the containers of this daemon by service, of all or of one.
+func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
+	label := labelBinds + "=" + s.binds.path
 	if id != "" {
-		label += "=" + id
+		label = labelService + "=" + id
 	}
-	options := container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", label))}
-	list, err := s.engine.api().ContainerList(ctx, options)
+	list, err := s.list(ctx, label)
 	if err != nil {
 		return nil, err
 	}
 	all := map[string]journal{}
 	for _, c := range list {
-		id, binds := c.Labels[labelService], c.Labels[labelBinds]
-		if !serviceID.MatchString(id) || !mounts(c.Mounts, filepath.Join(binds, id)) {
+		id := c.Labels[labelService]
+		if !serviceID.MatchString(id) || c.Labels[labelBinds] != s.binds.path || !mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
 			continue
 		}
+		// In the middle of a rename the engine shows both names: the first case that fits counts.
 		found, named := all[id], func(name string) bool { return slices.Contains(c.Names, "/"+name) }
 		switch {
-		case binds != s.binds.path:
-			found.elsewhere = append(found.elsewhere, binds)
 		case named(id):
 			found.current = &c
 		case named(nameNow + id):

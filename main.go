@@ -69,7 +69,8 @@ type waits struct {
 	write  time.Duration // for a client to take what is written
 	frame  time.Duration // for the next frame of the engine's statistics
 	linger time.Duration // for another request for a service's statistics
-	settle time.Duration // for settling one service, where no request waits for that
+	settle time.Duration // for settling one service in a round, and for undoing what has failed
+	round  time.Duration // between rounds of settling, and for the first of them before it serves
 }
 
 func main() {
@@ -121,20 +122,20 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	defer stop()
 	s := newServer(life, serving, cfg, key, engine, binds, log)
 	first := make(chan error, 1)
-	background.Go(func() { first <- s.settleRound(true) })
+	background.Go(func() { first <- s.settleRound() })
 	select {
 	case err := <-first:
-		if err != nil {
+		if errors.Is(err, errMoved) {
 			return err
 		}
-	case <-time.After(time.Minute): // the rest goes on beside what is asked for
+	case <-time.After(cfg.waits.round): // the rest goes on beside what is asked for
 	case <-ctx.Done():
 	}
 	background.Go(func() { // ends with life, as all rounds do
-		for minute := time.Tick(time.Minute); ; {
+		for next := time.Tick(cfg.waits.round); ; {
 			select {
-			case <-minute:
-				background.Go(func() { s.settleRound(false) }) // one that hangs holds up no other
+			case <-next:
+				background.Go(func() { s.settleRound() }) // one that hangs holds up no other
 			case <-life.Done():
 				return
 			}
@@ -194,7 +195,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // mistakes in one error. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
 	c := config{waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
-		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute}}
+		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)

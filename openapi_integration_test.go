@@ -51,7 +51,7 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 	a := m.createAs(t, id, "").want(t, 409)
 	var got any
 	decode(t, a.body, &got)
-	want := operations["POST /service"].Responses[409].Content["application/json"].Examples["NameTaken"].Value
+	want := operations["POST /service"].Responses[409].Content["application/json"].Examples["IDTaken"].Value
 	if is := strings.ReplaceAll(fmt.Sprint(got), id, "demo"); anyID.ReplaceAllString(is, "ID") != anyID.ReplaceAllString(fmt.Sprint(want), "ID") {
 		t.Errorf("got  %s\nwant %s", is, want)
 	}

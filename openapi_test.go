@@ -462,7 +462,6 @@ var apiFailures = map[string]struct {
 	"NotDone":       {change: apiHaste, absent: true, setUp: apiMuteEngine},
 	"ImageNotDone":  {change: apiHaste, absent: true, setUp: apiMuteEngine},
 	"InternalError": {only: "POST /service", setUp: func(_ *testing.T, w apiWorld) { os.RemoveAll(w.binds) }},
-	"NameTaken":     {setUp: func(_ *testing.T, w apiWorld) { w.addForeign("demo", nil) }},
 	"RenamedByHand": {setUp: func(_ *testing.T, w apiWorld) { w.rename("demo", "old") }},
 	"BodyTooLarge":  {change: func(c *config) { c.maxImageBytes = maxJSON }, body: wholeTar() + strings.Repeat("\x00", maxJSON)},
 

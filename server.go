@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -60,7 +61,7 @@ func (s *server) routes() []route {
 	}
 }
 
-// server answers the core's requests. All its fields are set once, by newServer.
+// server answers the core's requests. All its fields but met are set once, by newServer.
 type server struct {
 	config
 	key     coreKey
@@ -71,6 +72,7 @@ type server struct {
 	locks   serviceLocks // by service id
 	stdin   serviceLocks // by container id
 	stats   statsFeeds
+	met     atomic.Bool // the engine, and it has no services that know the bind root by another path
 	mux     *http.ServeMux
 	life    context.Context // ends when changes under way must end
 	serving context.Context // ends when the daemon starts to shut down: streams end with it
@@ -157,8 +159,8 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 	}
 	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
 	var err error
-	if !s.engine.known.Load() {
-		err = s.engine.ping(ctx)
+	if !s.engine.known.Load() || !s.met.Load() {
+		err = s.meetEngine(ctx)
 	}
 	if err == nil {
 		err = rt.handle(s, w, r.WithContext(ctx))
@@ -366,5 +368,5 @@ func (w *response) Write(p []byte) (int, error) {
 
 // health answers GET /health: whether services can be worked on.
 func (s *server) health(_ http.ResponseWriter, r *http.Request) error {
-	return s.engine.ping(r.Context())
+	return s.meetEngine(r.Context())
 }
