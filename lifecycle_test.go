@@ -287,7 +287,7 @@ func (f found) put(t *testing.T, e *fakeEngine, s *server) {
 		}
 		e.addForeign(name, map[string]string{labelService: "web", labelBinds: s.binds.path, labelBirth: birth,
 			labelNumber: strconv.Itoa(number), "kind": kind}, filepath.Join(s.binds.path, "web"))
-		e.byName(name).Running = name == "web" && len(f.containers) == 1 // then nothing may stop it
+		e.byName(name).Running = name == "web" // though a start has chosen another one
 	}
 	dir, gone := filepath.Join(s.binds.path, "web"), filepath.Join(s.binds.path, goneDir, "web")
 	err := errors.Join(os.RemoveAll(dir), os.RemoveAll(gone))
