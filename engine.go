@@ -13,11 +13,14 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/client"
 )
 
@@ -149,4 +152,38 @@ func (e *engine) ping(ctx context.Context) error {
 	}
 	e.known.Store(true)
 	return nil
+}
+
+// meetEngine asks the engine for its version, and once, when there first is one, whether it has
+// services that know this bind root by another path: without those nothing may be done. While the
+// daemon runs no other can make such services here.
+func (s *server) meetEngine(ctx context.Context) error {
+	if err := s.engine.ping(ctx); err != nil || s.met.Load() {
+		return err
+	}
+	list, err := s.list(ctx, labelService)
+	if err != nil {
+		return err
+	}
+	for _, c := range list {
+		path := c.Labels[labelBinds]
+		if path == s.binds.path || !mounts(c.Mounts, filepath.Join(path, c.Labels[labelService])) {
+			continue
+		}
+		if err := s.binds.checkMoved(path); errors.Is(err, errMoved) {
+			return err
+		} else if err != nil {
+			s.log.Warn("cannot look at another daemon's bind root", "err", err)
+		}
+	}
+	s.met.Store(true)
+	return nil
+}
+
+// list returns the engine's containers that have a label.
+func (s *server) list(ctx context.Context, label string) ([]container.Summary, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
+	defer cancel()
+	options := container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", label))}
+	return s.engine.api().ContainerList(ctx, options)
 }

@@ -16,7 +16,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
-	"github.com/docker/docker/api/types/filters"
 )
 
 // The state of a service is in the names of its containers and directories, and nowhere else.
@@ -25,18 +24,18 @@ import (
 // settle, which reads nothing but names, labels and mounts, can finish or undo what a daemon left
 // that died. Whatever cannot be read from this table does not happen.
 //
-//	name                            meaning                               written by              ended by
-//	<id>                            the service: the current container    a create's commit,      DELETE
-//	                                                                      a start with a next
-//	duxcore.new.<id>                a create that has not committed       create                  its commit, settle
-//	duxcore.next.<id>.<number>      the service with its new              PATCH: its commit       the start that takes it,
-//	                                environment, for its next start                               a later PATCH, settle
-//	duxcore.now.<id>                a start has chosen this one:          a start's commit        that start, settle
-//	                                the current one has to go
-//	any other, that mounts          a stray: somebody gave it that        by hand                 by hand
-//	the service's directory         name; it may use the directory
-//	directory .gone/<id>            all that belongs to the service       DELETE's commit,        settle, last of all
-//	                                has to go                             a create's undoing
+//	name                        meaning                          written by           ended by
+//	<id>                        the service: the current         a create's commit,   DELETE
+//	                            container                        a start with a next
+//	duxcore.new.<id>            a create that has not committed  create               its commit, settle
+//	duxcore.next.<id>.<number>  the service with its new         PATCH: its commit    the start that takes it,
+//	                            environment, for its next start                       a later PATCH, settle
+//	duxcore.now.<id>            a start has chosen this one:     a start's commit     that start, settle
+//	                            the current one has to go
+//	any other, that mounts      a stray: somebody gave it that   by hand              by hand
+//	the service's directory     name; it may use the directory
+//	.gone/<id>, a directory     all that belongs to the service  DELETE's commit,     settle, last of all
+//	                            has to go                        a create's undoing
 //
 // A container with our labels that does not mount the service's directory, such as one made of
 // another's docker commit, is nobody's business.
@@ -142,7 +141,7 @@ func (s *server) build(asked, finish context.Context, p serviceParams) error {
 }
 
 // makeNew makes the container of a create. What has its name already was made by a dead daemon's
-// late call, and is worth nothing. The engine gives the name to what it shows only when it is made.
+// late call, and is worth nothing; or is still being made, and not shown yet, though it has the name.
 func (s *server) makeNew(finish context.Context, p serviceParams) (containerID string, err error) {
 	config, host := s.containerSpec(p, rand.Text(), 0)
 	for end := time.Now().Add(lateTime); ; {
@@ -209,8 +208,8 @@ func (s *server) setEnv(finish context.Context, id string, env []string) error {
 			config, host := s.containerSpec(p, current.Labels[labelBirth], n)
 			config.Image = current.ImageID // the name may mean another image by now
 			host.VolumesFrom = []string{current.ID}
-			_, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nextName(id, n)) // the commit
-			if err == nil {
+			_, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nextName(id, n))
+			if err == nil { // it was the commit
 				_, _, err = s.settle(finish, id) // removes the next one that is outnumbered now
 				return err
 			}
@@ -298,7 +297,8 @@ func (s *server) remove(finish context.Context, id string, current, _ *container
 type operation func(finish context.Context, id string, current, next *container.Summary) error
 
 // nameTaken reports whether a container has a service's name. One that the engine does not list as
-// that service's can be somebody else's; or the engine lists nothing for a moment, as when it starts.
+// that service's is somebody else's, or the engine lists nothing for a moment, as when it starts. An
+// engine that cannot tell, for the id is also a prefix of several containers', decides nothing here.
 func (s *server) nameTaken(ctx context.Context, id string) bool {
 	c, err := s.engine.api().ContainerInspect(ctx, id)
 	return err == nil && c.Name == "/"+id
@@ -320,12 +320,13 @@ func (s *server) change(asked, finish context.Context, id string, do operation) 
 
 // changeExisting does an operation on a service that there is.
 func (s *server) changeExisting(finish context.Context, id string, do operation) error {
-	return s.change(finish, finish, id, func(finish context.Context, id string, current, next *container.Summary) error {
+	existing := func(finish context.Context, id string, current, next *container.Summary) error {
 		if current == nil {
 			return noSuchService(id)
 		}
 		return do(finish, id, current, next)
-	})
+	}
+	return s.change(finish, finish, id, existing)
 }
 
 // settle finishes or undoes what an earlier operation on the service, perhaps of a daemon that
@@ -349,7 +350,8 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 	}
 	found := all[id]
 	if len(found.strays) > 0 {
-		return nil, nil, conflict("service %q has a container that was given another name: %q", id, strings.Join(found.strays[0].Names, " "))
+		name := strings.Join(found.strays[0].Names, " ")
+		return nil, nil, conflict("service %q has a container that was given another name: %q", id, name)
 	}
 	if found.new != nil && found.current == nil && found.now == nil && !gone {
 		if err := s.binds.discard(id); err != nil {
@@ -451,37 +453,6 @@ func (s *server) unsettled() (ids []string, err error) {
 	return append(ids, gone...), err
 }
 
-// meetEngine asks the engine for its version, and once, when there first is one, whether it has
-// services that know this bind root by another path: without those nothing may be done. While the
-// daemon runs no other can make such services here.
-func (s *server) meetEngine(ctx context.Context) error {
-	if err := s.engine.ping(ctx); err != nil || s.met.Load() {
-		return err
-	}
-	list, err := s.list(ctx, labelService)
-	if err != nil {
-		return err
-	}
-	for _, c := range list {
-		if path := c.Labels[labelBinds]; path != s.binds.path && mounts(c.Mounts, filepath.Join(path, c.Labels[labelService])) {
-			if err := s.binds.checkMoved(path); errors.Is(err, errMoved) {
-				return err
-			} else if err != nil {
-				s.log.Warn("cannot look at another daemon's bind root", "err", err)
-			}
-		}
-	}
-	s.met.Store(true)
-	return nil
-}
-
-// list returns the engine's containers that have a label.
-func (s *server) list(ctx context.Context, label string) ([]container.Summary, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
-	defer cancel()
-	return s.engine.api().ContainerList(ctx, container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", label))})
-}
-
 // ownContainers returns the containers of this daemon by service, of all or of one.
 func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
 	label := labelBinds + "=" + s.binds.path
@@ -495,7 +466,8 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 	all := map[string]journal{}
 	for _, c := range list {
 		id := c.Labels[labelService]
-		if !serviceID.MatchString(id) || c.Labels[labelBinds] != s.binds.path || !mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
+		if !serviceID.MatchString(id) || c.Labels[labelBinds] != s.binds.path ||
+			!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
 			continue
 		}
 		// In the middle of a rename the engine shows both names: the first case that fits counts.

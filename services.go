@@ -214,7 +214,8 @@ func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
 		if err == nil || ctx.Err() != nil {
 			return c, err
 		}
-		// No such name, or an id that is a prefix of several: the list knows neither kind.
+		// No such name, or an id that is a prefix of several: the list knows neither kind. If the
+		// engine fails altogether, the list fails too, and says how.
 		all, err := s.ownContainers(ctx, id)
 		if err != nil {
 			return inspected{}, err
