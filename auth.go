@@ -48,15 +48,16 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	dir := filepath.Dir(path)
 	entries, tidyErr := os.ReadDir(dir)
 	for _, entry := range entries {
-		if keyDraft.MatchString(entry.Name()) { // of a daemon that died: it may be the key itself, by a second name
-			tidyErr = cmp.Or(tidyErr, os.Remove(filepath.Join(dir, entry.Name())))
+		if name := entry.Name(); keyDraft.MatchString(name) && name != filepath.Base(path) { // of a daemon that died: it may be the key itself, by a second name
+			tidyErr = cmp.Or(tidyErr, os.Remove(filepath.Join(dir, name)))
 		}
 	}
-	if tidyErr != nil {
+	if tidyErr != nil && !errors.Is(tidyErr, fs.ErrNotExist) {
 		log.Warn("cannot remove what an earlier start may have left beside the core key", "err", tidyErr)
 	}
 	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	created := errors.Is(err, fs.ErrNotExist)
+	if created {
 		if err := createCoreKey(path); err != nil {
 			return coreKey{}, fmt.Errorf("cannot create the core key: %w", err)
 		}
@@ -70,11 +71,16 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	if err == nil && len(key) < minKeyBytes { // or not read
 		err = fmt.Errorf("the core key %s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
 	}
-	if err == nil { // made just now, or by a start that died, it has to survive a power cut
-		err = cmp.Or(syncFile(path), syncFile(dir))
+	// A start that died may have made it, and not synced it.
+	syncErr := cmp.Or(syncFile(path), syncFile(dir))
+	if created {
+		err = cmp.Or(err, syncErr)
 	}
 	if err != nil {
 		return coreKey{}, err
+	}
+	if syncErr != nil { // on an image that cannot be written, say
+		log.Warn("cannot make sure that the core key survives a power cut", "err", syncErr)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
@@ -85,9 +91,6 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 // syncFile makes a file durable, or the names in a directory.
 func syncFile(path string) error {
 	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrPermission) { // who may not read a directory has made nothing in it
-		return nil
-	}
 	if err != nil {
 		return err
 	}

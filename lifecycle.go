@@ -34,8 +34,8 @@ import (
 //	                            the current one has to go
 //	any other, that mounts      a stray: somebody gave it that   by hand              by hand
 //	the service's directory     name; it may use the directory
-//	.gone/<id>, a directory     all that belongs to the service  DELETE's commit,     settle, last of all
-//	                            has to go                        a create's undoing
+//	.gone/<id>, its directory   all that belongs to the service  DELETE's commit,     settle, last of all
+//	or an empty file            has to go                        a create's undoing
 //
 // A container with our labels that does not mount the service's directory, such as one made of
 // another's docker commit, is nobody's business.
@@ -101,7 +101,8 @@ func (s *server) create(asked context.Context, p serviceParams, registryAuth str
 	finish, cancel := context.WithTimeout(s.life, s.createTimeout)
 	defer cancel()
 	return s.change(asked, finish, p.ID, func(_ context.Context, _ string, current, _ *container.Summary) error {
-		if current != nil || s.nameTaken(asked, p.ID) {
+		taken, _ := s.nameTaken(asked, p.ID) // before a download; if the engine cannot tell, the commit does
+		if current != nil || taken {
 			return conflict("there is a container %q already", p.ID)
 		}
 		if err := s.ensureImage(asked, p.Image, registryAuth); err != nil {
@@ -110,22 +111,23 @@ func (s *server) create(asked context.Context, p serviceParams, registryAuth str
 		if err := s.binds.free(p.ID); err != nil {
 			return err
 		}
-		err := s.build(asked, finish, p)
+		birth := rand.Text()
+		err := s.build(asked, finish, p, birth)
 		if err != nil {
-			s.undo(p.ID)
+			s.undo(p.ID, birth)
 		}
 		return err
 	})
 }
 
 // build is the part of a create that is undone if it fails.
-func (s *server) build(asked, finish context.Context, p serviceParams) error {
+func (s *server) build(asked, finish context.Context, p serviceParams, birth string) error {
 	dir, err := s.binds.make(p.ID, p.owner())
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	containerID, err := s.makeNew(finish, p)
+	containerID, err := s.makeNew(finish, p, birth)
 	if err == nil && p.BindContents != "" {
 		if err = s.unpackContents(asked, p); err == nil {
 			err = syncFilesystem(dir)
@@ -142,8 +144,8 @@ func (s *server) build(asked, finish context.Context, p serviceParams) error {
 
 // makeNew makes the container of a create. What has its name already was made by a dead daemon's
 // late call, and is worth nothing; or is still being made, and not shown yet, though it has the name.
-func (s *server) makeNew(finish context.Context, p serviceParams) (containerID string, err error) {
-	config, host := s.containerSpec(p, rand.Text(), 0)
+func (s *server) makeNew(finish context.Context, p serviceParams, birth string) (containerID string, err error) {
+	config, host := s.containerSpec(p, birth, 0)
 	for end := time.Now().Add(lateTime); ; {
 		created, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nameNew+p.ID)
 		if errdefs.IsConflict(err) && time.Now().Before(end) {
@@ -156,8 +158,10 @@ func (s *server) makeNew(finish context.Context, p serviceParams) (containerID s
 			}
 			continue
 		}
-		if errdefs.IsConflict(err) { // of the name, not of the service
-			err = errUnderWay
+		if errdefs.IsConflict(err) { // with what is being made, unless somebody else has that name
+			if taken, _ := s.nameTaken(finish, nameNew+p.ID); !taken {
+				err = errUnderWay
+			}
 		}
 		if errdefs.IsNotFound(err) { // removed again, or a pull that said nothing of its failure
 			err = noSuchImage(p.Image)
@@ -179,11 +183,15 @@ func (s *server) unpackContents(asked context.Context, p serviceParams) error {
 	return s.fetch.unpack(asked, p.BindContents, root, limits, p.owner())
 }
 
-// undo gives a create up as a DELETE would delete it: its commit may have failed, and come still.
-func (s *server) undo(id string) {
+// undo gives a create up as a DELETE would delete it: its commit may have failed, and come still. A
+// service of another birth, which the engine has not listed before, keeps its container and directory.
+func (s *server) undo(id, birth string) {
 	finish, cancel := context.WithTimeout(s.life, s.waits.settle)
 	defer cancel()
-	err := s.binds.discard(id)
+	all, err := s.ownContainers(finish, id)
+	if c := all[id].current; err == nil && (c == nil || c.Labels[labelBirth] == birth) {
+		err = s.binds.discard(id)
+	}
 	if err == nil {
 		_, _, err = s.settle(finish, id)
 	}
@@ -281,8 +289,8 @@ func (s *server) remove(finish context.Context, id string, current, _ *container
 		if there, err := s.binds.has(id); err != nil || !there {
 			return cmp.Or(err, noSuchService(id))
 		}
-		if s.nameTaken(finish, id) {
-			return conflict("there is a container %q that is no service", id)
+		if taken, err := s.nameTaken(finish, id); err != nil || taken {
+			return cmp.Or(err, conflict("there is a container %q already", id))
 		}
 	}
 	if err := s.binds.discard(id); err != nil { // the commit
@@ -295,14 +303,6 @@ func (s *server) remove(finish context.Context, id string, current, _ *container
 
 // An operation changes a service under its lock, with the containers that settling has left of it.
 type operation func(finish context.Context, id string, current, next *container.Summary) error
-
-// nameTaken reports whether a container has a service's name. One that the engine does not list as
-// that service's is somebody else's, or the engine lists nothing for a moment, as when it starts. An
-// engine that cannot tell, for the id is also a prefix of several containers', decides nothing here.
-func (s *server) nameTaken(ctx context.Context, id string) bool {
-	c, err := s.engine.api().ContainerInspect(ctx, id)
-	return err == nil && c.Name == "/"+id
-}
 
 // change waits for the service's lock, settles the service, and does an operation.
 func (s *server) change(asked, finish context.Context, id string, do operation) error {
@@ -390,7 +390,9 @@ func (s *server) drop(finish context.Context, force bool, containers ...*contain
 		}
 		err := s.engine.api().ContainerRemove(finish, c.ID, container.RemoveOptions{Force: force, RemoveVolumes: true})
 		if errdefs.IsConflict(err) && (force || c.State == container.StateRemoving) { // else it runs
-			removed, failed := s.engine.api().ContainerWait(finish, c.ID, container.WaitConditionRemoved)
+			wait, cancel := context.WithTimeout(finish, s.waits.read) // what fails there may not be told
+			defer cancel()
+			removed, failed := s.engine.api().ContainerWait(wait, c.ID, container.WaitConditionRemoved)
 			select {
 			case end := <-removed:
 				if err = nil; end.Error != nil {
@@ -487,9 +489,4 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 		all[id] = found
 	}
 	return all, nil
-}
-
-// mounts reports whether one of a container's mounts is a directory of the host.
-func mounts(all []container.MountPoint, dir string) bool {
-	return slices.ContainsFunc(all, func(m container.MountPoint) bool { return m.Source == dir })
 }

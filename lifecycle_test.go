@@ -467,6 +467,16 @@ func TestEngineThatListsNothingForAMomentCostsNoService(t *testing.T) {
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 404)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409)
 	d.do(t, "DELETE", "/service/web", "").want(t, 409)
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		lists, inspects := strings.HasSuffix(r.URL.Path, "/containers/json"), strings.HasSuffix(r.URL.Path, "/web/json")
+		if lists {
+			io.WriteString(w, "[]")
+		} else if inspects {
+			reply(w, 500, "cannot look")
+		}
+		return lists || inspects
+	})
+	d.do(t, "DELETE", "/service/web", "").want(t, 502)
 	e.setIntercept(nil)
 	if got := bindDirs(t, d.binds); !slices.Equal(got, []string{"web"}) || !slices.Equal(e.names(), before) {
 		t.Errorf("there are %q, %q", got, e.names())
@@ -491,6 +501,30 @@ func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 		if text, err := os.ReadFile(data); err != nil || string(text) != "precious" {
 			t.Errorf("%s: the data: %q, %v", target, text, err)
 		}
+	}
+}
+
+// A create finds out at its commit that there is a service which the engine has not listed.
+func TestCreateThatIsUndoneKeepsAServiceThatWasNotListed(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	before := state(t, e, d)
+	hidden := 0
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		hides := hidden < 2 && (strings.HasSuffix(r.URL.Path, "/containers/json") || strings.HasSuffix(r.URL.Path, "/web/json"))
+		if hides && strings.HasSuffix(r.URL.Path, "/web/json") {
+			reply(w, 404, "No such container: web")
+		} else if hides {
+			io.WriteString(w, "[]")
+		}
+		if hides {
+			hidden++
+		}
+		return hides
+	})
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409)
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
 	}
 }
 
@@ -635,12 +669,14 @@ func TestLateCallsDoNotTakeNames(t *testing.T) {
 	})
 	d.do(t, "POST", "/service", createBodyJSON("slow", "")).want(t, 201)
 	d.do(t, "DELETE", "/service/slow", "").want(t, 204)
+	e.addForeign("duxcore.new.theirs", nil)
+	d.do(t, "POST", "/service", createBodyJSON("theirs", "")).want(t, 409, "duxcore.new.theirs")
 	e.setIntercept(comeLate("duxcore.new.other", "other", "0"))
 	d.do(t, "POST", "/service", createBodyJSON("other", "")).want(t, 201)
 	e.setIntercept(comeLate("duxcore.next.web.1", "web", "1"))
 	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
 	e.setIntercept(nil)
-	if got := e.names(); !slices.Equal(got, []string{"duxcore.next.web.2", "other", "web"}) {
+	if got := e.names(); !slices.Equal(got, []string{"duxcore.new.theirs", "duxcore.next.web.2", "other", "web"}) {
 		t.Errorf("there are %q", got)
 	}
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)

@@ -170,6 +170,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	}
 	srv.Protocols.SetHTTP1(true)
 	defer srv.Close()
+	defer listener.Close() // which srv does not know if its certificate cannot be loaded
 	failed := make(chan error, 1)
 	go func() { // ends with srv
 		if s.tlsCert != "" {

@@ -264,6 +264,24 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected,
 	return c, nil
 }
 
+// mounts reports whether one of a container's mounts is a directory of the host.
+func mounts(all []container.MountPoint, dir string) bool {
+	return slices.ContainsFunc(all, func(m container.MountPoint) bool { return m.Source == dir })
+}
+
+// nameTaken reports whether a container has a service's name. One that the engine does not list as
+// that service's is somebody else's, or the engine lists nothing for a moment, as when it starts. It
+// cannot tell if the engine cannot, such as of a name that is also a prefix of several ids.
+func (s *server) nameTaken(ctx context.Context, name string) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
+	defer cancel()
+	c, err := s.engine.api().ContainerInspect(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil && c.Name == "/"+name, err
+}
+
 // check returns a 400 that names the first field whose value cannot be right.
 func (p *serviceParams) check() error {
 	target := bindTarget(p.BindDir)
