@@ -48,7 +48,8 @@ func loadCoreKey(path string, log *slog.Logger) (coreKey, error) {
 	dir := filepath.Dir(path)
 	entries, tidyErr := os.ReadDir(dir)
 	for _, entry := range entries {
-		if name := entry.Name(); keyDraft.MatchString(name) && name != filepath.Base(path) { // of a daemon that died: it may be the key itself, by a second name
+		if name := entry.Name(); keyDraft.MatchString(name) && name != filepath.Base(path) {
+			// Of a daemon that died. It may be the key itself, by a second name.
 			tidyErr = cmp.Or(tidyErr, os.Remove(filepath.Join(dir, name)))
 		}
 	}

@@ -293,7 +293,7 @@ func readSome(root *os.Root, name string) ([]string, error) {
 // never wait for each other.
 type serviceLocks struct {
 	mu     sync.Mutex
-	queues map[string][]chan struct{} // by id; the first has the lock, and who becomes the first is told so by closing his
+	queues map[string][]chan struct{} // by id; the first has the lock: who becomes that finds his closed
 }
 
 func newServiceLocks() serviceLocks { return serviceLocks{queues: map[string][]chan struct{}{}} }

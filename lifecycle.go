@@ -144,7 +144,7 @@ func (s *server) build(asked, finish context.Context, p serviceParams, birth str
 
 // makeNew makes the container of a create. What has its name already was made by a dead daemon's
 // late call, and is worth nothing; or is still being made, and not shown yet, though it has the name.
-func (s *server) makeNew(finish context.Context, p serviceParams, birth string) (containerID string, err error) {
+func (s *server) makeNew(finish context.Context, p serviceParams, birth string) (id string, err error) {
 	config, host := s.containerSpec(p, birth, 0)
 	for end := time.Now().Add(lateTime); ; {
 		created, err := s.engine.api().ContainerCreate(finish, config, host, nil, nil, nameNew+p.ID)
@@ -205,7 +205,7 @@ func (s *server) undo(id, birth string) {
 // defaults and choices in it. It shares the current one's anonymous volumes, which stay
 // anonymous, so that they go with the last container.
 func (s *server) setEnv(finish context.Context, id string, env []string) error {
-	return s.changeExisting(finish, id, func(_ context.Context, _ string, current, next *container.Summary) error {
+	change := func(_ context.Context, _ string, current, next *container.Summary) error {
 		var p serviceParams
 		if err := json.Unmarshal([]byte(current.Labels[labelParams]), &p); err != nil {
 			return fmt.Errorf("cannot read the label %s of service %q: %w", labelParams, id, err)
@@ -225,7 +225,8 @@ func (s *server) setEnv(finish context.Context, id string, env []string) error {
 				return err
 			}
 		}
-	})
+	}
+	return s.changeExisting(finish, id, change)
 }
 
 // start starts a service that does not run.
@@ -384,11 +385,12 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 // drop removes containers, of which some may be nil, with their volumes: the engine keeps what
 // another one uses. Where the engine is at that already, for a daemon that died, drop waits for it.
 func (s *server) drop(finish context.Context, force bool, containers ...*container.Summary) error {
+	options := container.RemoveOptions{Force: force, RemoveVolumes: true}
 	for _, c := range containers {
 		if c == nil {
 			continue
 		}
-		err := s.engine.api().ContainerRemove(finish, c.ID, container.RemoveOptions{Force: force, RemoveVolumes: true})
+		err := s.engine.api().ContainerRemove(finish, c.ID, options)
 		if errdefs.IsConflict(err) && (force || c.State == container.StateRemoving) { // else it runs
 			wait, cancel := context.WithTimeout(finish, s.waits.read) // what fails there may not be told
 			defer cancel()
