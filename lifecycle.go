@@ -173,6 +173,7 @@ func (s *server) makeNew(finish context.Context, p serviceParams, birth string) 
 	}
 }
 
+// unpackContents fills the bind directory. A part of it may be there after an error: undo takes that.
 func (s *server) unpackContents(asked context.Context, p serviceParams) error {
 	root, err := s.binds.root.OpenRoot(p.ID)
 	if err != nil {
@@ -264,6 +265,7 @@ func (s *server) stop(finish context.Context, id string, current, _ *container.S
 	return s.engine.api().ContainerStop(finish, current.ID, container.StopOptions{Timeout: &seconds})
 }
 
+// startContainer starts a container, and lets no statistics of what ran before it follow.
 func (s *server) startContainer(finish context.Context, id string, c *container.Summary) error {
 	s.stats.forget(id, nil)
 	return s.engine.api().ContainerStart(finish, c.ID, container.StartOptions{})
@@ -369,7 +371,8 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 	}
 	err = s.drop(finish, false, found.new)
 	if err == nil && found.now != nil {
-		// It was stopped before the commit. What may have started it since was a dead daemon's late call.
+		// By force: it was stopped before the commit. If it runs again, by a dead daemon's late call or
+		// by hand, it is the service no more, and must not keep the chosen one from its place.
 		if err = s.drop(finish, true, found.current); err == nil {
 			err = s.engine.api().ContainerRename(finish, found.now.ID, id)
 		}

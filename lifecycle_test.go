@@ -168,6 +168,18 @@ func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
 	return newServer(life, life, cfg, coreKey{}, engine, binds, slog.New(slog.DiscardHandler))
 }
 
+// bareService returns such a server with a service web.
+func bareService(t *testing.T) (*fakeEngine, *server) {
+	t.Helper()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	s := bareServer(t, e, nil)
+	if err := s.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
+		t.Fatal(err)
+	}
+	return e, s
+}
+
 // found is what settle may find of a service, and in the end leaves.
 type found struct {
 	containers map[string]string // by name; each is called by what it was in the beginning
@@ -686,12 +698,7 @@ func TestLateCallsDoNotTakeNames(t *testing.T) {
 // Nothing is gone because the file system could not say that it is there.
 func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	s := bareServer(t, e, nil)
-	if err := s.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
-		t.Fatal(err)
-	}
+	e, s := bareService(t)
 	e.rename("web", "duxcore.now.web") // a start that died
 	before := e.names()
 	s.binds.root.Close() // now every look fails, with an error that is not ENOENT

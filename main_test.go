@@ -277,12 +277,7 @@ func (l *failingListener) Accept() (net.Conn, error) {
 
 func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	s := bareServer(t, e, nil)
-	if err := s.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
-		t.Fatal(err)
-	}
+	e, s := bareService(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
