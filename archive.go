@@ -196,7 +196,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	for entries := int64(1); ; entries++ {
 		header, err := archive.Next()
 		if err == io.EOF {
-			return broken(stream.drain()) // only at the stream's end is its checksum verified
+			return broken(stream.drain(io.Discard)) // only at the stream's end is its checksum verified
 		}
 		if err != nil {
 			return broken(err)
@@ -239,11 +239,11 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 
 // drain reads on from where a tar reader met an archive's end. It takes the end of its
 // input for that too: but then the end mark, two blocks of zeros, was cut off.
-func (l *limitedReader) drain() error {
+func (l *limitedReader) drain(to io.Writer) error {
 	if l.ended {
 		return io.ErrUnexpectedEOF
 	}
-	_, err := io.Copy(io.Discard, l)
+	_, err := io.Copy(to, l)
 	return err
 }
 

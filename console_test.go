@@ -848,7 +848,7 @@ func TestStdinOfAServiceThatStopsInTheMiddle(t *testing.T) {
 func TestStdinOfAServiceThatStopsWithinAChunk(t *testing.T) {
 	t.Parallel()
 	for name, end := range consoleEnds {
-		for _, size := range []int{5, 64 << 10, 1 << 20} {
+		for _, size := range []int{5, stdinChunk, 1 << 20} {
 			t.Run(fmt.Sprintf("%s, %d bytes", name, size), func(t *testing.T) {
 				t.Parallel()
 				e, d := consoleStart(t, "", nil)
@@ -861,6 +861,23 @@ func TestStdinOfAServiceThatStopsWithinAChunk(t *testing.T) {
 					t.Errorf("answered %d %s", a.status, a.body)
 				}
 			})
+		}
+	}
+}
+
+// Of a connection with more than 32 KiB that a service never reads, the engine keeps a socket for ever.
+func TestEachConnectionForStdinGetsAtMost32KiB(t *testing.T) {
+	t.Parallel()
+	e, d := consoleStart(t, "", nil)
+	d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 1<<20)).want(t, 204)
+	c, _ := e.container("web")
+	sizes := map[int]int{}
+	for _, in := range c.stdin {
+		sizes[in.attach] += len(in.text)
+	}
+	for attach, size := range sizes {
+		if size > 32<<10 {
+			t.Errorf("connection %d got %d bytes", attach, size)
 		}
 	}
 }

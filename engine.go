@@ -69,10 +69,10 @@ func (e *engine) api() *client.Client { return e.sdk.Load() }
 // another status, redirections too, is an error.
 func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (*http.Response, error) {
 	sdk := e.api()
-	transport := sdk.HTTPClient().Transport.(*http.Transport)
+	transport := sdk.HTTPClient().Transport
 	at, _ := client.ParseHostURL(sdk.DaemonHost()) // what newSDK has parsed too
 	call.Scheme, call.Host, call.Path = "http", at.Host, path.Join(at.Path, "/v"+sdk.ClientVersion(), call.Path)
-	if transport.TLSClientConfig != nil {
+	if own, ok := transport.(*http.Transport); ok && own.TLSClientConfig != nil {
 		call.Scheme = "https"
 	}
 	r := &http.Request{Method: method, URL: &call, Host: at.Host, Header: header}
@@ -88,6 +88,8 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 	json.NewDecoder(answer.Body).Decode(&body) // without one, its status has to do
 	message := "engine: " + cmp.Or(body.Message, answer.Status)
 	switch answer.StatusCode {
+	case http.StatusBadRequest:
+		return nil, errdefs.ErrInvalidArgument.WithMessage(message)
 	case http.StatusNotFound:
 		return nil, errdefs.ErrNotFound.WithMessage(message)
 	case http.StatusConflict:

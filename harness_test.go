@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/image"
 	"github.com/docker/docker/api/types/mount"
 	"github.com/docker/docker/api/types/versions"
 	"github.com/docker/docker/pkg/stdcopy"
@@ -178,6 +179,12 @@ func (e *fakeEngine) addImage(name string) (id string) {
 	return e.newImage(name, []string{"/run"}).id
 }
 
+func (e *fakeEngine) removeImages() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.images, e.remote = nil, nil
+}
+
 // addRemote lets a pull of name succeed.
 func (e *fakeEngine) addRemote(name string) {
 	e.mu.Lock()
@@ -286,6 +293,9 @@ func (e *fakeEngine) answer(w http.ResponseWriter, r *http.Request, path string)
 		return
 	case "POST /containers/create":
 		e.create(w, r)
+		return
+	case "GET /images/json":
+		e.listImages(w, r)
 		return
 	case "POST /images/create":
 		if r.URL.Query().Has("fromSrc") {
@@ -788,7 +798,26 @@ func (e *fakeEngine) importImage(w http.ResponseWriter, r *http.Request) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	replyJSON(w, 200, map[string]string{"status": e.newImage("", nil).id})
+	name := r.URL.Query().Get("repo") + ":" + r.URL.Query().Get("tag")
+	replyJSON(w, 200, map[string]string{"status": e.newImage(strings.TrimSuffix(name, ":"), nil).id})
+}
+
+// listImages answers with the images of one repository.
+func (e *fakeEngine) listImages(w http.ResponseWriter, r *http.Request) {
+	var filter struct{ Reference map[string]bool }
+	if err := json.Unmarshal([]byte(r.URL.Query().Get("filters")), &filter); err != nil || len(filter.Reference) != 1 {
+		e.t.Errorf("the engine was asked for images with %s: %v", r.URL.RawQuery, err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	found := []image.Summary{}
+	for _, img := range e.images {
+		inRepository := func(tag string) bool { return filter.Reference[tag[:strings.LastIndex(tag, ":")]] }
+		if slices.ContainsFunc(img.tags, inRepository) {
+			found = append(found, image.Summary{ID: img.id, RepoTags: img.tags})
+		}
+	}
+	replyJSON(w, 200, found)
 }
 
 func (e *fakeEngine) pull(w http.ResponseWriter, r *http.Request) {

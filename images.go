@@ -3,20 +3,25 @@ package main
 import (
 	"archive/tar"
 	"bufio"
+	"bytes"
+	"cmp"
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"net/http"
-	"os"
+	"net/url"
+	"path"
+	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/api/types/image"
 )
 
@@ -24,33 +29,40 @@ import (
 // engine prunes an image without a name, and one name for all would leave the last one.
 const importName = "duxcore/import"
 
-const imageChunk = 256 << 10 // bytes of an upload that are passed on at a time
+const (
+	imageChunk    = 256 << 10 // bytes of an upload that are passed on at a time
+	maxPadding    = 1 << 20   // bytes behind an archive's end mark; tar fills up to 10 KiB
+	maxInspection = 1 << 20   // bytes of what the engine says of an image
+)
 
-// importImage answers POST /docker/image. The body passes through to the engine as it
-// comes. The engine takes an empty or a cut-off body for an empty or smaller image, so
-// the archive is followed on its way, and the engine's request is broken off before its
-// end unless the archive was whole: the engine makes no image of such a request.
+// importPrefix is what the names begin with under which this daemon's imports are made. They are
+// its journal for images: what has one while no request is at work on it gets removed, be it of a
+// daemon that died, or what an engine keeps of an archive that it could not unpack.
+func (s *server) importPrefix() string {
+	sum := sha256.Sum256([]byte(s.binds.path))
+	return fmt.Sprintf("%s:new-%x-", importName, sum[:6])
+}
+
+// importImage answers POST /docker/image when the image has its tag.
 func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
-	// Not the request's context: once the upload is complete, the image gets its tag.
-	ctx, cancel := context.WithCancel(s.life)
+	entry := s.importPrefix() + rand.Text()
+	unlock, err := s.locks.lock(s.life, entry)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	id, err := s.passUpload(w, r, entry)
+	finish, cancel := context.WithTimeout(s.life, s.waits.read)
 	defer cancel()
-	ctl := http.NewResponseController(w)
-	hang := time.AfterFunc(2*uploadStall, cancel)
-	defer hang.Stop()
-	body := &checkedTar{upload: upload{r.Body, ctl, hang, s.createTimeout}}
-	id, err := s.importTar(ctx, body)
-	late := ctx.Err() != nil
-	cancel()
-	if err != nil { // more of the upload is of no use; the deadline ends the connection's context
-		ctl.SetReadDeadline(time.Now().Add(lingerTime))
+	hex, ok := strings.CutPrefix(id, "sha256:")
+	if err == nil && (!ok || len(hex) != 64) {
+		err = failure(http.StatusBadGateway, "the engine did not say which image it imported")
 	}
-	// For good: nobody reads the upload any more.
-	body.mu.Lock()
-	if err != nil { // net/http sets it too, on the way, for a body that is too large
-		w.Header().Set("Connection", "close")
+	if err == nil {
+		err = s.engine.api().ImageTag(finish, id, importName+":"+hex[:12]) // the commit
 	}
-	if late {
-		return failure(http.StatusGatewayTimeout, "the engine did not take the image in time")
+	if dropErr := s.dropImport(finish, entry); dropErr != nil {
+		s.log.Warn("an import is still to be finished or undone", "image", entry, "err", dropErr)
 	}
 	if err == nil {
 		writeJSON(w, http.StatusCreated, map[string]string{"image_id": id})
@@ -58,103 +70,168 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// importTar makes an image of a tar stream and gives it its tag. An error of the stream
-// is among the errors that it returns.
-func (s *server) importTar(ctx context.Context, body io.Reader) (id string, err error) {
-	answer, err := s.engine.api().ImageImport(ctx, image.ImportSource{Source: body, SourceName: "-"}, "", image.ImportOptions{})
+var (
+	errSlowUpload = badRequest("the body came too slowly")
+	errSlowImport = failure(http.StatusGatewayTimeout, "the engine did not take the image in time")
+	errShortTake  = failure(http.StatusBadGateway, "the engine did not take the whole image")
+)
+
+// passUpload has the engine make an image of a request's body, which passes through as it comes.
+// The engine takes an empty or a cut-off archive for an empty or smaller image: so this follows the
+// archive on its way, and breaks the engine's request off before its end unless it was whole. Of
+// all that can fail here, at either end or by its time, the first is the error.
+func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string) (id string, err error) {
+	// Not the request's context: once the upload is complete, the image gets its tag.
+	ctx, cancel := context.WithCancelCause(s.life)
+	defer cancel(nil)
+	giveUp := func(after time.Duration, err error) *time.Timer {
+		return time.AfterFunc(after, func() { cancel(err) })
+	}
+	out, in := io.Pipe()
+	defer context.AfterFunc(ctx, func() { in.CloseWithError(context.Cause(ctx)) })() // net/http waits for that
+	made := make(chan string)
+	go func() { // ends with ctx; passUpload waits for it
+		id, err := s.makeImage(ctx, entry, readerFunc(out.Read)) // net/http would close the pipe
+		if err != nil {
+			cancel(err)
+			http.NewResponseController(w).SetReadDeadline(time.Now()) // a read that is under way ends
+		}
+		out.CloseWithError(errShortTake)
+		made <- id
+	}()
+	client := readerFunc(func(p []byte) (int, error) {
+		defer giveUp(uploadStall, errSlowUpload).Stop()
+		return r.Body.Read(p)
+	})
+	engine := writerFunc(func(p []byte) (int, error) {
+		defer giveUp(uploadStall, errSlowImport).Stop()
+		return in.Write(p)
+	})
+	if err := followTar(engine, client, s.maxImageBytes); err != nil {
+		cancel(err)
+		w.Header().Set("Connection", "close") // more of the upload may follow
+	} else {
+		in.Close() // the engine sees the end
+	}
+	defer giveUp(s.createTimeout, errSlowImport).Stop()
+	id = <-made
+	return id, context.Cause(ctx)
+}
+
+type (
+	readerFunc func([]byte) (int, error)
+	writerFunc func([]byte) (int, error)
+)
+
+func (f readerFunc) Read(p []byte) (int, error)  { return f(p) }
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// makeImage has the engine make an image of a tar stream, under the name of its journal entry.
+func (s *server) makeImage(ctx context.Context, entry string, archive io.Reader) (id string, err error) {
+	source := image.ImportSource{Source: archive, SourceName: "-"}
+	_, tag, _ := strings.Cut(entry, ":")
+	answer, err := s.engine.api().ImageImport(ctx, source, importName, image.ImportOptions{Tag: tag})
 	if err != nil {
 		return "", err
 	}
 	defer answer.Close()
-	if id, err = lastStatus(answer); err != nil {
-		return "", err
-	}
-	hex, ok := strings.CutPrefix(id, "sha256:")
-	if !ok || len(hex) != 64 {
-		return "", failure(http.StatusBadGateway, "the engine did not say which image it imported")
-	}
-	if err := s.engine.api().ImageTag(ctx, id, importName+":"+hex[:12]); err != nil {
-		undo, cancel := context.WithTimeout(s.life, s.waits.settle) // whatever became of ctx
-		defer cancel()
-		_, removeErr := s.engine.api().ImageRemove(undo, id, image.RemoveOptions{Force: true})
-		return "", errors.Join(err, removeErr)
-	}
-	return id, nil
+	return lastStatus(answer)
 }
 
-// upload reads a body that may take any time, but may not pause for long.
-type upload struct {
-	body       io.Reader
-	ctl        *http.ResponseController
-	hang       *time.Timer   // ends the engine's request if that reads nothing for long
-	engineTime time.Duration // that it may take when it has read all
-}
-
-func (u *upload) Read(p []byte) (int, error) {
-	u.ctl.SetReadDeadline(time.Now().Add(uploadStall))
-	n, err := u.body.Read(p)
-	u.hang.Reset(2 * uploadStall)
-	if err == io.EOF {
-		u.hang.Reset(u.engineTime)
-		u.ctl.SetReadDeadline(time.Time{}) // it would end the request's context later
+// dropImport removes the name of an import, and the image with it unless that has its tag.
+func (s *server) dropImport(finish context.Context, entry string) error {
+	_, err := s.engine.api().ImageRemove(finish, entry, image.RemoveOptions{})
+	if errdefs.IsNotFound(err) {
+		return nil
 	}
-	return n, err
+	return err
 }
 
-// checkedTar is a body that net/http has write itself: each byte is copied once.
-type checkedTar struct {
-	upload upload
-	mu     sync.Mutex // held while it is written, and from the request's end on
-}
-
-// Read makes checkedTar an io.Reader. Nobody calls it: the check has to see the end
-// before the engine does.
-func (t *checkedTar) Read([]byte) (int, error) { return 0, errors.ErrUnsupported }
-
-// WriteTo passes the upload on. It fails unless that is one whole archive.
-func (t *checkedTar) WriteTo(w io.Writer) (int64, error) {
-	if !t.mu.TryLock() {
-		return 0, errors.ErrUnsupported
+// unfinishedImports returns the names of this daemon's imports, those under way among them.
+func (s *server) unfinishedImports() (entries []string, err error) {
+	ctx, cancel := context.WithTimeout(s.life, s.waits.read)
+	defer cancel()
+	options := image.ListOptions{Filters: filters.NewArgs(filters.Arg("reference", importName))}
+	list, err := s.engine.api().ImageList(ctx, options)
+	for _, found := range list {
+		for _, name := range found.RepoTags {
+			if strings.HasPrefix(name, s.importPrefix()) {
+				entries = append(entries, name)
+			}
+		}
 	}
-	defer t.mu.Unlock()
-	return 0, followTar(io.TeeReader(&t.upload, w))
+	return entries, err
 }
 
-// followTar reads r to its end. It returns nil if that was one whole tar archive, with
-// an entry at least and with its end mark, and else an error for the client.
-func followTar(r io.Reader) error {
-	stream := &limitedReader{r: bufio.NewReaderSize(r, imageChunk), left: math.MaxInt64}
+// compressed lists how gzip, bzip2, xz, zstd and lz4 streams begin. The engine decompresses them,
+// even one that is a tar archive as well, whose first entry has such a name.
+var compressed = []string{"\x1f\x8b", "BZh", "\xfd7zXZ", "\x28\xb5\x2f\xfd", "\x04\x22\x4d\x18", "\x02\x21\x4c\x18"}
+
+// skippable is how a frame for users of zstd and lz4 begins, behind its first byte.
+const skippable = "\x2a\x4d\x18"
+
+// followTar copies r to w, and returns nil if that was one whole tar archive, with an entry at
+// least and with its end mark, whose files have limit bytes at most, and else an error for the
+// client. The last byte that it has looked at stays behind until the next: w never has a whole
+// header of what is refused, such as of a file of holes, which the engine would write out.
+func followTar(w io.Writer, r io.Reader, limit int64) error {
+	in, out := bufio.NewReaderSize(r, imageChunk), bufio.NewWriterSize(w, imageChunk)
+	start, _ := in.Peek(8) // what is shorter has no entry
+	isCompressed := func(magic string) bool { return strings.HasPrefix(string(start), magic) }
+	if slices.ContainsFunc(compressed, isCompressed) || len(start) > 4 && string(start[1:4]) == skippable {
+		return badRequest("the body is compressed: it must be a plain tar archive")
+	}
+	stream := &limitedReader{r: io.TeeReader(in, out), left: math.MaxInt64}
 	archive := tar.NewReader(stream)
-	_, err := archive.Next()
+	header, err := archive.Next()
 	if err == io.EOF {
 		return badRequest("the body is not a tar archive: it has no entry")
 	}
-	for err == nil {
-		_, err = archive.Next()
+	for size := int64(0); err == nil; header, err = archive.Next() {
+		switch header.Typeflag {
+		case tar.TypeReg:
+			size += header.Size
+		case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo, tar.TypeXGlobalHeader:
+			if header.Size != 0 { // some take what follows for its content, some for the next entry
+				return badRequest("entry %.256q: only a file can have a size", header.Name)
+			}
+		default:
+			return badRequest("entry %.256q: an image cannot have one of type %q", header.Name, header.Typeflag)
+		}
+		if size > limit || size < 0 { // more than the stream has: a file of holes
+			return failure(http.StatusRequestEntityTooLarge, "entry %.256q: more than %d bytes", header.Name, limit)
+		}
 	}
 	if err == io.EOF {
-		err = stream.drain()
+		padding := 0
+		err = stream.drain(writerFunc(func(p []byte) (int, error) {
+			// The engine keeps all of it, and other programs may find another archive there.
+			if padding += len(p); padding > maxPadding || len(bytes.Trim(p, "\x00")) > 0 {
+				return 0, errors.New("something stands behind its end mark")
+			}
+			return len(p), nil
+		}))
 	}
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return badRequest("the body came too slowly")
-	case err == nil, isA[*http.MaxBytesError](err), isA[*net.OpError](err): // the last: the engine reads no more
+	if err == nil {
+		err = out.Flush()
+	}
+	if err == nil || isA[*http.MaxBytesError](err) || isA[*apiError](err) {
 		return err
 	}
 	return badRequest("the body is not a whole tar archive: %s", plain(err))
 }
 
-// ensureImage makes sure that the engine has the image, and pulls it if it does not.
+// ensureImage makes sure that the engine has the service's image, and pulls it if it does not.
 // registryAuth is passed on to the engine as its X-Registry-Auth.
-func (s *server) ensureImage(ctx context.Context, name, registryAuth string) error {
-	_, err := s.engine.api().ImageInspect(ctx, name)
+func (s *server) ensureImage(ctx context.Context, p serviceParams, registryAuth string) error {
+	err := s.checkImage(ctx, p)
 	if !errdefs.IsNotFound(err) {
 		return err
 	}
-	if imageID.MatchString(name) { // no registry knows it
-		return noSuchImage(name)
+	if imageID.MatchString(p.Image) { // no registry knows it
+		return noSuchImage(p.Image)
 	}
-	progress, err := s.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
+	progress, err := s.engine.api().ImagePull(ctx, p.Image, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
 		_, text := s.describe(err)
 		return failure(http.StatusNotFound, "cannot pull the image: %s", text)
@@ -163,8 +240,38 @@ func (s *server) ensureImage(ctx context.Context, name, registryAuth string) err
 		return fmt.Errorf("cannot pull the image: %w", err)
 	}
 	defer progress.Close()
-	_, err = lastStatus(progress)
+	if _, err := lastStatus(progress); err != nil {
+		return err
+	}
+	err = s.checkImage(ctx, p)
+	if errdefs.IsNotFound(err) { // a pull that said nothing of its failure
+		return noSuchImage(p.Image)
+	}
 	return err
+}
+
+// checkImage returns a 400 if an image says what a service must not have: containers inherit it.
+// Its labels come with each list of containers, and its working directory can be where params
+// would be refused. What lies in it, links among it, is the engine's and the runtime's to confine.
+func (s *server) checkImage(ctx context.Context, p serviceParams) error {
+	call := url.URL{Path: "/images/" + p.Image + "/json"}
+	answer, err := s.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(answer.Body, maxInspection+1))
+	if len(text) > maxInspection {
+		return badRequest("image: its configuration has more than %d bytes", maxInspection)
+	}
+	var found struct{ Config struct{ WorkingDir string } }
+	if err = cmp.Or(err, json.Unmarshal(text, &found)); err != nil {
+		return err
+	}
+	if p.WorkingDir == "" && within(path.Clean(found.Config.WorkingDir), "/proc") {
+		return badRequest("image: its working directory is under /proc")
+	}
+	return nil
 }
 
 // lastStatus reads the engine's progress messages to their end and returns the last

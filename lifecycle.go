@@ -37,6 +37,8 @@ import (
 //	.gone/<id>, its directory   all that belongs to the service  DELETE's commit,     settle, last of all
 //	or an empty file            has to go                        a create's undoing
 //
+// An import's image has a name as its journal entry too: see importPrefix.
+//
 // A container with our labels that does not mount the service's directory, such as one made of
 // another's docker commit, is nobody's business.
 //
@@ -105,7 +107,7 @@ func (s *server) create(asked context.Context, p serviceParams, registryAuth str
 		if current != nil || taken {
 			return conflict("there is a container %q already", p.ID)
 		}
-		if err := s.ensureImage(asked, p.Image, registryAuth); err != nil {
+		if err := s.ensureImage(asked, p, registryAuth); err != nil {
 			return err
 		}
 		if err := s.binds.free(p.ID); err != nil {
@@ -413,19 +415,19 @@ func (s *server) drop(finish context.Context, force bool, containers ...*contain
 	return nil
 }
 
-// settleRound settles each service that has something to be finished or undone: all at the same
-// time and each with its own deadline, so that none that hangs holds up the others. It logs what it
-// cannot do, which the next round tries again, and returns an error if it cannot look.
+// settleRound settles each service and import that has something to be finished or undone: all at
+// the same time and each with its own deadline, so that none that hangs holds up the others. It logs
+// what it cannot do, which the next round tries again, and returns an error if it cannot look.
 func (s *server) settleRound() error {
-	ids, err := s.unsettled()
+	names, err := s.unsettled()
 	if err != nil {
 		s.log.Warn("cannot look for unfinished operations", "err", err)
 	}
 	ended, end := context.WithCancel(s.life)
 	end()
 	var all sync.WaitGroup
-	for _, id := range ids {
-		unlock, err := s.locks.lock(ended, id)
+	for _, name := range names {
+		unlock, err := s.locks.lock(ended, name)
 		if err != nil {
 			continue // whoever has the lock settles
 		}
@@ -433,8 +435,13 @@ func (s *server) settleRound() error {
 			defer unlock()
 			finish, cancel := context.WithTimeout(s.life, s.waits.settle)
 			defer cancel()
-			if _, _, err := s.settle(finish, id); err != nil {
-				s.log.Warn("cannot finish an operation", "id", id, "err", err)
+			if strings.HasPrefix(name, importName) {
+				err = s.dropImport(finish, name)
+			} else {
+				_, _, err = s.settle(finish, name)
+			}
+			if err != nil {
+				s.log.Warn("cannot finish an operation", "name", name, "err", err)
 			}
 		})
 	}
@@ -442,8 +449,9 @@ func (s *server) settleRound() error {
 	return err
 }
 
-// unsettled returns the ids of the services for which settle has something to do.
-func (s *server) unsettled() (ids []string, err error) {
+// unsettled returns the ids of the services for which settle has something to do, and the names of
+// imports.
+func (s *server) unsettled() (names []string, err error) {
 	if err := s.meetEngine(s.life); err != nil {
 		return nil, err
 	}
@@ -453,11 +461,12 @@ func (s *server) unsettled() (ids []string, err error) {
 	}
 	for id, found := range all {
 		if _, idle := found.waiting(); found.new != nil || found.now != nil || len(idle) > 0 {
-			ids = append(ids, id)
+			names = append(names, id)
 		}
 	}
-	gone, err := s.binds.allGone()
-	return append(ids, gone...), err
+	gone, goneErr := s.binds.allGone()
+	imports, err := s.unfinishedImports()
+	return slices.Concat(names, gone, imports), cmp.Or(goneErr, err)
 }
 
 // ownContainers returns the containers of this daemon by service, of all or of one.

@@ -57,7 +57,7 @@ type apiSchema struct {
 	OneOf                                            []*apiSchema
 	Properties                                       map[string]*apiSchema
 	Required                                         []string
-	Items, PropertyNames, AdditionalProperties       *apiSchema
+	Items, PropertyNames, AdditionalProperties, Not  *apiSchema
 	nothing                                          bool // the schema false
 }
 
@@ -132,7 +132,7 @@ func (s *apiSchema) fits(value any) bool {
 		return true
 	case s.OneOf != nil:
 		return len(slices.DeleteFunc(slices.Clone(s.OneOf), func(one *apiSchema) bool { return !one.fits(value) })) == 1
-	case s.nothing || s.Enum != nil && !slices.Contains(s.Enum, value):
+	case s.nothing || s.Enum != nil && !slices.Contains(s.Enum, value) || s.Not != nil && s.Not.fits(value):
 		return false
 	}
 	switch v := value.(type) {
@@ -180,7 +180,7 @@ func (s *apiSchema) vary(value any, field string, try func(value any, field stri
 			return
 		}
 	}
-	others := append([]any{value, 5.5, "text", []any{}}, s.Enum...)
+	others := append([]any{value, nil, 5.5, "text", []any{}}, s.Enum...)
 	if s.Default != nil {
 		others = append(others, s.Default)
 	}

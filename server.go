@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -311,7 +312,34 @@ func decodeJSON(text []byte, v any) error {
 	if _, err := decoder.Token(); err != io.EOF {
 		return badRequest("malformed JSON: more than one value")
 	}
+	var all any
+	json.Unmarshal(text, &all)
+	if field, isNull := findNull(all); isNull {
+		return badRequest("%s: a JSON null is not allowed here", cmp.Or(field, "the body"))
+	}
 	return nil
+}
+
+// findNull returns where in a JSON value there is a null. Package json takes one for a field that is
+// not there, and that would take a null limit for none.
+func findNull(value any) (field string, isNull bool) {
+	switch value := value.(type) {
+	case nil:
+		return "", true
+	case []any:
+		for _, item := range value {
+			if field, isNull := findNull(item); isNull {
+				return field, true
+			}
+		}
+	case map[string]any:
+		for _, name := range slices.Sorted(maps.Keys(value)) {
+			if field, isNull := findNull(value[name]); isNull {
+				return strings.TrimSuffix(name+"."+field, "."), true
+			}
+		}
+	}
+	return "", false
 }
 
 // writeJSON answers with a value that has a JSON form.

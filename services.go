@@ -38,7 +38,8 @@ var (
 	imageName = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?` + imagePath + `(/` + imagePath + `)*` +
 		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
 	userName  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
-	imageID   = regexp.MustCompile(`^(sha256:.*|[0-9a-f]{64})$`)
+	imageID   = regexp.MustCompile(`^(sha256:)?[0-9a-f]{64}$`)
+	partOfID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)                       // the engine takes it for an id that it begins
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
 
@@ -171,9 +172,6 @@ func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
 	if err := s.readJSON(w, r, &body); err != nil {
 		return err
 	}
-	if body == nil {
-		return badRequest("the body must be a JSON object")
-	}
 	env := make([]string, 0, len(body))
 	for _, name := range slices.Sorted(maps.Keys(body)) {
 		value, ok := body[name].(string)
@@ -295,6 +293,7 @@ func (p *serviceParams) check() error {
 		{!serviceID.MatchString(p.ID), "id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit"},
 		// A name such as ../containers/x would reach another path of the engine's API.
 		{!imageName.MatchString(p.Image) || len(p.Image) > 512, "image: must be an image's name or id"},
+		{partOfID.MatchString(p.Image), "image: could be the beginning of an id: must be an id in full, or a name with its tag"},
 		{p.BindDir == "" || target == "/" || within(target, "/proc", "/sys", "/dev") || hasControl(target),
 			"bind_dir: must be a path in the container, not / and not under /proc, /sys or /dev"},
 		{p.BindContents != "" && (contentsErr != nil || contents.Host == "" || contents.Scheme != "http" && contents.Scheme != "https"),
@@ -311,6 +310,7 @@ func (p *serviceParams) check() error {
 		{p.Hostname != "" && !hostLabel.MatchString(p.Hostname),
 			"hostname: must be 1 to 63 letters, digits or -, and begin and end with a letter or digit"},
 		{p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU), "max_cpu: must be 1000 to 100000000 microseconds per 100000"},
+		{p.NetworkDisabled && len(p.PortMap) > 0, "port_map: must be empty with network_disabled"},
 		{p.MaxRAM != nil && (*p.MaxRAM < minRAM || *p.MaxRAM > maxRAM), "max_ram: must be 6291456 to 1125899906842624 bytes"},
 	} {
 		if rule.broken {
@@ -385,6 +385,7 @@ func (s *server) containerSpec(p serviceParams, birth string, number int) (*cont
 		ExposedPorts:    nat.PortSet{},
 		NetworkDisabled: p.NetworkDisabled,
 		StopTimeout:     &stopTimeout,
+		Healthcheck:     &container.HealthConfig{Test: []string{"NONE"}}, // an image's own runs beside all limits
 	}
 	host := &container.HostConfig{
 		Mounts:        []mount.Mount{{Type: mount.TypeBind, Source: filepath.Join(s.binds.path, p.ID), Target: bindTarget(p.BindDir)}},

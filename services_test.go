@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -43,7 +42,10 @@ var badParams = []struct{ extra, field string }{
 	{`"image":"../containers/x"`, "image"}, {`"image":"a/../../b"`, "image"}, {`"image":"a?x=1"`, "image"},
 	{`"image":"a#b"`, "image"}, {`"image":"a%2e"`, "image"}, {`"image":"a\nb"`, "image"}, {`"image":"/a"`, "image"},
 	{`"image":"a//b"`, "image"}, {`"image":"a/"`, "image"}, {`"image":"-a"`, "image"}, {`"image":"é"`, "image"},
-	{`"image":"` + strings.Repeat("a", 513) + `"`, "image"},
+	{`"image":"` + strings.Repeat("g", 513) + `"`, "image"},
+	// What the engine would take for the beginning of an id, perhaps of another customer's image.
+	{`"image":"f5"`, "image"}, {`"image":"0"`, "image"}, {`"image":"` + strings.Repeat("a", 63) + `"`, "image"},
+	{`"image":"sha256:f5"`, "image"},
 
 	{`"bind_dir":""`, "bind_dir"}, {`"bind_dir":null`, "bind_dir"}, {`"bind_dir":3`, "bind_dir"}, {`"bind_dir":"/"`, "bind_dir"},
 	{`"bind_dir":"//"`, "bind_dir"}, {`"bind_dir":"."`, "bind_dir"}, {`"bind_dir":".."`, "bind_dir"},
@@ -96,6 +98,14 @@ var badParams = []struct{ extra, field string }{
 	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"x"}}`, "HostIp"}, {`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"1.2.3"}}`, "HostIp"},
 	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"localhost"}}`, "HostIp"}, {`"port_map":{"80/tcp":{"HostPort":"1","HostIp":7}}`, "HostIp"},
 	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"fe80::1%eth0"}}`, "HostIp"},
+
+	{`"port_map":{"80/tcp":{"HostPort":"1"}},"network_disabled":true`, "port_map"},
+
+	// Null is not the value that a field has when it is absent: a limit would be none.
+	{`"max_ram":null`, "max_ram"}, {`"max_cpu":null`, "max_cpu"}, {`"network_disabled":null`, "network_disabled"},
+	{`"open_stdin":null`, "open_stdin"}, {`"tty":null`, "tty"}, {`"user":null`, "user"}, {`"port_map":null`, "port_map"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":null}}`, "HostIp"}, {`"cmd":null`, "cmd"}, {`"cmd":["a",null]`, "cmd"},
+	{`"bind_contents":null`, "bind_contents"}, {`"hostname":null`, "hostname"}, {`"working_dir":null`, "working_dir"},
 
 	// A mistyped limit must not become no limit, and nothing asks for more than the seed has.
 	{`"max_memory":1`, "max_memory"}, {`"privileged":true`, "privileged"}, {`"Binds":["/:/host"]`, "Binds"},
@@ -216,193 +226,6 @@ func TestBadRequestsToAServiceChangeNothing(t *testing.T) {
 	}
 	if asked := e.calls()[callsBefore:]; len(asked) > 0 {
 		t.Errorf("the engine was asked %q", asked)
-	}
-}
-
-func TestUploadThatIsNoWholeTarLeavesNoImage(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), nil)
-	whole := wholeTar()
-	flipped := []byte(whole)
-	flipped[0] ^= 1 // the header's checksum is wrong now
-	for name, body := range map[string]string{
-		"empty": "", "text": "not a tar", "a block of text": strings.Repeat("x", 512), "JSON": createBodyJSON("web", ""),
-		"only the end mark": strings.Repeat("\x00", 1024), "no end mark": whole[:1024], "half an end mark": whole[:1024+512],
-		"cut in the header": whole[:300], "cut in the file": whole[:514], "cut in the padding": whole[:600],
-		"wrong checksum": string(flipped), "gzip": "\x1f\x8b\x08\x00" + strings.Repeat("\x00", 600),
-	} {
-		if a := d.do(t, "POST", "/docker/image", body); a.status != 400 || len(e.imageTags()) > 0 {
-			t.Errorf("%s: %d %s, images %q", name, a.status, a.body, e.imageTags())
-		}
-	}
-	d.do(t, "POST", "/docker/image", whole).want(t, 201)
-}
-
-func TestUploadThatIsTooLargeLeavesNoImage(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = int64(len(wholeTar())) })
-	d.do(t, "POST", "/docker/image", wholeTar()+"\x00").want(t, 413, "2048")
-	r := d.request(t, "POST", "/docker/image", io.MultiReader(strings.NewReader(wholeTar()), strings.NewReader("\x00")))
-	r.ContentLength = -1
-	d.send(t, r).want(t, 413, "2048")
-	if got := e.imageTags(); len(got) > 0 {
-		t.Errorf("images %q", got)
-	}
-	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
-}
-
-// After an upload, whatever became of it, its connection is good for more, or closed.
-func TestRequestAfterAnUpload(t *testing.T) {
-	t.Parallel()
-	d := startDaemon(t, newFakeEngine(t).host(), nil)
-	for range 20 { // it depends on what net/http is at
-		for _, upload := range []string{wholeTar(), "", strings.Repeat("x", 512), wholeTar()[:700]} {
-			d.do(t, "POST", "/docker/image", upload)
-			d.do(t, "GET", "/service", "").want(t, 200)
-		}
-	}
-}
-
-func TestUploadThatBreaksOffLeavesNoImage(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	ended := make(chan struct{})
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Method == "POST" {
-			e.importImage(w, r)
-			close(ended)
-			return true
-		}
-		return false
-	})
-	d := startDaemon(t, e.host(), nil)
-	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	io.WriteString(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\nContent-Length: 99999\r\n\r\n"+wholeTar())
-	conn.Close()
-	<-ended
-	if got := e.imageTags(); len(got) > 0 {
-		t.Errorf("images %q", got)
-	}
-}
-
-func TestEveryImportKeepsATagOfItsOwn(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), nil)
-	for range 3 {
-		d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
-	}
-	tags := e.imageTags()
-	if len(tags) != 3 {
-		t.Errorf("images %q", tags)
-	}
-	for _, tag := range tags {
-		if !strings.HasPrefix(tag, "duxcore/import:") {
-			t.Errorf("an import is called %q", tag)
-		}
-	}
-}
-
-func TestImportThatCannotBeTaggedLeavesNoImage(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), nil)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if strings.HasSuffix(r.URL.Path, "/tag") {
-			reply(w, 500, "no space")
-			return true
-		}
-		return false
-	})
-	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 502, "no space")
-	if got := e.imageTags(); len(got) > 0 {
-		t.Errorf("images %q", got)
-	}
-}
-
-func TestMissingImageIsPulledWithTheClientsCredentials(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	e.addRemote("example.com/team/app:2")
-	d := startDaemon(t, e.host(), nil)
-	credentials := make(chan http.Header, 100)
-	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
-		if r.Header.Get("X-Registry-Auth") != "" || strings.HasSuffix(r.URL.Path, "/images/create") {
-			credentials <- r.Header
-		}
-		return false
-	})
-	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON("web", `"image":"example.com/team/app:2"`)))
-	r.Header.Set("X-Registry-Auth", "eyJ1Ijoi")
-	d.send(t, r).want(t, 201)
-	if got := <-credentials; got.Get("X-Registry-Auth") != "eyJ1Ijoi" {
-		t.Errorf("the pull carried %q", got)
-	}
-	if len(credentials) > 0 {
-		t.Error("more than the pull carried the credentials")
-	}
-	calls := len(e.calls())
-	d.do(t, "POST", "/service", createBodyJSON("web2", `"image":"example.com/team/app:2"`)).want(t, 201)
-	for _, call := range e.calls()[calls:] {
-		if strings.Contains(call, "fromImage") {
-			t.Errorf("an image that is there was pulled: %s", call)
-		}
-	}
-}
-
-func TestFailedPullLeavesNothing(t *testing.T) {
-	t.Parallel()
-	for _, test := range []struct {
-		engineStatus int
-		engineBody   string
-		status       int
-		text         string
-	}{
-		{200, `{"status":"Pulling"}` + "\n" + `{"errorDetail":{"message":"disk full"},"error":"disk full"}` + "\n", 502, "disk full"},
-		{200, `{"error":"manifest broken"}{"status":"Done"}`, 502, "manifest broken"},
-		{200, `{"status":"Pulling"}` + "\n" + `{"stat`, 502, ""},
-		{200, `<html>`, 502, ""},
-		{404, `{"message":"pull access denied"}`, 404, "pull access denied"},
-		{500, `{"message":"no such host"}`, 502, "no such host"},
-		{401, `{"message":"unauthorized"}`, 502, "unauthorized"},
-		{403, `{"message":"denied"}`, 502, "denied"},
-		// A registry that lies: the image is not there afterwards.
-		{200, `{"status":"Done"}`, 404, "img:1"},
-	} {
-		e := newFakeEngine(t)
-		d := startDaemon(t, e.host(), nil)
-		before := state(t, e, d)
-		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-			if !strings.HasSuffix(r.URL.Path, "/images/create") {
-				return false
-			}
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(test.engineStatus)
-			io.WriteString(w, test.engineBody)
-			return true
-		})
-		d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, test.status, test.text)
-		if after := state(t, e, d); after != before {
-			t.Errorf("%d %s left %s", test.engineStatus, test.engineBody, after)
-		}
-	}
-}
-
-func TestMissingImageIDIsNotPulled(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), nil)
-	id := "sha256:" + strings.Repeat("0a", 32)
-	d.do(t, "POST", "/service", createBodyJSON("web", `"image":"`+id+`"`)).want(t, 404, id)
-	for _, call := range e.calls() {
-		if strings.HasPrefix(call, "POST") {
-			t.Errorf("the engine was asked %s", call)
-		}
 	}
 }
 
@@ -661,7 +484,8 @@ func TestEverythingThatAServiceIsGranted(t *testing.T) {
 		extra  string
 		want   string
 	}{
-		{"minimal", nil, "", `Image "img:1"
+		{"minimal", nil, "", `Healthcheck {"Test":["NONE"]}
+Image "img:1"
 Labels {"duxcore.binds":"BINDS","duxcore.birth":"RANDOM","duxcore.number":"0","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\"}","duxcore.service":"web"}
 OpenStdin true
 StopTimeout 30
@@ -675,7 +499,8 @@ HostConfig.PidsLimit 2048
 HostConfig.RestartPolicy {"MaximumRetryCount":0,"Name":"no"}
 HostConfig.SecurityOpt ["no-new-privileges"]
 `},
-		{"without a network", nil, `"network_disabled":true`, `Image "img:1"
+		{"without a network", nil, `"network_disabled":true`, `Healthcheck {"Test":["NONE"]}
+Image "img:1"
 Labels {"duxcore.binds":"BINDS","duxcore.birth":"RANDOM","duxcore.number":"0","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"/data\",\"network_disabled\":true}","duxcore.service":"web"}
 NetworkDisabled true
 OpenStdin true
@@ -695,6 +520,7 @@ HostConfig.SecurityOpt ["no-new-privileges"]
 Env ["A=1","B=x y=z"]
 ExposedPorts {"53/udp":{},"80/tcp":{},"9/sctp":{}}
 Hostname "web-1"
+Healthcheck {"Test":["NONE"]}
 Image "img:1"
 Labels {"duxcore.binds":"BINDS","duxcore.birth":"RANDOM","duxcore.number":"0","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"x:/etc:ro\",\"cmd\":[\"run\",\"--all\"],\"shell\":[\"/bin/sh\",\"-c\"],\"user\":\"1000:1001\",\"working_dir\":\"/srv\",\"env\":[\"A=1\",\"B=x y=z\"],\"open_stdin\":false,\"tty\":false,\"hostname\":\"web-1\",\"port_map\":{\"53/udp\":[{\"HostIp\":\"::1\",\"HostPort\":\"53\"}],\"80/tcp\":[{\"HostIp\":\"127.0.0.1\",\"HostPort\":\"8080\"},{\"HostPort\":\"0\"}],\"9/sctp\":[{\"HostPort\":\"9\"}]},\"max_cpu\":50000,\"max_ram\":67108864}","duxcore.service":"web"}
 Shell ["/bin/sh","-c"]

@@ -1,0 +1,505 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/bzip2"
+	"compress/gzip"
+	"io"
+	"net"
+	"net/http"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+func TestUploadThatIsNoWholeTarLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	whole := wholeTar()
+	flipped := []byte(whole)
+	flipped[0] ^= 1 // the header's checksum is wrong now
+	for name, body := range map[string]string{
+		"empty": "", "text": "not a tar", "a block of text": strings.Repeat("x", 512), "JSON": createBodyJSON("web", ""),
+		"only the end mark": strings.Repeat("\x00", 1024), "no end mark": whole[:1024], "half an end mark": whole[:1024+512],
+		"cut in the header": whole[:300], "cut in the file": whole[:514], "cut in the padding": whole[:600],
+		"wrong checksum": string(flipped), "gzip": "\x1f\x8b\x08\x00" + strings.Repeat("\x00", 600),
+	} {
+		if a := d.do(t, "POST", "/docker/image", body); a.status != 400 || len(e.imageTags()) > 0 {
+			t.Errorf("%s: %d %s, images %q", name, a.status, a.body, e.imageTags())
+		}
+	}
+	d.do(t, "POST", "/docker/image", whole).want(t, 201)
+}
+
+func TestUploadThatIsTooLargeLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = int64(len(wholeTar())) })
+	d.do(t, "POST", "/docker/image", wholeTar()+"\x00").want(t, 413, "2048")
+	r := d.request(t, "POST", "/docker/image", io.MultiReader(strings.NewReader(wholeTar()), strings.NewReader("\x00")))
+	r.ContentLength = -1
+	d.send(t, r).want(t, 413, "2048")
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+}
+
+// After an upload, whatever became of it, its connection is good for more, or closed.
+func TestRequestAfterAnUpload(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	for range 20 { // it depends on what net/http is at
+		for _, upload := range []string{wholeTar(), "", strings.Repeat("x", 512), wholeTar()[:700]} {
+			d.do(t, "POST", "/docker/image", upload)
+			d.do(t, "GET", "/service", "").want(t, 200)
+		}
+	}
+}
+
+func TestUploadThatBreaksOffLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\nContent-Length: 99999\r\n\r\n"+wholeTar())
+	conn.Close()
+	waitFor(t, "the request's end", func() bool { return strings.Contains(d.log.String(), "/docker/image") })
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+}
+
+func TestEveryImportKeepsATagOfItsOwn(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	for range 3 {
+		d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+	}
+	tags := e.imageTags()
+	if len(tags) != 3 {
+		t.Errorf("images %q", tags)
+	}
+	for _, tag := range tags {
+		if !strings.HasPrefix(tag, "duxcore/import:") {
+			t.Errorf("an import is called %q", tag)
+		}
+	}
+}
+
+func TestMissingImageIsPulledWithTheClientsCredentials(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addRemote("example.com/team/app:2")
+	d := startDaemon(t, e.host(), nil)
+	credentials := make(chan http.Header, 100)
+	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("X-Registry-Auth") != "" || strings.HasSuffix(r.URL.Path, "/images/create") {
+			credentials <- r.Header
+		}
+		return false
+	})
+	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON("web", `"image":"example.com/team/app:2"`)))
+	r.Header.Set("X-Registry-Auth", "eyJ1Ijoi")
+	d.send(t, r).want(t, 201)
+	if got := <-credentials; got.Get("X-Registry-Auth") != "eyJ1Ijoi" {
+		t.Errorf("the pull carried %q", got)
+	}
+	if len(credentials) > 0 {
+		t.Error("more than the pull carried the credentials")
+	}
+	calls := len(e.calls())
+	d.do(t, "POST", "/service", createBodyJSON("web2", `"image":"example.com/team/app:2"`)).want(t, 201)
+	for _, call := range e.calls()[calls:] {
+		if strings.Contains(call, "fromImage") {
+			t.Errorf("an image that is there was pulled: %s", call)
+		}
+	}
+}
+
+func TestFailedPullLeavesNothing(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		engineStatus int
+		engineBody   string
+		status       int
+		text         string
+	}{
+		{200, `{"status":"Pulling"}` + "\n" + `{"errorDetail":{"message":"disk full"},"error":"disk full"}` + "\n", 502, "disk full"},
+		{200, `{"error":"manifest broken"}{"status":"Done"}`, 502, "manifest broken"},
+		{200, `{"status":"Pulling"}` + "\n" + `{"stat`, 502, ""},
+		{200, `<html>`, 502, ""},
+		{404, `{"message":"pull access denied"}`, 404, "pull access denied"},
+		{500, `{"message":"no such host"}`, 502, "no such host"},
+		{401, `{"message":"unauthorized"}`, 502, "unauthorized"},
+		{403, `{"message":"denied"}`, 502, "denied"},
+		// A registry that lies: the image is not there afterwards.
+		{200, `{"status":"Done"}`, 404, "img:1"},
+	} {
+		e := newFakeEngine(t)
+		d := startDaemon(t, e.host(), nil)
+		before := state(t, e, d)
+		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasSuffix(r.URL.Path, "/images/create") {
+				return false
+			}
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(test.engineStatus)
+			io.WriteString(w, test.engineBody)
+			return true
+		})
+		d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, test.status, test.text)
+		if after := state(t, e, d); after != before {
+			t.Errorf("%d %s left %s", test.engineStatus, test.engineBody, after)
+		}
+	}
+}
+
+func TestMissingImageIDIsNotPulled(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	id := "sha256:" + strings.Repeat("0a", 32)
+	d.do(t, "POST", "/service", createBodyJSON("web", `"image":"`+id+`"`)).want(t, 404, id)
+	for _, call := range e.calls() {
+		if strings.HasPrefix(call, "POST") {
+			t.Errorf("the engine was asked %s", call)
+		}
+	}
+}
+
+// polyglot returns a tar archive whose first entry has a name that begins as a compressed stream
+// does. To the engine it is one.
+func polyglot(magic string) string {
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	w.WriteHeader(&tar.Header{Name: magic + "\x04", Mode: 0o755, Size: 5, Format: tar.FormatGNU})
+	w.Write([]byte("world"))
+	w.Close()
+	return archive.String()
+}
+
+func TestUploadThatBeginsLikeACompressedOneIsRefused(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	for name, magic := range map[string]string{
+		"gzip": "\x1f\x8b\x08", "bzip2": "BZh9", "xz": "\xfd7zXZ", "zstd": "\x28\xb5\x2f\xfd", "lz4": "\x04\x22\x4d\x18",
+		"old lz4": "\x02\x21\x4c\x18", "skippable frame of zstd or lz4": "\x50\x2a\x4d\x18", "the last such": "\x5f\x2a\x4d\x18",
+	} {
+		a := d.do(t, "POST", "/docker/image", polyglot(magic))
+		if a.status != 400 || !strings.Contains(a.body, "compressed") || len(e.imageTags()) > 0 {
+			t.Errorf("%s: %d %s, images %q", name, a.status, a.body, e.imageTags())
+		}
+		var passed bytes.Buffer
+		if err := followTar(&passed, strings.NewReader(polyglot(magic)), 1<<20); err == nil || passed.Len() > 0 {
+			t.Errorf("%s: the engine was sent %d bytes; %v", name, passed.Len(), err)
+		}
+	}
+}
+
+func TestNothingFollowsTheEndOfAnImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	whole := wholeTar()
+	entry := whole[:1024]
+	for name, body := range map[string]string{
+		"another archive": whole + whole, "a byte": whole + "\x01", "zeros and a byte": whole + strings.Repeat("\x00", 10_000) + "x",
+		"an archive after one block of zeros": entry + strings.Repeat("\x00", 512) + whole,
+		"more zeros than any tar writes":      whole + strings.Repeat("\x00", maxPadding+1),
+	} {
+		if a := d.do(t, "POST", "/docker/image", body); a.status != 400 || len(e.imageTags()) > 0 {
+			t.Errorf("%s: %d %s, images %q", name, a.status, a.body, e.imageTags())
+		}
+	}
+	d.do(t, "POST", "/docker/image", whole+strings.Repeat("\x00", maxPadding)).want(t, 201)
+}
+
+// fileOfHoles returns an archive of a few blocks with a file of any size that holds nothing, as
+// "tar --sparse --format=posix" writes it.
+func fileOfHoles(size int64) string {
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	// Go's writer refuses the records for this; those that it takes have names of the same length.
+	w.WriteHeader(&tar.Header{Name: "holes", Mode: 0o644, Size: 512, Format: tar.FormatPAX, PAXRecords: map[string]string{
+		"ABC.sparse.major": "1", "ABC.sparse.minor": "0", "ABC.sparse.realsize": strconv.FormatInt(size, 10)}})
+	w.Write([]byte("0\n" + strings.Repeat("\x00", 510)))
+	w.Close()
+	return strings.ReplaceAll(archive.String(), "ABC.sparse", "GNU.sparse")
+}
+
+func TestFileOfHolesCountsInFull(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = 1 << 20 })
+	d.do(t, "POST", "/docker/image", fileOfHoles(1<<20+1)).want(t, 413, `\"holes\"`, "1048576")
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+	d.do(t, "POST", "/docker/image", fileOfHoles(1<<20)).want(t, 201)
+
+	// The engine would write the holes out before it reads on: it must not see the whole header.
+	for before := ""; len(before) < 3*imageChunk; before += wholeTar()[:1024] {
+		var passed bytes.Buffer
+		err := followTar(&passed, strings.NewReader(before+fileOfHoles(1<<40)), 1<<30)
+		if err == nil || passed.Len() >= len(before)+4*512 { // the last is the map
+			t.Fatalf("behind %d bytes the engine was sent %d: %v", len(before), passed.Len(), err)
+		}
+	}
+}
+
+func TestEntryThatNoImageCanHaveIsRefused(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	for _, kind := range "VMDNZ7" + "123456" { // kinds that the engine cannot unpack, and kinds without content
+		text := []byte(wholeTar())
+		text[156] = byte(kind)
+		a := d.do(t, "POST", "/docker/image", string(withChecksums(text)))
+		if a.status != 400 || !strings.Contains(a.body, "hello") || len(e.imageTags()) > 0 {
+			t.Errorf("type %c: %d %s, images %q", kind, a.status, a.body, e.imageTags())
+		}
+	}
+}
+
+// Whatever an engine has made, by the name that it was given, of an import that then fails, goes.
+func TestFailedImportLeavesNothing(t *testing.T) {
+	t.Parallel()
+	message := func(text string) func(*fakeEngine, http.ResponseWriter, *http.Request) {
+		return func(e *fakeEngine, w http.ResponseWriter, _ *http.Request) { io.WriteString(w, text) }
+	}
+	for name, test := range map[string]struct {
+		call   string // which the engine answers in its own way, when it has made the image
+		answer func(*fakeEngine, http.ResponseWriter, *http.Request)
+		status int
+		text   string
+	}{
+		"cannot be unpacked": {"/images/create", message(`{"error":"failed to unpack: no such file"}`), 502, "no such file"},
+		"has no id":          {"/images/create", message(`{"status":"done"}`), 502, "which image"},
+		"breaks off":         {"/images/create", func(*fakeEngine, http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, 503, "reached"},
+		"cannot be tagged": {"/tag", func(_ *fakeEngine, w http.ResponseWriter, _ *http.Request) {
+			reply(w, 500, "no space")
+		}, 502, "no space"},
+	} {
+		e := newFakeEngine(t)
+		d := startDaemon(t, e.host(), nil)
+		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasSuffix(r.URL.Path, test.call) {
+				return false
+			}
+			if r.URL.Query().Has("fromSrc") {
+				io.Copy(io.Discard, r.Body)
+				e.addImage(r.URL.Query().Get("repo") + ":" + r.URL.Query().Get("tag"))
+			}
+			test.answer(e, w, r)
+			return true
+		})
+		if a := d.do(t, "POST", "/docker/image", wholeTar()); a.status != test.status || !strings.Contains(a.body, test.text) {
+			t.Errorf("%s: %d %s", name, a.status, a.body)
+		}
+		if got := e.imageTags(); len(got) > 0 {
+			t.Errorf("%s: images %q", name, got)
+		}
+	}
+}
+
+func TestStartRemovesImportsThatADaemonLeft(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("duxcore/import:0123456789ab")
+	e.addImage("duxcore/import:new-0123456789ab-X") // another daemon's
+	want := strings.Join(e.imageTags(), " ")
+	var binds string
+	startDaemon(t, e.host(), func(c *config) {
+		binds = c.binds
+		e.addImage((&server{binds: &bindRoot{path: binds}}).importPrefix() + "X")
+	})
+	if got := strings.Join(e.imageTags(), " "); got != want {
+		t.Errorf("images %s, want %s", got, want)
+	}
+}
+
+// An image that the engine makes only when the daemon has given up is removed by a later round. One
+// that is still being imported is not.
+func TestRoundsRemoveNoImportUnderWay(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.waits.round = 5 * time.Millisecond })
+	held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "/tag?") })
+	answered := crowdSend(t, d, "POST", "/docker/image", wholeTar())
+	<-held
+	rounds := func() (n int) {
+		for _, call := range e.calls() {
+			if strings.HasPrefix(call, "GET /images/json") {
+				n++
+			}
+		}
+		return n
+	}
+	before := rounds()
+	waitFor(t, "three rounds", func() bool { return rounds() > before+3 })
+	prefix := (&server{binds: &bindRoot{path: d.binds}}).importPrefix()
+	if got := e.imageTags(); len(got) != 1 || !strings.HasPrefix(got[0], prefix) {
+		t.Errorf("in the middle of an import there are the images %q", got)
+	}
+	release()
+	(<-answered).want(t, 201)
+	e.addImage(prefix + "LATE")
+	waitFor(t, "the late image to go", func() bool {
+		return len(e.imageTags()) == 1 && !strings.HasPrefix(e.imageTags()[0], prefix)
+	})
+}
+
+// The engine gives up while the client is silent: that does not hold the client's goroutine for the
+// minute that it may be silent.
+func TestClientOfAFailedImportIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Query().Has("fromSrc") {
+			http.NewResponseController(w).EnableFullDuplex() // or net/http would read on before it answers
+			reply(w, 500, "no space")
+			return true
+		}
+		return false
+	})
+	d := startDaemon(t, e.host(), nil)
+	var clients sync.WaitGroup
+	for range 20 {
+		clients.Go(func() {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			io.WriteString(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+
+				"\r\nContent-Length: 99999\r\n\r\n"+wholeTar()[:600])
+			conn.SetReadDeadline(time.Now().Add(uploadStall / 2))
+			answer, err := io.ReadAll(conn)
+			if err != nil || !strings.Contains(string(answer), "502 Bad Gateway") || !strings.Contains(string(answer), "no space") {
+				t.Errorf("answered %q, %v", answer, err)
+			}
+		})
+	}
+	clients.Wait()
+}
+
+func TestImageThatSaysTooMuchIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		inspection, extra string
+		status            int
+		text              string
+	}{
+		"labels of 1 MiB":               {`{"Config":{"Labels":{"a":"` + strings.Repeat("x", maxInspection) + `"}}}`, "", 400, "image: "},
+		"less":                          {`{"Config":{"Labels":{"a":"` + strings.Repeat("x", maxInspection-100) + `"}}}`, "", 201, ""},
+		"working directory":             {`{"Config":{"WorkingDir":"/proc/self/fd/8"}}`, "", 400, "image: "},
+		"working directory by a detour": {`{"Config":{"WorkingDir":"/a/..//proc"}}`, "", 400, "image: "},
+		"working directory overridden":  {`{"Config":{"WorkingDir":"/proc/1"}}`, `"working_dir":"/"`, 201, ""},
+		"no configuration":              {`{}`, "", 201, ""},
+		"no JSON":                       {`{`, "", 502, ""},
+	} {
+		e := newFakeEngine(t)
+		d := startDaemon(t, e.host(), nil)
+		for _, pulled := range []bool{false, true} {
+			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+				there := len(e.imageTags()) > 0
+				if !strings.HasSuffix(r.URL.Path, "/images/img:1/json") || pulled && !there {
+					return false
+				}
+				io.WriteString(w, test.inspection)
+				return true
+			})
+			if pulled {
+				e.addRemote("img:1")
+			} else {
+				e.addImage("img:1")
+			}
+			a := d.do(t, "POST", "/service", createBodyJSON("web", test.extra)).want(t, test.status, test.text)
+			if made := len(e.names()) > 0; made != (a.status == 201) {
+				t.Errorf("%s: status %d, containers %q", name, a.status, e.names())
+			}
+			if a.status == 201 {
+				d.do(t, "DELETE", "/service/web", "").want(t, 204)
+			}
+			e.setIntercept(nil)
+			e.removeImages()
+		}
+	}
+}
+
+// loses matches what GNU tar says when it does not see how an archive goes on.
+var loses = regexp.MustCompile(`next header|Unexpected EOF|look like a tar|zero block|not recoverable|[Mm]alformed`)
+
+// FuzzImport: whatever passes for an image is one plain archive for GNU tar as for Go's reader, with
+// the same entries, is nothing that the engine would decompress, and arrives byte for byte.
+func FuzzImport(f *testing.F) {
+	if out, err := exec.Command("tar", "--version").Output(); err != nil || !bytes.Contains(out, []byte("GNU tar")) {
+		f.Skip("needs GNU tar")
+	}
+	for _, seed := range []string{"", "no tar", wholeTar(), wholeTar() + wholeTar(), wholeTar()[:1024], polyglot("\x1f\x8b\x08"),
+		polyglot("BZh9"), fileOfHoles(1000), fileOfHoles(1 << 40)} {
+		f.Add([]byte(seed))
+	}
+	archives := [][]byte{goodArchive(f)}
+	for _, row := range hostileArchives("/nowhere") {
+		archives = append(archives, row.archive)
+	}
+	for _, archive := range archives {
+		if unzipped, err := gzip.NewReader(bytes.NewReader(archive)); err == nil {
+			if plain, _ := io.ReadAll(io.LimitReader(unzipped, 16<<10)); len(plain) < 16<<10 {
+				f.Add(plain)
+			}
+		}
+	}
+	f.Fuzz(func(t *testing.T, archive []byte) {
+		archive = withChecksums(archive)
+		var passed bytes.Buffer
+		if followTar(&passed, bytes.NewReader(archive), 1<<20) != nil {
+			return
+		}
+		if !bytes.Equal(passed.Bytes(), archive) {
+			t.Fatal("other bytes were passed on than came")
+		}
+		if _, err := gzip.NewReader(bytes.NewReader(archive)); err == nil {
+			t.Error("this is a gzip stream too")
+		}
+		if _, err := bzip2.NewReader(bytes.NewReader(archive)).Read(make([]byte, 1)); err == nil {
+			t.Error("this is a bzip2 stream too")
+		}
+		entries := 0
+		for r := tar.NewReader(bytes.NewReader(archive)); ; {
+			h, err := r.Next()
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if h.Typeflag != tar.TypeXGlobalHeader { // which GNU tar does not list
+				entries++
+			}
+		}
+		list := exec.Command("tar", "--list", "--quoting-style=escape", "--file=-")
+		list.Env = []string{"LC_ALL=C", "TZ=UTC"}
+		list.Stdin = bytes.NewReader(archive)
+		var complaints bytes.Buffer
+		list.Stderr = &complaints
+		out, err := list.Output() // an error may be an owner or a time that GNU tar does not know
+		if got := bytes.Count(out, []byte("\n")); got != entries || loses.Match(complaints.Bytes()) {
+			t.Errorf("GNU tar has %d entries, Go %d: %v\n%s%s", got, entries, err, out, complaints.Bytes())
+		}
+	})
+}
