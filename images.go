@@ -109,13 +109,15 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 	})
 	if err := followTar(engine, client, s.maxImageBytes); err != nil {
 		cancel(err)
-		w.Header().Set("Connection", "close") // more of the upload may follow
 	} else {
 		in.Close() // the engine sees the end
 	}
 	defer giveUp(s.createTimeout, errSlowImport).Stop()
 	id = <-made
-	return id, context.Cause(ctx)
+	if err = context.Cause(ctx); err != nil { // more may follow; the deadline may have ended the connection's context
+		w.Header().Set("Connection", "close")
+	}
+	return id, err
 }
 
 type (

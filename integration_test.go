@@ -1039,7 +1039,7 @@ func TestFailedImportLeavesNoImage(t *testing.T) {
 func TestConnectionServesOnAfterAnUpload(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
-	good := string(imageOf(t, imageFile(newID(), "")))
+	good := string(imageOf(t, imageFile(newID(), "not empty: others look for empty images")))
 	for name, body := range map[string]string{"whole": good, "cut": good[:1024], "no tar": strings.Repeat("x", 10_000)} {
 		for range 10 {
 			answer := m.do(t, "POST", "/docker/image", body)

@@ -39,7 +39,7 @@ var (
 		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
 	userName  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 	imageID   = regexp.MustCompile(`^(sha256:)?[0-9a-f]{64}$`)
-	partOfID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)                       // the engine takes it for an id that it begins
+	partOfID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)                    // the engine takes it for an id that it begins
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
 

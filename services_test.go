@@ -126,7 +126,7 @@ func TestBadServiceLeavesNothing(t *testing.T) {
 		`{"type":"RAW","params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:    "type",
 		`{"type":["raw"],"params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:  "type",
 		`{"type":"raw"}`:                "id",
-		`{"type":"raw","params":null}`:  "id",
+		`{"type":"raw","params":null}`:  "params",
 		`{"type":"raw","params":[]}`:    "params",
 		`{"type":"raw","params":"web"}`: "params",
 		`{"type":"raw","id":"web"}`:     "id",
@@ -519,8 +519,8 @@ HostConfig.SecurityOpt ["no-new-privileges"]
 		{"maximal", func(c *config) { c.network, c.pidsLimit, c.stopTimeout = "tenants", 100, 7*time.Second }, maximal, `Cmd ["run","--all"]
 Env ["A=1","B=x y=z"]
 ExposedPorts {"53/udp":{},"80/tcp":{},"9/sctp":{}}
-Hostname "web-1"
 Healthcheck {"Test":["NONE"]}
+Hostname "web-1"
 Image "img:1"
 Labels {"duxcore.binds":"BINDS","duxcore.birth":"RANDOM","duxcore.number":"0","duxcore.params":"{\"id\":\"web\",\"image\":\"img:1\",\"bind_dir\":\"x:/etc:ro\",\"cmd\":[\"run\",\"--all\"],\"shell\":[\"/bin/sh\",\"-c\"],\"user\":\"1000:1001\",\"working_dir\":\"/srv\",\"env\":[\"A=1\",\"B=x y=z\"],\"open_stdin\":false,\"tty\":false,\"hostname\":\"web-1\",\"port_map\":{\"53/udp\":[{\"HostIp\":\"::1\",\"HostPort\":\"53\"}],\"80/tcp\":[{\"HostIp\":\"127.0.0.1\",\"HostPort\":\"8080\"},{\"HostPort\":\"0\"}],\"9/sctp\":[{\"HostPort\":\"9\"}]},\"max_cpu\":50000,\"max_ram\":67108864}","duxcore.service":"web"}
 Shell ["/bin/sh","-c"]
