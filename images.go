@@ -107,7 +107,7 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 		defer giveUp(uploadStall, errSlowImport).Stop()
 		return in.Write(p)
 	})
-	if err := followTar(engine, client, s.maxImageBytes); err != nil {
+	if err := followTar(engine, client); err != nil {
 		cancel(err)
 	} else {
 		in.Close() // the engine sees the end
@@ -173,10 +173,9 @@ var compressed = []string{"\x1f\x8b", "BZh", "\xfd7zXZ", "\x28\xb5\x2f\xfd", "\x
 const skippable = "\x2a\x4d\x18"
 
 // followTar copies r to w, and returns nil if that was one whole tar archive, with an entry at
-// least and with its end mark, whose files have limit bytes at most, and else an error for the
-// client. The last byte that it has looked at stays behind until the next: w never has a whole
-// header of what is refused, such as of a file of holes, which the engine would write out.
-func followTar(w io.Writer, r io.Reader, limit int64) error {
+// least and with its end mark, and else an error for the client. The last byte that it has looked at
+// stays behind until the next: so w never has the whole header of an entry that is refused.
+func followTar(w io.Writer, r io.Reader) error {
 	in, out := bufio.NewReaderSize(r, imageChunk), bufio.NewWriterSize(w, imageChunk)
 	start, _ := in.Peek(8) // what is shorter has no entry
 	isCompressed := func(magic string) bool { return strings.HasPrefix(string(start), magic) }
@@ -189,19 +188,9 @@ func followTar(w io.Writer, r io.Reader, limit int64) error {
 	if err == io.EOF {
 		return badRequest("the body is not a tar archive: it has no entry")
 	}
-	for size := int64(0); err == nil; header, err = archive.Next() {
-		switch header.Typeflag {
-		case tar.TypeReg:
-			size += header.Size
-		case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo, tar.TypeXGlobalHeader:
-			if header.Size != 0 { // some take what follows for its content, some for the next entry
-				return badRequest("entry %.256q: only a file can have a size", header.Name)
-			}
-		default:
-			return badRequest("entry %.256q: an image cannot have one of type %q", header.Name, header.Typeflag)
-		}
-		if size > limit || size < 0 { // more than the stream has: a file of holes
-			return failure(http.StatusRequestEntityTooLarge, "entry %.256q: more than %d bytes", header.Name, limit)
+	for ; err == nil; header, err = archive.Next() {
+		if err := checkEntry(header); err != nil {
+			return badRequest("entry %.256q: %v", header.Name, err)
 		}
 	}
 	if err == io.EOF {
@@ -221,6 +210,26 @@ func followTar(w io.Writer, r io.Reader, limit int64) error {
 		return err
 	}
 	return badRequest("the body is not a whole tar archive: %s", plain(err))
+}
+
+// checkEntry returns an error for an entry that an image cannot have, or in which not all programs see
+// the same. Of a few bytes of a sparse file the engine writes as many zeros as they say.
+func checkEntry(h *tar.Header) error {
+	for record := range h.PAXRecords {
+		if strings.HasPrefix(record, "GNU.sparse") {
+			return errors.New("it is a sparse file")
+		}
+	}
+	switch h.Typeflag {
+	case tar.TypeReg:
+		return nil
+	case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo, tar.TypeXGlobalHeader:
+		if h.Size != 0 { // what follows would be its content, or the next entry
+			return errors.New("only a file can have a size")
+		}
+		return nil
+	}
+	return errors.New("it is not a file, directory, link, device or FIFO")
 }
 
 // ensureImage makes sure that the engine has the service's image, and pulls it if it does not.

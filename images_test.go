@@ -202,7 +202,7 @@ func TestUploadThatBeginsLikeACompressedOneIsRefused(t *testing.T) {
 			t.Errorf("%s: %d %s, images %q", name, a.status, a.body, e.imageTags())
 		}
 		var passed bytes.Buffer
-		if err := followTar(&passed, strings.NewReader(polyglot(magic)), 1<<20); err == nil || passed.Len() > 0 {
+		if err := followTar(&passed, strings.NewReader(polyglot(magic))); err == nil || passed.Len() > 0 {
 			t.Errorf("%s: the engine was sent %d bytes; %v", name, passed.Len(), err)
 		}
 	}
@@ -239,20 +239,18 @@ func fileOfHoles(size int64) string {
 	return strings.ReplaceAll(archive.String(), "ABC.sparse", "GNU.sparse")
 }
 
-func TestFileOfHolesCountsInFull(t *testing.T) {
+func TestSparseFileIsRefused(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = 1 << 20 })
-	d.do(t, "POST", "/docker/image", fileOfHoles(1<<20+1)).want(t, 413, `\"holes\"`, "1048576")
+	d := startDaemon(t, e.host(), nil)
+	d.do(t, "POST", "/docker/image", fileOfHoles(1<<40)).want(t, 400, `\"holes\"`, "sparse")
 	if got := e.imageTags(); len(got) > 0 {
 		t.Errorf("images %q", got)
 	}
-	d.do(t, "POST", "/docker/image", fileOfHoles(1<<20)).want(t, 201)
-
 	// The engine would write the holes out before it reads on: it must not see the whole header.
 	for before := ""; len(before) < 3*imageChunk; before += wholeTar()[:1024] {
 		var passed bytes.Buffer
-		err := followTar(&passed, strings.NewReader(before+fileOfHoles(1<<40)), 1<<30)
+		err := followTar(&passed, strings.NewReader(before+fileOfHoles(1<<40)))
 		if err == nil || passed.Len() >= len(before)+4*512 { // the last is the map
 			t.Fatalf("behind %d bytes the engine was sent %d: %v", len(before), passed.Len(), err)
 		}
@@ -263,11 +261,11 @@ func TestEntryThatNoImageCanHaveIsRefused(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), nil)
-	for _, kind := range "VMDNZ7" + "123456" { // kinds that the engine cannot unpack, and kinds without content
+	for _, kind := range "SVMDNZ7" + "123456" { // kinds that the engine cannot unpack, and kinds without content
 		text := []byte(wholeTar())
 		text[156] = byte(kind)
 		a := d.do(t, "POST", "/docker/image", string(withChecksums(text)))
-		if a.status != 400 || !strings.Contains(a.body, "hello") || len(e.imageTags()) > 0 {
+		if a.status != 400 || kind != 'S' && !strings.Contains(a.body, "hello") || len(e.imageTags()) > 0 {
 			t.Errorf("type %c: %d %s, images %q", kind, a.status, a.body, e.imageTags())
 		}
 	}
@@ -441,7 +439,7 @@ func TestImageThatSaysTooMuchIsRefused(t *testing.T) {
 }
 
 // loses matches what GNU tar says when it does not see how an archive goes on.
-var loses = regexp.MustCompile(`next header|Unexpected EOF|look like a tar|zero block|not recoverable|[Mm]alformed`)
+var loses = regexp.MustCompile(`next header|Unexpected EOF|look like a tar|zero block|not recoverable|extended header: (missing|length)`)
 
 // FuzzImport: whatever passes for an image is one plain archive for GNU tar as for Go's reader, with
 // the same entries, is nothing that the engine would decompress, and arrives byte for byte.
@@ -467,7 +465,7 @@ func FuzzImport(f *testing.F) {
 	f.Fuzz(func(t *testing.T, archive []byte) {
 		archive = withChecksums(archive)
 		var passed bytes.Buffer
-		if followTar(&passed, bytes.NewReader(archive), 1<<20) != nil {
+		if followTar(&passed, bytes.NewReader(archive)) != nil {
 			return
 		}
 		if !bytes.Equal(passed.Bytes(), archive) {
