@@ -2,18 +2,28 @@ package main
 
 import (
 	"cmp"
+	"container/list"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
+	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
 )
 
 const (
@@ -114,4 +124,160 @@ func createCoreKey(path string) error {
 		err = os.Link(f.Name(), path)
 	}
 	return cmp.Or(err, os.Remove(f.Name()))
+}
+
+const (
+	// maxStrangers is how many connections without the key there may be, whatever the limit of open
+	// files: each can cost 81 KB, for the ten seconds that net/http gives it for a header.
+	maxStrangers = 4096
+	// strangerTime is for a TLS handshake and a header, when others wait for a stranger's place.
+	strangerTime = 250 * time.Millisecond
+)
+
+// strangers is a listener. Its connections have not shown the core key, at first, and for such there
+// are places for half of the files that the daemon may open; the rest is for the core, the engine and
+// the disk. Who comes when all are taken waits until one is left, or somebody has had his for
+// strangerTime: the oldest of all or, for an address that has a quarter of the places, of its own. So
+// nobody holds up the core for long, which shows its key as soon as it can.
+type strangers struct {
+	net.Listener
+	places int
+	left   chan struct{} // gets one when somebody leaves
+	mu     sync.Mutex
+	order  *list.List // of stranger, the oldest first
+	at     map[net.Conn]*list.Element
+	from   map[netip.Addr]int
+}
+
+type stranger struct {
+	conn net.Conn
+	came time.Time
+	from netip.Addr
+}
+
+func newStrangers(listener net.Listener) *strangers {
+	var files syscall.Rlimit
+	places := maxStrangers
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil {
+		places = int(min(files.Cur/2, maxStrangers))
+	}
+	return &strangers{Listener: listener, places: places, left: make(chan struct{}, 1), order: list.New(),
+		at: map[net.Conn]*list.Element{}, from: map[netip.Addr]int{}}
+}
+
+// Accept returns the next connection when it has a place.
+func (s *strangers) Accept() (net.Conn, error) {
+	conn, err := s.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	newest := stranger{conn, time.Now(), origin(conn)}
+	for wait := s.admit(newest); wait > 0; wait = s.admit(newest) {
+		select {
+		case <-s.left:
+		case <-time.After(wait):
+		}
+	}
+	return conn, nil
+}
+
+// admit gives a place to a connection, or returns how long it has to wait for one at most.
+func (s *strangers) admit(newest stranger) (wait time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.at) >= s.places {
+		oldest := s.order.Front()
+		for s.from[newest.from] > s.places/4 && oldest.Value.(stranger).from != newest.from {
+			oldest = oldest.Next()
+		}
+		leaving := oldest.Value.(stranger)
+		if wait = strangerTime - time.Since(leaving.came); wait > 0 {
+			return wait
+		}
+		s.remove(leaving.conn)
+		leaving.conn.Close()
+	}
+	newest.came = time.Now()
+	s.at[newest.conn] = s.order.PushBack(newest)
+	s.from[newest.from]++
+	return 0
+}
+
+// forget lets go of a connection that has shown the key, or is closed.
+func (s *strangers) forget(conn net.Conn) {
+	if encrypted, ok := conn.(*tls.Conn); ok {
+		conn = encrypted.NetConn()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.at[conn] != nil {
+		s.remove(conn)
+	}
+}
+
+// remove removes a connection. The caller holds the mutex.
+func (s *strangers) remove(conn net.Conn) {
+	gone := s.order.Remove(s.at[conn]).(stranger)
+	delete(s.at, conn)
+	if s.from[gone.from]--; s.from[gone.from] == 0 {
+		delete(s.from, gone.from)
+	}
+	select {
+	case s.left <- struct{}{}:
+	default: // who waits has yet to look
+	}
+}
+
+// origin returns the address that a connection comes from: of IPv6 the network, which is what one
+// customer of a provider has.
+func origin(conn net.Conn) netip.Addr {
+	end, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
+	addr := end.Addr().Unmap()
+	if network, err := addr.Prefix(64); err == nil && addr.Is6() {
+		return network.Addr()
+	}
+	return addr
+}
+
+// knownKey is the key, in a request's context, of the function to call when its connection has shown
+// the core key.
+type knownKey struct{}
+
+// refusals counts what is refused for want of the key, so that strangers cannot fill the disk: it
+// logs a line a second at most.
+type refusals struct {
+	mu     sync.Mutex
+	counts map[string]int // by reason; nil while no line is due
+}
+
+func (r *refusals) add(log *slog.Logger, reason string, last any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.counts == nil {
+		r.counts = map[string]int{}
+		time.AfterFunc(time.Second, func() {
+			r.mu.Lock()
+			counts := r.counts
+			r.counts = nil
+			r.mu.Unlock()
+			args := []any{}
+			for _, reason := range slices.Sorted(maps.Keys(counts)) {
+				args = append(args, reason, counts[reason])
+			}
+			log.Warn("refused", append(args, "one", last)...)
+		})
+	}
+	r.counts[reason]++
+}
+
+// serverLog takes net/http's own log: of each TLS handshake that fails it has a line.
+type serverLog struct{ s *server }
+
+func (l serverLog) Write(line []byte) (int, error) {
+	if text := strings.TrimSpace(string(line)); strings.HasPrefix(text, "http: TLS handshake error") {
+		l.s.refusals.add(l.s.log, "tls", text)
+	} else {
+		l.s.log.Warn(text)
+	}
+	return len(line), nil
 }

@@ -28,6 +28,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -157,6 +158,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 // serve answers requests until serving ends or the listener fails, which ends serving. It closes
 // the listener, and waits for requests under way.
 func (s *server) serve(serving context.Context, stop func(), listener net.Listener) (err error) {
+	strangers := newStrangers(listener)
 	srv := &http.Server{
 		Handler:                      s,
 		BaseContext:                  func(net.Listener) context.Context { return s.life },
@@ -166,7 +168,15 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 		DisableGeneralOptionsHandler: true,     // it would answer "OPTIONS *" without the key
 		TLSConfig:                    &tls.Config{MinVersion: tls.VersionTLS12},
 		Protocols:                    new(http.Protocols),
-		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+		ErrorLog:                     stdlog.New(serverLog{s}, "", 0),
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, knownKey{}, func() { strangers.forget(conn) })
+		},
+		ConnState: func(conn net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				strangers.forget(conn)
+			}
+		},
 	}
 	srv.Protocols.SetHTTP1(true)
 	defer srv.Close()
@@ -174,9 +184,9 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	failed := make(chan error, 1)
 	go func() { // ends with srv
 		if s.tlsCert != "" {
-			failed <- srv.ServeTLS(listener, s.tlsCert, s.tlsKey)
+			failed <- srv.ServeTLS(strangers, s.tlsCert, s.tlsKey)
 		} else {
-			failed <- srv.Serve(listener)
+			failed <- srv.Serve(strangers)
 		}
 	}()
 	select {

@@ -65,18 +65,19 @@ func (s *server) routes() []route {
 // server answers the core's requests. All its fields but met are set once, by newServer.
 type server struct {
 	config
-	key     coreKey
-	engine  *engine
-	binds   *bindRoot
-	log     *slog.Logger
-	fetch   *fetcher
-	locks   serviceLocks // by service id
-	stdin   serviceLocks // by container id
-	stats   statsFeeds
-	met     atomic.Bool // the engine, and it has no services that know the bind root by another path
-	mux     *http.ServeMux
-	life    context.Context // ends when changes under way must end
-	serving context.Context // ends when the daemon starts to shut down: streams end with it
+	key      coreKey
+	engine   *engine
+	binds    *bindRoot
+	log      *slog.Logger
+	fetch    *fetcher
+	locks    serviceLocks // by service id
+	stdin    serviceLocks // by container id
+	stats    statsFeeds
+	refusals refusals
+	met      atomic.Bool // the engine, and it has no services that know the bind root by another path
+	mux      *http.ServeMux
+	life     context.Context // ends when changes under way must end
+	serving  context.Context // ends when the daemon starts to shut down: streams end with it
 }
 
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot, log *slog.Logger) *server {
@@ -118,9 +119,13 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		if body != http.NoBody { // while an answer is sent, the deadline would end the connection's context
 			w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 		}
+		if w.status == http.StatusUnauthorized {
+			s.refusals.add(s.log, "without_key", r.RemoteAddr)
+			return
+		}
 		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
 			"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
-		if w.status >= 400 && w.status != http.StatusUnauthorized {
+		if w.status >= 400 {
 			// It does not read a long one. Closed with some unread, the connection would be
 			// reset, and the answer lost to a client that is still sending.
 			w.ctl.Flush()
@@ -134,7 +139,10 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if !s.key.authorizes(r) {
 		w.Header().Set("Connection", "close")
 		s.fail(w, r, failure(http.StatusUnauthorized, "Accessing this daemon requires core authorization."))
-	} else if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
+		return
+	}
+	r.Context().Value(knownKey{}).(func())()
+	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
 		s.fail(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
 	} else {
 		s.mux.ServeHTTP(w, r)
