@@ -155,14 +155,18 @@ type stranger struct {
 	from netip.Addr
 }
 
-func newStrangers(listener net.Listener) *strangers {
-	var files syscall.Rlimit
-	places := maxStrangers
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil {
-		places = int(min(files.Cur/2, maxStrangers))
-	}
+func newStrangers(listener net.Listener, places int) *strangers {
 	return &strangers{Listener: listener, places: places, left: make(chan struct{}, 1), order: list.New(),
 		at: map[net.Conn]*list.Element{}, from: map[netip.Addr]int{}}
+}
+
+// strangerPlaces returns how many strangers there may be: Go has raised the limit to its hard one.
+func strangerPlaces() int {
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return maxStrangers
+	}
+	return int(min(files.Cur/2, maxStrangers))
 }
 
 // Accept returns the next connection when it has a place.

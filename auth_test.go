@@ -16,6 +16,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -317,5 +319,124 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 		if strings.Contains(all, form) {
 			t.Errorf("%q is in what the daemon sent or logged", form)
 		}
+	}
+}
+
+// dialFrom connects to a listener from an address of the loopback network.
+func dialFrom(t *testing.T, listener net.Listener, from string) net.Conn {
+	t.Helper()
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: time.Minute}
+	conn, err := dialer.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// Whoever has had the time for his header leaves for who comes: the oldest, or, of an address that has
+// many places, its own oldest. Nobody leaves before that, nor while there are places.
+func TestStrangersMakeRoomForEachOther(t *testing.T) {
+	t.Parallel()
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer inner.Close()
+	s := newStrangers(inner, 8)
+	ends := map[string]net.Conn{} // the daemon's, by the client's address
+	come := func(from string) string {
+		client := dialFrom(t, inner, from)
+		conn, err := s.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends[client.LocalAddr().String()] = conn
+		return client.LocalAddr().String()
+	}
+	here := func(client string) bool { return s.at[ends[client]] != nil }
+	begin := time.Now()
+	quiet := come("127.0.0.1")
+	var crowd []string
+	for range 7 {
+		crowd = append(crowd, come("127.0.0.2"))
+	}
+	crowd = append(crowd, come("127.0.0.2"))
+	if took := time.Since(begin); took < strangerTime || here(crowd[0]) || !here(crowd[1]) || !here(quiet) {
+		t.Errorf("after %v: the crowd's oldest has its place: %v, the next %v; the other address %v", took, here(crowd[0]), here(crowd[1]), here(quiet))
+	}
+	if _, err := ends[crowd[0]].Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the one that left can be read: %v", err)
+	}
+	newcomer := come("127.0.0.3")
+	if here(quiet) || !here(newcomer) || !here(crowd[1]) {
+		t.Error("another address did not get the place of the oldest of all")
+	}
+	s.forget(ends[crowd[3]]) // shows the key
+	s.forget(ends[crowd[3]]) // ends
+	last := come("127.0.0.3")
+	if !here(last) || !here(crowd[1]) || len(s.at) != 8 || s.order.Len() != 8 || s.from[netip.MustParseAddr("127.0.0.2")] != 6 {
+		t.Errorf("a place that was left was not given away: %v, %d, %v", len(s.at), s.order.Len(), s.from)
+	}
+}
+
+// A crowd that holds all the places it can does not keep the core out, and a flood of requests
+// without the key is a line a second in the log.
+func TestCrowdWithoutTheKeyNeitherHoldsUpTheCoreNorFillsTheLog(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.strangers = 10 })
+	for range 50 {
+		conn := wireDial(t, d)
+		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: h\r\nX-") // and no more
+	}
+	fresh := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	for range 3 {
+		r := d.request(t, "GET", "/health", nil)
+		a, err := fresh.Do(r)
+		if err != nil || a.StatusCode != 204 {
+			t.Fatalf("the core gets %v, %v", a, err)
+		}
+		a.Body.Close()
+	}
+	const refused = 300
+	for range refused {
+		if a, _ := sendRaw(t, d, "GET /service HTTP/1.1\r\nHost: h\r\n\r\n"); a.status != 401 {
+			t.Fatalf("status %d", a.status)
+		}
+	}
+	total, lines := 0, regexp.MustCompile(`msg=refused without_key=([0-9]+) one=127.0.0.1:`)
+	waitFor(t, "all to be counted", func() bool {
+		total = 0
+		for _, line := range lines.FindAllStringSubmatch(d.log.String(), -1) {
+			n, _ := strconv.Atoi(line[1])
+			total += n
+		}
+		return total == refused
+	})
+	if n := strings.Count(d.log.String(), "\n"); n > refused/10 {
+		t.Errorf("the log has %d lines", n)
+	}
+	if strings.Contains(d.log.String(), "status=401") {
+		t.Error("a request without the key has a line of its own")
+	}
+}
+
+// So do TLS handshakes that fail.
+func TestFailedHandshakesAreCounted(t *testing.T) {
+	t.Parallel()
+	cert, key, _ := selfSigned(t)
+	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.tlsCert, c.tlsKey = cert, key })
+	for range 50 {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, "no TLS\r\n\r\n")
+		io.Copy(io.Discard, conn)
+		conn.Close()
+	}
+	waitFor(t, "the handshakes to be counted", func() bool { return strings.Contains(d.log.String(), "msg=refused tls=") })
+	if n := strings.Count(d.log.String(), "TLS handshake error"); n > 5 {
+		t.Errorf("the log has %d lines of 50 handshakes", n)
 	}
 }

@@ -61,6 +61,7 @@ type config struct {
 	version       bool
 	dockerHost    string // for tests; no flag. Empty: from DOCKER_HOST and its like
 	waits         waits  // no flag either
+	strangers     int    // places for connections without the key; no flag
 }
 
 // waits bound how long a client, or the engine, may keep the daemon waiting.
@@ -158,7 +159,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 // serve answers requests until serving ends or the listener fails, which ends serving. It closes
 // the listener, and waits for requests under way.
 func (s *server) serve(serving context.Context, stop func(), listener net.Listener) (err error) {
-	strangers := newStrangers(listener)
+	strangers := newStrangers(listener, s.strangers)
 	srv := &http.Server{
 		Handler:                      s,
 		BaseContext:                  func(net.Listener) context.Context { return s.life },
@@ -205,7 +206,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // parseConfig reads the environment, then the arguments, which win. It reports all
 // mistakes in one error. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
-	c := config{waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
+	c := config{strangers: strangerPlaces(), waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
