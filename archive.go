@@ -202,7 +202,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 			return broken(err)
 		}
 		if size += max(header.Size, 0); size > limits.bytes || size < 0 {
-			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %.1024q: more than %d bytes", header.Name, limits.bytes)
+			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
 		}
 		if err := u.add(header, archive); err != nil {
 			return err
@@ -266,11 +266,11 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	case h.Typeflag == tar.TypeXGlobalHeader:
 		return nil
 	case outside(h.Name) || name == "." && h.Typeflag != tar.TypeDir:
-		return badRequest("bind_contents: entry %.1024q: its path leads out of the archive", h.Name)
+		return badRequest("bind_contents: entry %q: its path leads out of the archive", h.Name)
 	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth: // deeper ones cost too much to walk
-		return badRequest("bind_contents: entry %.1024q: its path has more than %d bytes or %d directories", h.Name, maxEntryPath, maxDepth)
+		return badRequest("bind_contents: entry %q: its path has more than %d bytes or %d directories", h.Name, maxEntryPath, maxDepth)
 	case h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32:
-		return badRequest("bind_contents: entry %.1024q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
+		return badRequest("bind_contents: entry %q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
 	case name == ".":
 		return u.root.Chmod(".", permissions(h))
 	}
@@ -281,7 +281,7 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	for _, cause := range []error{errThroughLink, errReplacesDir, errLinkTarget, errSymlink, errType,
 		syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
 		if errors.Is(err, cause) {
-			return badRequest("bind_contents: entry %.1024q: %v", h.Name, cause)
+			return badRequest("bind_contents: entry %q: %v", h.Name, cause)
 		}
 	}
 	return err

@@ -779,7 +779,7 @@ func FuzzUnpack(f *testing.F) {
 			t.Errorf("it allocated %d bytes, want at most %d", allocated, maxAllocated)
 		}
 		if err != nil {
-			if status, text := noServer.describe(err); status != 400 && status != 413 || len(text) > 16<<10 {
+			if status, text := describe(err); status != 400 && status != 413 || len(text) > 16<<10 {
 				t.Errorf("status %d, %d bytes of text: %v", status, len(text), err)
 			}
 		}

@@ -59,7 +59,7 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	if err == nil {
 		return errors.New("the engine ended the logs of a service that runs")
 	}
-	if status, _ := s.describe(err); status == http.StatusConflict || status == http.StatusNotFound {
+	if status, _ := describe(err); status == http.StatusConflict || status == http.StatusNotFound {
 		return nil // stopped, or deleted
 	}
 	return err

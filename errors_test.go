@@ -1,15 +1,19 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 // errorsGo is what shows only in texts that Go or its HTTP library made for programmers.
@@ -136,12 +140,12 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 	a := d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 500)
 	errorsClean(t, d, a.body)
 
-	// What the engine says is passed on, but for our own path in it.
-	for _, message := range []string{
-		`error mounting \"` + d.binds + `/web\" to rootfs at \"/etc/passwd\": not a directory`,
-		`bind source path does not exist: ` + d.binds + `/web`,
-		`invalid mount config: ` + d.binds,
-		`open /var/lib/docker/overlay2/` + randomHex() + `/merged/etc/passwd/x: not a directory`,
+	// What the engine says is passed on, for operators: as it is, but no more than they read.
+	for message, passed := range map[string]string{
+		`invalid mount config: ` + d.binds:                              `invalid mount config: ` + d.binds,
+		`open /var/lib/docker/overlay2/x/merged/y: not a directory`:     `overlay2/x/merged/y: not a directory`,
+		`denied: <html>` + strings.Repeat("é", 4000) + "the end":        "denied: <html>é",
+		strings.Repeat("\x20", 512-len("engine: ")-1) + "é, much later": "engine: ",
 	} {
 		for engines, ours := range map[int]int{200: 502, 400: 400, 404: 502, 500: 502} {
 			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
@@ -151,16 +155,75 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 				io.Copy(io.Discard, r.Body)
 				w.Header().Set("Content-Type", "application/json")
 				w.WriteHeader(engines)
-				io.WriteString(w, `{"message":"`+message+`","error":"`+message+`"}`)
+				json.NewEncoder(w).Encode(map[string]string{"message": message, "error": message})
 				return true
 			})
-			a := d.do(t, "POST", "/docker/image", wholeTar()).want(t, ours, "engine: ")
-			errorsClean(t, d, a.body)
-			if engines == 200 {
-				continue // such an answer ends well for all but images
+			answers := []answer{d.do(t, "POST", "/docker/image", wholeTar())}
+			if engines != 200 { // such an answer ends well for all but images
+				answers = append(answers, d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`))
 			}
-			a = d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, ours, "engine: ")
-			errorsClean(t, d, a.body)
+			for _, a := range answers {
+				a.want(t, ours, "engine: ")
+				if n := len(description(t, a)); n > 512+len("…") || !utf8.ValidString(a.body) || !strings.Contains(description(t, a), passed) {
+					t.Errorf("%d bytes: %s", n, a.body)
+				}
+			}
+		}
+	}
+	e.setIntercept(nil)
+
+	// So is what the client sent, as far as it is quoted.
+	long := strings.Repeat("\x01", 100_000)
+	quoted, _ := json.Marshal(long)
+	for _, r := range []request{
+		{"PATCH", "/service/web/env", `{` + string(quoted) + `:1}`}, {"POST", "/service", `{` + string(quoted) + `:1}`},
+		{"POST", "/service", createBodyJSON("new", `"port_map":{`+string(quoted)+`:{"HostPort":"1"}}`)},
+	} {
+		if a := d.do(t, r.method, r.path, r.body).want(t, 400); len(a.body) > 10_000 {
+			t.Errorf("an error of %d bytes", len(a.body))
+		}
+	}
+}
+
+// Neither our addresses nor our name servers' are anybody's business.
+func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	go func() { // ends with the listener
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conn.Read(make([]byte, 1))
+			conn.(*net.TCPConn).SetLinger(0) // a reset
+			conn.Close()
+		}
+	}()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
+	contents := fmt.Sprintf(`"bind_contents":"http://%s/"`, listener.Addr())
+	got := description(t, d.do(t, "POST", "/service", createBodyJSON("web", contents)).want(t, 502))
+	if want := "bind_contents: cannot download: connection reset by peer"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	for name, test := range map[string]struct {
+		err  net.DNSError
+		want string
+	}{
+		"no such name": {net.DNSError{Err: "no such host", Name: "n", Server: "10.0.0.1:53", IsNotFound: true}, "no such host"},
+		"no server":    {net.DNSError{Err: "dial udp 10.0.0.1:53: connect: connection refused", Server: "10.0.0.1:53"}, "the host's name cannot be looked up"},
+		"a silent one": {net.DNSError{Err: "read udp 10.0.0.2:3->10.0.0.1:53: i/o timeout", IsTimeout: true}, "the host's name cannot be looked up"},
+		"given up":     {net.DNSError{Err: "operation was canceled", UnwrapErr: context.Canceled}, "the host's name cannot be looked up"},
+	} {
+		err := fetchError(t.Context(), &url.Error{Op: "Get", URL: "http://n/TOKEN", Err: &net.OpError{Op: "dial", Err: &test.err}})
+		if got := err.Error(); got != "bind_contents: cannot download: "+test.want {
+			t.Errorf("%s: %q", name, got)
 		}
 	}
 }

@@ -313,7 +313,7 @@ func (w *exploration) run(ops []string) {
 		answered, err := w.do(func() error { return w.send(op, env) })
 		status := 0
 		if err != nil {
-			status, _ = w.daemon.describe(err)
+			status, _ = describe(err)
 		}
 		switch {
 		case answered && err == nil:

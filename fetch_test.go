@@ -56,7 +56,7 @@ func TestOnlyPublicAddressesAreFetchedFrom(t *testing.T) {
 			for _, port := range []string{"80", "443", "0"} {
 				if err := checkAddress(net.JoinHostPort(ip, port), nil); err == nil {
 					t.Errorf("%s, %s, is allowed", ip, kind)
-				} else if status, _ := noServer.describe(err); status != 400 {
+				} else if status, _ := describe(err); status != 400 {
 					t.Errorf("%s: status %d, want 400", ip, status)
 				}
 			}
@@ -486,7 +486,7 @@ func TestSlowServersAreGivenUp(t *testing.T) {
 			if err == nil {
 				t.Fatal("it was unpacked")
 			}
-			if status, text := noServer.describe(err); status != 502 || !strings.Contains(text, "bytes a second") {
+			if status, text := describe(err); status != 502 || !strings.Contains(text, "bytes a second") {
 				t.Errorf("status %d: %v", status, err)
 			}
 			<-left

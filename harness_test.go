@@ -899,9 +899,6 @@ func (b *syncBuffer) String() string {
 	return b.text.String()
 }
 
-// noServer describes errors that no request has met.
-var noServer = &server{binds: &bindRoot{path: "/nowhere"}}
-
 // startDaemon runs the daemon against the engine at dockerHost until the test ends.
 func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon {
 	t.Helper()

@@ -190,7 +190,7 @@ func followTar(w io.Writer, r io.Reader) error {
 	}
 	for ; err == nil; header, err = archive.Next() {
 		if err := checkEntry(header); err != nil {
-			return badRequest("entry %.256q: %v", header.Name, err)
+			return badRequest("entry %q: %v", header.Name, err)
 		}
 	}
 	if err == io.EOF {
@@ -244,7 +244,7 @@ func (s *server) ensureImage(ctx context.Context, p serviceParams, registryAuth 
 	}
 	progress, err := s.engine.api().ImagePull(ctx, p.Image, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
-		_, text := s.describe(err)
+		_, text := describe(err)
 		return failure(http.StatusNotFound, "cannot pull the image: %s", text)
 	}
 	if err != nil {

@@ -29,6 +29,7 @@ import (
 const (
 	maxJSON     = 1 << 20     // bytes of a JSON body
 	uploadStall = time.Minute // longest pause in an upload
+	maxQuote    = 512         // bytes of somebody else's text in an error
 	lingerTime  = time.Second // for discarding what a client still sends after its answer
 	forever     = math.MaxInt64 * time.Nanosecond
 )
@@ -195,6 +196,11 @@ func isA[E error](err error) bool {
 }
 
 func failure(status int, format string, args ...any) error {
+	for i, arg := range args {
+		if text, ok := arg.(string); ok {
+			args[i] = quote(text)
+		}
+	}
 	return &apiError{status, fmt.Sprintf(format, args...)}
 }
 
@@ -222,7 +228,7 @@ var (
 // fail answers with an error. Where an answer has begun it logs the error and breaks the
 // connection off, so that nobody takes what there is for all. It is the only writer of errors.
 func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
-	status, description := s.describe(err)
+	status, description := describe(err)
 	if status == http.StatusServiceUnavailable {
 		rw.Header().Set("Retry-After", "1")
 	}
@@ -245,25 +251,42 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	}{status, http.StatusText(status), description}})
 }
 
-// engineDir is a container's root file system, or another directory of it, on the host.
-var engineDir = regexp.MustCompile(`/[^\s":]*/[0-9a-f]{64}(/merged)?`)
-
 // goPrefix is what Go's packages put ahead of their errors.
 var goPrefix = regexp.MustCompile(`\b(archive/tar|gzip|flate|net/http|http|tls|x509): `)
 
-// plain returns the text of an error from Go's packages.
-func plain(err error) string { return goPrefix.ReplaceAllString(err.Error(), "") }
+// plain returns the innermost cause of an error from Go's packages: those around it name addresses of
+// the host, and its name servers.
+func plain(err error) string {
+	if lookup, ok := errors.AsType[*net.DNSError](err); ok && lookup.IsNotFound {
+		return "no such host"
+	} else if ok {
+		return "the host's name cannot be looked up"
+	}
+	for inner := err; inner != nil; inner = errors.Unwrap(inner) {
+		err = inner
+	}
+	return goPrefix.ReplaceAllString(err.Error(), "")
+}
 
-// describe returns what a client may know of err.
-func (s *server) describe(err error) (status int, description string) {
+// quote cuts a text of somebody else's to 512 bytes.
+func quote(text string) string {
+	if len(text) <= maxQuote {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxQuote], "") + "…"
+}
+
+// describe returns what a client may know of err: all that the engine says, which can name paths of
+// the host, and of what fails here no more than the kind.
+func describe(err error) (status int, description string) {
 	if api, ok := errors.AsType[*apiError](err); ok {
 		return api.status, api.description
 	}
 	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
-	message := strings.ReplaceAll(plain(err), "Error response from daemon", "engine")
-	message, _, _ = strings.Cut(message, " for API route and version ") // the engine's URL with the socket's path
-	// The engine names what it cannot mount, and where it has the container's root.
-	message = engineDir.ReplaceAllString(strings.ReplaceAll(message, s.binds.path, "binds"), "")
+	// These three are the client library's, not the engine's.
+	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
+	message, _, _ = strings.Cut(goPrefix.ReplaceAllString(message, ""), " for API route and version ")
+	message = quote(message)
 	switch {
 	case isTooLong:
 		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
