@@ -49,7 +49,17 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 		},
 	}
 	transport := &http.Transport{ // without a proxy: one would resolve names for us, past the check
-		DialContext:            dialer.DialContext,
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dialer.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			if err := checkConnection(conn, allow); err != nil {
+				conn.Close()
+				return nil, err
+			}
+			return conn, nil
+		},
 		TLSHandshakeTimeout:    30 * time.Second,
 		ResponseHeaderTimeout:  30 * time.Second,
 		MaxResponseHeaderBytes: 64 << 10,
@@ -82,7 +92,7 @@ func checkAddress(address string, allow []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	addr := ap.Addr().Unmap().WithZone("") // ::ffff:127.0.0.1 is 127.0.0.1
+	addr := bare(ap)
 	contains := func(network netip.Prefix) bool { return network.Contains(addr) }
 	if slices.ContainsFunc(allow, contains) {
 		return nil
@@ -101,6 +111,29 @@ func checkAddress(address string, allow []netip.Prefix) error {
 		}
 	}
 	return nil
+}
+
+// bare returns the address alone: ::ffff:127.0.0.1 is 127.0.0.1.
+func bare(ap netip.AddrPort) netip.Addr { return ap.Addr().Unmap().WithZone("") }
+
+// checkConnection returns an error if a connection ends on this host, by an address that is public:
+// what listens there may trust who comes from here. An address of an interface may be reached from
+// another one; a whole network that the kernel takes for its own is reached from the same.
+func checkConnection(conn net.Conn, allow []netip.Prefix) error {
+	local, remote := bare(conn.LocalAddr().(*net.TCPAddr).AddrPort()), bare(conn.RemoteAddr().(*net.TCPAddr).AddrPort())
+	isRemote := func(network net.Addr) bool {
+		prefix, err := netip.ParsePrefix(network.String())
+		return err == nil && prefix.Addr().Unmap().WithZone("") == remote
+	}
+	ours, err := net.InterfaceAddrs()
+	if err != nil {
+		return err
+	}
+	if local != remote && !slices.ContainsFunc(ours, isRemote) ||
+		slices.ContainsFunc(allow, func(network netip.Prefix) bool { return network.Contains(remote) }) {
+		return nil
+	}
+	return badRequest("bind_contents: %s is this host's own address", remote.String())
 }
 
 var errTooSlow = failure(http.StatusBadGateway, "bind_contents: the server sends less than %d bytes a second", minFetchRate)

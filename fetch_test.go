@@ -511,3 +511,46 @@ func TestDownloadOfARefusedArchiveEnds(t *testing.T) {
 	<-left
 	wantNothing(t, d, engine)
 }
+
+// between is a connection between two addresses.
+type between struct {
+	net.Conn
+	local, remote string
+}
+
+func (b between) LocalAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.local))
+}
+
+func (b between) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.remote))
+}
+
+// The host's own public address leads to what trusts the host.
+func TestTheHostsOwnAddressesAreNotFetchedFrom(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		local, remote string
+		allow         string
+		good          bool
+	}{
+		{"8.8.8.8:1", "8.8.8.8:80", "192.0.2.0/24", false}, // a network that the kernel takes for its own
+		{"[2001:4860::8]:1", "[2001:4860::8]:443", "192.0.2.0/24", false},
+		{"8.8.8.8:1", "[::ffff:8.8.8.8]:80", "192.0.2.0/24", false},
+		{"8.8.8.8:1", "127.0.0.1:80", "192.0.2.0/24", false}, // of an interface, from another address
+		{"8.8.8.8:1", "8.8.8.9:80", "192.0.2.0/24", true},
+		{"8.8.8.8:1", "8.8.8.8:80", "8.8.8.0/24", true}, // if that is meant
+		{"127.0.0.1:1", "127.0.0.1:80", "127.0.0.0/8", true},
+	} {
+		err := checkConnection(between{local: test.local, remote: test.remote}, networks(test.allow))
+		if test.good != (err == nil) {
+			t.Errorf("from %s to %s, with %s: %v", test.local, test.remote, test.allow, err)
+		}
+		if err == nil {
+			continue
+		}
+		if status, _ := describe(err); status != 400 {
+			t.Errorf("status %d", status)
+		}
+	}
+}
