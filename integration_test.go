@@ -1012,10 +1012,17 @@ func TestFailedImportLeavesNoImage(t *testing.T) {
 		"cut before the end mark":      archive[:lastBlock],
 		"cut in the end mark":          archive[:lastBlock+512],
 		"broken in the second header":  strings.Replace(archive, "second-", "broken-", 1),
+		"another archive behind it":    archive + archive,
+		"a gzip stream too":            tarAndGzip(t, archive),
+		"a sparse file of 100 GB":      fileOfHoles(100 << 30),
 		"something else after a while": archive[:lastBlock] + strings.Repeat("rubbish!", 64) + strings.Repeat("\x00", 1024),
 	} {
 		t.Run(name, func(t *testing.T) { m.do(t, "POST", "/docker/image", body).want(t, http.StatusBadRequest) })
 	}
+	t.Run("cannot be unpacked", func(t *testing.T) {
+		link := imageEntry{tar.Header{Name: "link", Typeflag: tar.TypeLink, Linkname: "nothing"}, ""}
+		m.do(t, "POST", "/docker/image", string(imageOf(t, imageFile(marker, marker), link))).want(t, http.StatusBadGateway)
+	})
 	t.Run("broken off", func(t *testing.T) { m.breakOff(t, archive, 20_000) })
 	t.Run("broken off before the end mark", func(t *testing.T) { m.breakOff(t, archive, lastBlock) })
 
@@ -1034,6 +1041,68 @@ func TestFailedImportLeavesNoImage(t *testing.T) {
 			m.cleanUp(t, m.binds, id)
 		}
 	}
+}
+
+// tarAndGzip returns a tar archive with one file that is a gzip stream of another archive too: the name
+// begins as such a stream does, with a field that hides the rest of the header, and the content is what is compressed.
+func tarAndGzip(t testing.TB, other string) string {
+	zipped := gzipOf(t, []byte(other))[10:]                       // behind its header
+	name := "\x1f\x8b\x08\x04aaaaaa" + string([]byte{0xf4, 0x01}) // 500 bytes more are hidden
+	return string(imageOf(t, imageEntry{tar.Header{Name: name, Mode: 0o755, Size: int64(len(zipped)), Format: tar.FormatGNU}, string(zipped)}))
+}
+
+// loadImage gives the engine an image with any configuration, and returns its name.
+func (m *machine) loadImage(t testing.TB, config string) string {
+	t.Helper()
+	name := "duxcore-test/" + newID() + ":1"
+	layer := string(imageOf(t, imageFile("probe", buildProbe(t))))
+	sum := sha256.Sum256([]byte(layer))
+	image := fmt.Sprintf(`{"architecture":%q,"os":"linux","config":%s,"rootfs":{"type":"layers","diff_ids":["sha256:%x"]}}`,
+		runtime.GOARCH, config, sum)
+	manifest := fmt.Sprintf(`[{"Config":"config.json","RepoTags":[%q],"Layers":["layer.tar"]}]`, name)
+	answer, err := m.engine.ImageLoad(t.Context(), bytes.NewReader(imageOf(t,
+		imageFile("manifest.json", manifest), imageFile("config.json", image), imageFile("layer.tar", layer))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	m.cleanUp(t, m.binds, name)
+	if text, err := io.ReadAll(answer.Body); err != nil || !bytes.Contains(text, []byte(name)) {
+		t.Fatalf("cannot load: %s %v", text, err)
+	}
+	return name
+}
+
+// What an image says of itself, its services do not get by that.
+func TestImagesThatAskForMore(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for name, config := range map[string]string{
+		"20 MB of labels":                  `{"Labels":{"a":"` + strings.Repeat("x", 20<<20) + `"}}`,
+		"a working directory of runtime's": `{"WorkingDir":"/proc/self/fd/8"}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			m.createAs(t, newID(), fmt.Sprintf(`"image":%q`, m.loadImage(t, config))).want(t, http.StatusBadRequest, "image: ")
+			m.wantNothing(t)
+		})
+	}
+	t.Run("the beginning of another's id", func(t *testing.T) {
+		for _, prefix := range []string{m.image[7:9], m.image[7:70], m.image[:20]} {
+			m.createAs(t, newID(), fmt.Sprintf(`"image":%q`, prefix)).want(t, http.StatusBadRequest, "image: ")
+		}
+		m.wantNothing(t)
+	})
+	t.Run("a health check", func(t *testing.T) {
+		ref := m.loadImage(t, `{"Healthcheck":{"Test":["CMD","/probe","run","/data"],"Interval":1}}`)
+		id := m.create(t, fmt.Sprintf(`"image":%q`, ref))
+		m.ctl(t, id, "start")
+		m.setEnv(t, id, `{"A":"1"}`)
+		m.ctl(t, id, "restart") // another container
+		if c := m.get(t, id); !c.State.Running || c.State.Health != nil {
+			t.Errorf("it runs: %v; its health is %+v", c.State.Running, c.State.Health)
+		}
+		m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+	})
 }
 
 func TestConnectionServesOnAfterAnUpload(t *testing.T) {
