@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"container/list"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -12,7 +11,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -144,20 +142,17 @@ type strangers struct {
 	places int
 	left   chan struct{} // gets one when somebody leaves
 	mu     sync.Mutex
-	order  *list.List // of stranger, the oldest first
-	at     map[net.Conn]*list.Element
-	from   map[netip.Addr]int
+	here   []stranger // the oldest first
 }
 
 type stranger struct {
 	conn net.Conn
-	came time.Time
 	from netip.Addr
+	came time.Time
 }
 
 func newStrangers(listener net.Listener, places int) *strangers {
-	return &strangers{Listener: listener, places: places, left: make(chan struct{}, 1), order: list.New(),
-		at: map[net.Conn]*list.Element{}, from: map[netip.Addr]int{}}
+	return &strangers{Listener: listener, places: places, left: make(chan struct{}, 1)}
 }
 
 // strangerPlaces returns how many strangers there may be: Go has raised the limit to its hard one.
@@ -175,8 +170,7 @@ func (s *strangers) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	newest := stranger{conn, time.Now(), origin(conn)}
-	for wait := s.admit(newest); wait > 0; wait = s.admit(newest) {
+	for wait := s.admit(conn); wait > 0; wait = s.admit(conn) {
 		select {
 		case <-s.left:
 		case <-time.After(wait):
@@ -186,24 +180,28 @@ func (s *strangers) Accept() (net.Conn, error) {
 }
 
 // admit gives a place to a connection, or returns how long it has to wait for one at most.
-func (s *strangers) admit(newest stranger) (wait time.Duration) {
+func (s *strangers) admit(conn net.Conn) (wait time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.at) >= s.places {
-		oldest := s.order.Front()
-		for s.from[newest.from] > s.places/4 && oldest.Value.(stranger).from != newest.from {
-			oldest = oldest.Next()
+	newest := stranger{conn, origin(conn), time.Now()}
+	if len(s.here) >= s.places {
+		isOwn := func(other stranger) bool { return other.from == newest.from }
+		oldest, own := 0, 0
+		for _, other := range s.here {
+			if isOwn(other) {
+				own++
+			}
 		}
-		leaving := oldest.Value.(stranger)
-		if wait = strangerTime - time.Since(leaving.came); wait > 0 {
+		if own > s.places/4 {
+			oldest = slices.IndexFunc(s.here, isOwn)
+		}
+		if wait = strangerTime - time.Since(s.here[oldest].came); wait > 0 {
 			return wait
 		}
-		s.remove(leaving.conn)
-		leaving.conn.Close()
+		s.here[oldest].conn.Close()
+		s.here = slices.Delete(s.here, oldest, oldest+1)
 	}
-	newest.came = time.Now()
-	s.at[newest.conn] = s.order.PushBack(newest)
-	s.from[newest.from]++
+	s.here = append(s.here, newest)
 	return 0
 }
 
@@ -214,18 +212,7 @@ func (s *strangers) forget(conn net.Conn) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.at[conn] != nil {
-		s.remove(conn)
-	}
-}
-
-// remove removes a connection. The caller holds the mutex.
-func (s *strangers) remove(conn net.Conn) {
-	gone := s.order.Remove(s.at[conn]).(stranger)
-	delete(s.at, conn)
-	if s.from[gone.from]--; s.from[gone.from] == 0 {
-		delete(s.from, gone.from)
-	}
+	s.here = slices.DeleteFunc(s.here, func(other stranger) bool { return other.conn == conn })
 	select {
 	case s.left <- struct{}{}:
 	default: // who waits has yet to look
@@ -236,7 +223,7 @@ func (s *strangers) remove(conn net.Conn) {
 // customer of a provider has.
 func origin(conn net.Conn) netip.Addr {
 	end, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
-	addr := end.Addr().Unmap()
+	addr := bare(end)
 	if network, err := addr.Prefix(64); err == nil && addr.Is6() {
 		return network.Addr()
 	}
@@ -247,31 +234,27 @@ func origin(conn net.Conn) netip.Addr {
 // the core key.
 type knownKey struct{}
 
-// refusals counts what is refused for want of the key, so that strangers cannot fill the disk: it
-// logs a line a second at most.
+// refusals counts what is refused for want of the key, and logs a line a second at most: strangers
+// cannot fill the disk.
 type refusals struct {
-	mu     sync.Mutex
-	counts map[string]int // by reason; nil while no line is due
+	mu    sync.Mutex
+	count int // since the last line
+	last  string
 }
 
-func (r *refusals) add(log *slog.Logger, reason string, last any) {
+func (r *refusals) add(log *slog.Logger, what string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.counts == nil {
-		r.counts = map[string]int{}
+	r.count++
+	r.last = what
+	if r.count == 1 {
 		time.AfterFunc(time.Second, func() {
 			r.mu.Lock()
-			counts := r.counts
-			r.counts = nil
-			r.mu.Unlock()
-			args := []any{}
-			for _, reason := range slices.Sorted(maps.Keys(counts)) {
-				args = append(args, reason, counts[reason])
-			}
-			log.Warn("refused", append(args, "one", last)...)
+			defer r.mu.Unlock()
+			log.Warn("refused", "count", r.count, "last", r.last)
+			r.count = 0
 		})
 	}
-	r.counts[reason]++
 }
 
 // serverLog takes net/http's own log: of each TLS handshake that fails it has a line.
@@ -279,7 +262,7 @@ type serverLog struct{ s *server }
 
 func (l serverLog) Write(line []byte) (int, error) {
 	if text := strings.TrimSpace(string(line)); strings.HasPrefix(text, "http: TLS handshake error") {
-		l.s.refusals.add(l.s.log, "tls", text)
+		l.s.refusals.add(l.s.log, text)
 	} else {
 		l.s.log.Warn(text)
 	}

@@ -88,10 +88,11 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 		return time.AfterFunc(after, func() { cancel(err) })
 	}
 	out, in := io.Pipe()
-	defer context.AfterFunc(ctx, func() { in.CloseWithError(context.Cause(ctx)) })() // net/http waits for that
+	// net/http ends no request before its body's Read has returned.
+	defer context.AfterFunc(ctx, func() { in.CloseWithError(context.Cause(ctx)) })()
 	made := make(chan string)
 	go func() { // ends with ctx; passUpload waits for it
-		id, err := s.makeImage(ctx, entry, readerFunc(out.Read)) // net/http would close the pipe
+		id, err := s.makeImage(ctx, entry, bufio.NewReaderSize(out, imageChunk)) // has no Close that net/http would call
 		if err != nil {
 			cancel(err)
 			http.NewResponseController(w).SetReadDeadline(time.Now()) // a read that is under way ends
@@ -114,7 +115,7 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 	}
 	defer giveUp(s.createTimeout, errSlowImport).Stop()
 	id = <-made
-	if err = context.Cause(ctx); err != nil { // more may follow; the deadline may have ended the connection's context
+	if err = context.Cause(ctx); err != nil { // more may follow, or the deadline may have ended its context
 		w.Header().Set("Connection", "close")
 	}
 	return id, err

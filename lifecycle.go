@@ -37,10 +37,8 @@ import (
 //	.gone/<id>, its directory   all that belongs to the service  DELETE's commit,     settle, last of all
 //	or an empty file            has to go                        a create's undoing
 //
-// An import's image has a name as its journal entry too: see importPrefix.
-//
 // A container with our labels that does not mount the service's directory, such as one made of
-// another's docker commit, is nobody's business.
+// another's docker commit, is nobody's business. Images have such a journal too: see importPrefix.
 //
 // A create gives its container a random word, its birth, and the number 0; the containers that
 // PATCHes make inherit the birth and get higher numbers. The highest number wins. So the last call
@@ -63,9 +61,7 @@ const (
 	labelParams  = "duxcore.params"  // its serviceParams, as JSON
 	labelBirth   = "duxcore.birth"   // made by its create
 	labelNumber  = "duxcore.number"  // decimal
-)
 
-const (
 	nameTries = 3               // for a name that a late call may have taken
 	lateTime  = 5 * time.Second // that the engine may be at work on such a call
 )
@@ -182,8 +178,7 @@ func (s *server) unpackContents(asked context.Context, p serviceParams) error {
 		return err
 	}
 	defer root.Close()
-	limits := unpackLimits{bytes: s.maxBindBytes, entries: s.maxBindFiles}
-	return s.fetch.unpack(asked, p.BindContents, root, limits, p.owner())
+	return s.fetch.unpack(asked, p.BindContents, root, unpackLimits{s.maxBindBytes, s.maxBindFiles}, p.owner())
 }
 
 // undo gives a create up as a DELETE would delete it: its commit may have failed, and come still. A
@@ -325,13 +320,12 @@ func (s *server) change(asked, finish context.Context, id string, do operation) 
 
 // changeExisting does an operation on a service that there is.
 func (s *server) changeExisting(finish context.Context, id string, do operation) error {
-	existing := func(finish context.Context, id string, current, next *container.Summary) error {
+	return s.change(finish, finish, id, func(finish context.Context, id string, current, next *container.Summary) error {
 		if current == nil {
 			return noSuchService(id)
 		}
 		return do(finish, id, current, next)
-	}
-	return s.change(finish, finish, id, existing)
+	})
 }
 
 // settle finishes or undoes what an earlier operation on the service, perhaps of a daemon that

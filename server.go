@@ -121,7 +121,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 			w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 		}
 		if w.status == http.StatusUnauthorized {
-			s.refusals.add(s.log, "without_key", r.RemoteAddr)
+			s.refusals.add(s.log, r.RemoteAddr+": no core key, or another")
 			return
 		}
 		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
