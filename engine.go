@@ -14,6 +14,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -34,7 +35,8 @@ const (
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
 	sdk   atomic.Pointer[client.Client]
-	known atomic.Bool // sdk speaks the engine's version; false after an outage, from which another may come back
+	known atomic.Bool // this is a Docker Engine, and sdk speaks its version; false until meet has seen that, and after
+	// each error that says that it may be another by now
 }
 
 // newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the
@@ -133,16 +135,15 @@ func detachKeys(chunk []byte) string {
 	return strings.Join(strings.Split(string([]byte{first})+secret, ""), ",")
 }
 
-// ping asks the engine for its version, within pingTime, and speaks that from now on.
-func (e *engine) ping(ctx context.Context) error {
+// meet asks what answers at the engine's address for the newest version of its API, speaks that from
+// now on, and asks again, in that version, what it is: another program, or an engine that refuses the
+// version that the environment demands, is an error. It takes pingTime at most.
+func (e *engine) meet(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, pingTime)
 	defer cancel()
 	answer, err := e.api().Ping(ctx)
 	if err != nil {
 		return err
-	}
-	if answer.APIVersion == "" {
-		return failure(http.StatusBadGateway, "what answers at the engine's address is no Docker Engine")
 	}
 	sdk, err := newSDK(e.api().DaemonHost())
 	if err != nil {
@@ -152,6 +153,18 @@ func (e *engine) ping(ctx context.Context) error {
 	if sdk.ClientVersion() != e.api().ClientVersion() {
 		e.sdk.Swap(sdk).Close()
 	}
+	found, err := e.api().ServerVersion(ctx)
+	if err != nil {
+		return err
+	}
+	var parts []string
+	for _, part := range found.Components {
+		parts = append(parts, part.Name)
+	}
+	if !slices.Contains(parts, "Engine") {
+		return failure(http.StatusBadGateway, "what answers at the engine's address is no Docker Engine: its parts are %q",
+			strings.Join(parts, ", "))
+	}
 	e.known.Store(true)
 	return nil
 }
@@ -160,7 +173,7 @@ func (e *engine) ping(ctx context.Context) error {
 // services that know this bind root by another path: without those nothing may be done. While the
 // daemon runs no other can make such services here.
 func (s *server) meetEngine(ctx context.Context) error {
-	if err := s.engine.ping(ctx); err != nil || s.met.Load() {
+	if err := s.engine.meet(ctx); err != nil || s.met.Load() {
 		return err
 	}
 	list, err := s.list(ctx, labelService)

@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/docker/docker/api/types"
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/client"
 )
@@ -146,13 +147,14 @@ func (w *exploration) start() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	sdk, err := client.NewClientWithOpts(client.WithHost("tcp://engine:1"), client.WithVersion("1.41"))
+	sdk, err := client.NewClientWithOpts(client.WithHost("tcp://engine:1"))
 	if err == nil {
 		err = client.WithHTTPClient(&http.Client{Transport: w})(sdk)
 	}
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	sdk.NegotiateAPIVersionPing(types.Ping{APIVersion: w.engine.dialect.newest})
 	e := &engine{}
 	e.sdk.Store(sdk)
 	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
@@ -240,10 +242,8 @@ func (w *exploration) note(format string, args ...any) {
 	w.trace = append(w.trace, fmt.Sprintf(format, args...))
 }
 
-var exploreShort = strings.NewReplacer("/v1.41", "", "/containers", "")
-
 func exploreName(r *http.Request) string {
-	path := exploreShort.Replace(r.URL.Path)
+	path := strings.Replace(versionPrefix.ReplaceAllString(r.URL.Path, ""), "/containers", "", 1)
 	for part := range strings.SplitSeq(path, "/") {
 		if len(part) == 64 {
 			path = strings.Replace(path, part, part[:6], 1)

@@ -95,7 +95,9 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 		id, err := s.makeImage(ctx, entry, bufio.NewReaderSize(out, imageChunk)) // has no Close that net/http would call
 		if err != nil {
 			cancel(err)
-			http.NewResponseController(w).SetReadDeadline(time.Now()) // a read that is under way ends
+			// A read that is under way ends soon, but not one of a client that still sends: net/http
+			// could not read the rest of its chunks, and the answer would be lost.
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(lingerTime))
 		}
 		out.CloseWithError(errShortTake)
 		made <- id

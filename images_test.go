@@ -101,7 +101,7 @@ func TestEveryImportKeepsATagOfItsOwn(t *testing.T) {
 func TestMissingImageIsPulledWithTheClientsCredentials(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
-	e.addRemote("example.com/team/app:2")
+	e.addRemote("example.com/team/app:2", true)
 	d := startDaemon(t, e.host(), nil)
 	credentials := make(chan http.Header, 100)
 	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
@@ -164,6 +164,22 @@ func TestFailedPullLeavesNothing(t *testing.T) {
 			t.Errorf("%d %s left %s", test.engineStatus, test.engineBody, after)
 		}
 	}
+}
+
+// A pull fails before the engine's answer begins, or within it.
+func TestPullThatFindsNothingOrOnlyAPartLeavesNothing(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	before := state(t, e, d)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 404, "cannot pull the image: engine: ", "not found")
+	e.addRemote("img:1", false)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 502, "engine: "+e.dialect.noSuchLayer)
+	if after := state(t, e, d); after != before {
+		t.Errorf("left %s", after)
+	}
+	e.addRemote("img:1", true)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 }
 
 func TestMissingImageIDIsNotPulled(t *testing.T) {
@@ -313,6 +329,17 @@ func TestFailedImportLeavesNothing(t *testing.T) {
 	}
 }
 
+func TestWholeArchiveThatTheEngineCannotUnpackLeavesNothing(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	archive := string(append(tarOf(file("first", "abc"), hardLink("link", "nothing")), tarEnd...))
+	d.do(t, "POST", "/docker/image", archive).want(t, 502, "no such file or directory")
+	if got := e.imageTags(); len(got) > 0 {
+		t.Errorf("images %q", got)
+	}
+}
+
 func TestStartRemovesImportsThatADaemonLeft(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
@@ -422,7 +449,7 @@ func TestImageThatSaysTooMuchIsRefused(t *testing.T) {
 				return true
 			})
 			if pulled {
-				e.addRemote("img:1")
+				e.addRemote("img:1", true)
 			} else {
 				e.addImage("img:1")
 			}

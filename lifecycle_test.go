@@ -159,7 +159,7 @@ func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := engine.ping(t.Context()); err != nil {
+	if err := engine.meet(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { engine.api().Close() })

@@ -244,6 +244,7 @@ type apiWorld struct {
 func (op apiOperation) start(t *testing.T, change func(*config)) apiWorld {
 	t.Helper()
 	e := newFakeEngine(t)
+	e.setDialect(dialects["20.10"]) // which the document's examples quote
 	e.addImage("example/hello:1")
 	source := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {
 		name, ok := map[string]string{"/demo.tar.gz": "hello", "/hostile.tar.gz": "../passwd"}[r.URL.Path]
@@ -456,7 +457,7 @@ var apiFailures = map[string]struct {
 	"NoEngine": {setUp: func(t *testing.T, w apiWorld) {
 		w.fakeEngine.close()
 		w.do(t, "GET", "/health", "").want(t, 503)
-		w.setVersion("")
+		w.setDialect(podman)
 		w.reopen()
 	}},
 	"NotDone":       {change: apiHaste, absent: true, setUp: apiMuteEngine},

@@ -231,9 +231,7 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	status, description := describe(err)
 	if status == http.StatusServiceUnavailable {
 		rw.Header().Set("Retry-After", "1")
-	}
-	if client.IsErrConnectionFailed(err) || isA[*net.OpError](err) {
-		s.engine.known.Store(false)
+		s.engine.known.Store(false) // by then it may be another
 	}
 	if status == http.StatusInternalServerError {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
@@ -300,6 +298,8 @@ func describe(err error) (status int, description string) {
 		return http.StatusBadGateway, "the engine's answer cannot be read"
 	case errdefs.IsConflict(err):
 		return http.StatusConflict, message
+	case strings.HasPrefix(message, "engine: client version "): // "… is too old", or new: it has been exchanged
+		return http.StatusServiceUnavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return http.StatusBadRequest, message
 	case isA[syscall.Errno](err), errors.Is(err, errMoved): // the file system's: all other errors are the engine's

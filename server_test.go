@@ -309,41 +309,6 @@ func TestEngineThatHangsIsAGatewayTimeout(t *testing.T) {
 	}
 }
 
-func TestEngineThatIsGoneAndComesBack(t *testing.T) {
-	t.Parallel()
-	e, d := startWithService(t)
-	requests := []struct{ method, path, body string }{
-		{"GET", "/health", ""}, {"GET", "/service", ""}, {"GET", "/service/web", ""}, {"GET", "/service/web/stats", ""},
-		{"POST", "/service", createBodyJSON("new", "")}, {"POST", "/service/web/ctl", `{"op":"start"}`},
-		{"POST", "/service/web/ctl", `{"op":"kill"}`}, {"PATCH", "/service/web/env", `{"A":"1"}`},
-		{"DELETE", "/service/web", ""}, {"POST", "/docker/image", wholeTar()},
-	}
-	for _, version := range []string{"1.41", "1.40", "1.43"} {
-		e.close()
-		for _, r := range requests {
-			if a := d.do(t, r.method, r.path, r.body).want(t, 503); a.header.Get("Retry-After") != "1" {
-				t.Errorf("%s %s: Retry-After is %q", r.method, r.path, a.header.Get("Retry-After"))
-			}
-		}
-		e.setVersion(version)
-		e.reopen()
-		spoken := make(chan string, 100)
-		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-			spoken <- versionPrefix.FindString(r.URL.Path)
-			return false
-		})
-		d.do(t, "GET", "/service/web", "").want(t, 200)
-		d.do(t, "GET", "/health", "").want(t, 204)
-		e.setIntercept(nil)
-		if got := <-spoken; got != "/v"+version {
-			t.Errorf("the daemon speaks %s to an engine of %s", got, version)
-		}
-		if left := bindDirs(t, d.binds); len(left) != 1 || !slices.Equal(e.names(), []string{"web"}) {
-			t.Errorf("left: %v %q", left, e.names())
-		}
-	}
-}
-
 func TestDaemonStartsBeforeItsEngine(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)

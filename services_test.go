@@ -33,6 +33,28 @@ func state(t testing.TB, e *fakeEngine, d *daemon) string {
 	return all.String() + " images:" + strings.Join(e.imageTags(), ",")
 }
 
+// A service does not start while its port on the host is somebody else's, and loses nothing by it.
+func TestHostPortThatIsTaken(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	publish := `"port_map":{"80/tcp":{"HostPort":"8080"}}`
+	d.do(t, "POST", "/service", createBodyJSON("first", publish)).want(t, 201)
+	d.do(t, "POST", "/service", createBodyJSON("second", publish)).want(t, 201)
+	d.do(t, "POST", "/service/first/ctl", `{"op":"start"}`).want(t, 204)
+	before := state(t, e, d)
+	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 502, "0.0.0.0:8080", "address already in use")
+	if after := state(t, e, d); after != before {
+		t.Errorf("left %s, before it was %s", after, before)
+	}
+	d.do(t, "POST", "/service/first/ctl", `{"op":"stop"}`).want(t, 204)
+	e.takePort("8080")
+	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 502, "0.0.0.0:8080", "address already in use")
+	e.takePort("")
+	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 204)
+}
+
 // Each bad value of POST /service, and what the answer must name. A value replaces that
 // of createBodyJSON.
 var badParams = []struct{ extra, field string }{
@@ -170,7 +192,7 @@ func TestServiceThatTheEngineRefusesLeavesNothing(t *testing.T) {
 		status int
 		text   string
 	}{
-		{`"image":"` + answer.ID + `"`, 400, "No command specified"},
+		{`"image":"` + answer.ID + `"`, 400, e.dialect.noCommand},
 		{`"image":"IMG:1"`, 400, "image"},
 		{`"image":"a:b:c"`, 400, "image"},
 		{`"image":"img:"`, 400, "image"},
