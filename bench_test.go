@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/client"
 )
 
 // The benchmarks do each thing through the daemon and then without it, in turn, so
@@ -32,8 +33,12 @@ import (
 
 // direct is a client of the engine's socket, without the SDK.
 func direct(b *testing.B) *http.Client {
+	engine, err := client.NewClientWithOpts(client.FromEnv)
+	if err != nil {
+		b.Fatal(err)
+	}
 	transport := &http.Transport{MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", "/var/run/docker.sock")
+		return engine.Dialer()(ctx)
 	}}
 	b.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
