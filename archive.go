@@ -69,7 +69,7 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 	checkRedirect := func(r *http.Request, via []*http.Request) error {
 		r.Header.Del("Referer") // the whole URL that redirected, with its token
 		if len(via) > maxRedirects {
-			return failure(http.StatusBadGateway, "bind_contents: more than %d redirects", maxRedirects)
+			return failure(downloadFailed, "bind_contents: more than %d redirects", maxRedirects)
 		}
 		if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
 			return badRequest("bind_contents: redirected to something other than http or https")
@@ -136,7 +136,7 @@ func checkConnection(conn net.Conn, allow []netip.Prefix) error {
 	return badRequest("bind_contents: %s is this host's own address", remote.String())
 }
 
-var errTooSlow = failure(http.StatusBadGateway, "bind_contents: the server sends less than %d bytes a second", minFetchRate)
+var errTooSlow = failure(downloadFailed, "bind_contents: the server sends less than %d bytes a second", minFetchRate)
 
 // unpack downloads the archive at address and lays it out in dir, at once and in
 // constant memory. After an error dir holds a part of it.
@@ -153,7 +153,7 @@ func (f *fetcher) unpack(ctx context.Context, address string, dir *os.Root, limi
 	}
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {
-		return failure(http.StatusBadGateway, "bind_contents: the server answered %d", answer.StatusCode)
+		return failure(downloadFailed, "bind_contents: the server answered %d", answer.StatusCode)
 	}
 	source := &source{body: answer.Body, window: f.window, cancel: cancel}
 	err = unpack(bufio.NewReaderSize(source, readChunk), dir, limits, o)
@@ -174,7 +174,7 @@ func fetchError(ctx context.Context, err error) error {
 	if in, ok := errors.AsType[*url.Error](err); ok {
 		err = in.Err
 	}
-	return failure(http.StatusBadGateway, "bind_contents: cannot download: %s", plain(err))
+	return failure(downloadFailed, "bind_contents: cannot download: %s", plain(err))
 }
 
 // source is a download that ends when its server is too slow, and remembers its failure.
@@ -235,13 +235,13 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 			return broken(err)
 		}
 		if size += max(header.Size, 0); size > limits.bytes || size < 0 {
-			return failure(http.StatusRequestEntityTooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
+			return failure(tooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
 		}
 		if err := u.add(header, archive); err != nil {
 			return err
 		}
 		if entries+u.implied > limits.entries {
-			return failure(http.StatusRequestEntityTooLarge, "bind_contents: more than %d entries", limits.entries)
+			return failure(tooLarge, "bind_contents: more than %d entries", limits.entries)
 		}
 	}
 }
@@ -251,7 +251,7 @@ func broken(err error) error {
 	if err == nil || isA[*apiError](err) {
 		return err
 	}
-	return badRequest("bind_contents: the archive is broken: %s", plain(err))
+	return failure(refusedArchive, "bind_contents: the archive is broken: %s", plain(err))
 }
 
 // limitedReader fails, other than io.LimitedReader, when there is more than it may give.
@@ -265,7 +265,7 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	n, err := l.r.Read(p)
 	l.ended = l.ended || err == io.EOF && n == 0
 	if l.left -= int64(n); l.left < 0 {
-		return 0, failure(http.StatusRequestEntityTooLarge, "bind_contents: the archive unpacks to too many bytes")
+		return 0, failure(tooLarge, "bind_contents: the archive unpacks to too many bytes")
 	}
 	return n, err
 }
@@ -299,11 +299,11 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	case h.Typeflag == tar.TypeXGlobalHeader:
 		return nil
 	case outside(h.Name) || name == "." && h.Typeflag != tar.TypeDir:
-		return badRequest("bind_contents: entry %q: its path leads out of the archive", h.Name)
+		return failure(refusedArchive, "bind_contents: entry %q: its path leads out of the archive", h.Name)
 	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth: // deeper ones cost too much to walk
-		return badRequest("bind_contents: entry %q: its path has more than %d bytes or %d directories", h.Name, maxEntryPath, maxDepth)
+		return failure(refusedArchive, "bind_contents: entry %q: its path has more than %d bytes or %d directories", h.Name, maxEntryPath, maxDepth)
 	case h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32:
-		return badRequest("bind_contents: entry %q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
+		return failure(refusedArchive, "bind_contents: entry %q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
 	case name == ".":
 		return u.root.Chmod(".", permissions(h))
 	}
@@ -314,7 +314,7 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	for _, cause := range []error{errThroughLink, errReplacesDir, errLinkTarget, errSymlink, errType,
 		syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
 		if errors.Is(err, cause) {
-			return badRequest("bind_contents: entry %q: %v", h.Name, cause)
+			return failure(refusedArchive, "bind_contents: entry %q: %v", h.Name, cause)
 		}
 	}
 	return err

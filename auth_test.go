@@ -25,7 +25,7 @@ import (
 )
 
 const unauthorizedBody = `{"error":{"code":401,"reason":"Unauthorized",` +
-	`"description":"Accessing this daemon requires core authorization."}}`
+	`"description":"Accessing this daemon requires core authorization.","kind":"unauthorized"}}`
 
 // plusSlashKey has + and / in its base64 form, and padding.
 var plusSlashKey = []byte("\xfb\xff\xbf\xfe secret of the core \x00\x01\x02\x03\x04\x05\x06\x07")

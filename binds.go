@@ -123,7 +123,7 @@ func (b *bindRoot) free(id string) error {
 		names, err = readSome(b.root, id)
 	}
 	if err == nil && (!isDir || len(names) > 0) {
-		err = conflict("the bind directory of %q exists and is not empty", id)
+		err = failure(fullDirectory, "the bind directory of %q exists and is not empty", id)
 	}
 	return err
 }

@@ -9,7 +9,6 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -30,10 +29,7 @@ const stdinChunk = 32 << 10
 // it is to follow, prints from now on. That ends in an orderly way only when the
 // service's run does; whatever else ends it breaks the connection off.
 func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
-	options, err := logsOptions(r)
-	if err != nil {
-		return err
-	}
+	options := logsOptions(r)
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	opening := time.AfterFunc(s.waits.read, cancel)
@@ -59,7 +55,7 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	if err == nil {
 		return errors.New("the engine ended the logs of a service that runs")
 	}
-	if status, _ := describe(err); status == http.StatusConflict || status == http.StatusNotFound {
+	if kind, _ := describe(err); kind.status == http.StatusConflict || kind.status == http.StatusNotFound {
 		return nil // stopped, or deleted
 	}
 	return err
@@ -79,22 +75,14 @@ func (s *server) openLogs(ctx context.Context, id string, options container.Logs
 	}
 }
 
-func logsOptions(r *http.Request) (o container.LogsOptions, err error) {
-	query, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return o, badRequest("the query cannot be read")
-	}
-	for name, values := range query { // twice is none that can be right: "true,true"
-		if parameter := name + "=" + strings.Join(values, ","); !logsParameter.MatchString(parameter) {
-			return o, badRequest("%.100q: no such parameter, or not one of its values", parameter)
-		}
-	}
+func logsOptions(r *http.Request) container.LogsOptions {
+	query := r.URL.Query()
 	on := func(name, otherwise string) bool {
 		return slices.Contains([]string{"true", "1"}, cmp.Or(query.Get(name), otherwise))
 	}
 	return container.LogsOptions{Follow: on("follow", "false") && r.Method == http.MethodGet, // HEAD would not end
 		Timestamps: on("timestamps", "false"), ShowStdout: on("stdout", "true"), ShowStderr: on("stderr", "true"),
-		Tail: query.Get("tail"), Since: query.Get("since"), Until: query.Get("until")}, nil
+		Tail: query.Get("tail"), Since: query.Get("since"), Until: query.Get("until")}
 }
 
 // serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of
@@ -102,8 +90,11 @@ func logsOptions(r *http.Request) (o container.LogsOptions, err error) {
 func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
 	defer context.AfterFunc(s.serving, func() { http.NewResponseController(w).SetReadDeadline(time.Now()) })()
 	begin, err := s.lookup(r.Context(), r.PathValue("id"))
-	if err == nil && (!begin.State.Running || !begin.Config.OpenStdin) {
-		err = conflict("the service does not run, or has no open stdin")
+	switch {
+	case err == nil && !begin.Config.OpenStdin:
+		err = failure(withoutStdin, "the service was created without open_stdin")
+	case err == nil && !begin.State.Running:
+		err = failure(notRunning, "the service does not run")
 	}
 	chunk := make([]byte, stdinChunk)
 	var end error
@@ -117,7 +108,7 @@ func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
 	case err == nil && end == io.EOF:
 		return nil
 	case s.serving.Err() != nil:
-		return failure(http.StatusServiceUnavailable, "the daemon ends")
+		return failure(unavailable, "the daemon ends")
 	}
 	return cmp.Or(err, badRequest("the body is incomplete"))
 }
@@ -141,7 +132,7 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
 	answer, err := s.engine.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
 	if errdefs.IsNotFound(err) {
-		return conflict("the service has stopped")
+		return failure(notRunning, "the service has stopped")
 	}
 	if err != nil {
 		return err
@@ -156,7 +147,7 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 	err = cmp.Or(err, pipe.CloseWrite())
 	_, endErr := io.Copy(io.Discard, pipe)
 	if ctx.Err() != nil {
-		return failure(http.StatusGatewayTimeout, "the service does not read its stdin")
+		return failure(timedOut, "the service does not read its stdin")
 	}
 	return cmp.Or(s.sameRun(ctx, id, begin), err, endErr) // it ends as well when the service stops
 }
@@ -165,7 +156,7 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 func (s *server) sameRun(ctx context.Context, id string, begin inspected) error {
 	now, err := s.lookup(ctx, id)
 	if err == nil && (!now.State.Running || now.ID != begin.ID || now.State.StartedAt != begin.State.StartedAt) {
-		err = conflict("the service has stopped; it may not have read all")
+		err = failure(notRunning, "the service has stopped; it may not have read all")
 	}
 	return err
 }
@@ -186,12 +177,15 @@ func (s *server) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	if !current.Config.Tty {
+		return failure(withoutTTY, "the service was created without tty")
+	}
 	size := container.ResizeOptions{Height: uint(body.Rows), Width: uint(body.Cols)}
-	if current.State.Running && current.Config.Tty {
+	if current.State.Running {
 		err = s.engine.api().ContainerResize(r.Context(), current.ID, size)
 		if !errdefs.IsNotFound(err) { // else a start has just replaced it
 			return err
 		}
 	}
-	return conflict("the service does not run, or has no tty")
+	return failure(notRunning, "the service does not run")
 }

@@ -162,7 +162,7 @@ func (e *engine) meet(ctx context.Context) error {
 		parts = append(parts, part.Name)
 	}
 	if !slices.Contains(parts, "Engine") {
-		return failure(http.StatusBadGateway, "what answers at the engine's address is no Docker Engine: its parts are %q",
+		return failure(engineFailed, "what answers at the engine's address is no Docker Engine: its parts are %q",
 			strings.Join(parts, ", "))
 	}
 	e.known.Store(true)

@@ -313,7 +313,8 @@ func (w *exploration) run(ops []string) {
 		answered, err := w.do(func() error { return w.send(op, env) })
 		status := 0
 		if err != nil {
-			status, _ = describe(err)
+			kind, _ := describe(err)
+			status = kind.status
 		}
 		switch {
 		case answered && err == nil:

@@ -56,8 +56,8 @@ func TestOnlyPublicAddressesAreFetchedFrom(t *testing.T) {
 			for _, port := range []string{"80", "443", "0"} {
 				if err := checkAddress(net.JoinHostPort(ip, port), nil); err == nil {
 					t.Errorf("%s, %s, is allowed", ip, kind)
-				} else if status, _ := describe(err); status != 400 {
-					t.Errorf("%s: status %d, want 400", ip, status)
+				} else if k, _ := describe(err); k != invalid {
+					t.Errorf("%s: %v, want %v", ip, k, invalid)
 				}
 			}
 		}
@@ -486,8 +486,8 @@ func TestSlowServersAreGivenUp(t *testing.T) {
 			if err == nil {
 				t.Fatal("it was unpacked")
 			}
-			if status, text := describe(err); status != 502 || !strings.Contains(text, "bytes a second") {
-				t.Errorf("status %d: %v", status, err)
+			if kind, text := describe(err); kind != downloadFailed || !strings.Contains(text, "bytes a second") {
+				t.Errorf("%v: %v", kind, err)
 			}
 			<-left
 		})
@@ -549,8 +549,8 @@ func TestTheHostsOwnAddressesAreNotFetchedFrom(t *testing.T) {
 		if err == nil {
 			continue
 		}
-		if status, _ := describe(err); status != 400 {
-			t.Errorf("status %d", status)
+		if kind, _ := describe(err); kind != invalid {
+			t.Errorf("%v: %v", kind, err)
 		}
 	}
 }

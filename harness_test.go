@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -160,6 +162,19 @@ func (d *daemon) do(t testing.TB, method, path, body string) answer {
 	return d.send(t, d.request(t, method, path, strings.NewReader(body)))
 }
 
+// kindsOfErrors returns the status of each kind of error by its name.
+var kindsOfErrors = sync.OnceValue(func() map[string]int {
+	source, err := os.ReadFile("server.go")
+	if err != nil {
+		panic(err)
+	}
+	kinds := map[string]int{}
+	for _, found := range regexp.MustCompile(`kind\{([0-9]{3}), "([a-z_]+)"\}`).FindAllStringSubmatch(string(source), -1) {
+		kinds[found[2]], _ = strconv.Atoi(found[1])
+	}
+	return kinds
+})
+
 // want fails the test unless the answer has the status and the texts, and the one shape
 // of errors if it is one.
 func (a answer) want(t testing.TB, status int, substrings ...string) answer {
@@ -177,14 +192,14 @@ func (a answer) want(t testing.TB, status int, substrings ...string) answer {
 	}
 	var shape struct {
 		Error struct {
-			Code                int
-			Reason, Description string
+			Code                      int
+			Reason, Kind, Description string
 		}
 	}
 	decoder := json.NewDecoder(strings.NewReader(a.body))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(&shape)
-	if e := shape.Error; err != nil || e.Code != status || e.Reason != http.StatusText(status) || e.Description == "" {
+	if e := shape.Error; err != nil || e.Code != status || kindsOfErrors()[e.Kind] != status || e.Reason != http.StatusText(status) || e.Description == "" {
 		t.Errorf("body %s is not an error of the one shape: %v", a.body, err)
 	}
 	if got := a.header.Get("Content-Type"); got != "application/json" {

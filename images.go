@@ -56,7 +56,7 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 	defer cancel()
 	hex, ok := strings.CutPrefix(id, "sha256:")
 	if err == nil && (!ok || len(hex) != 64) {
-		err = failure(http.StatusBadGateway, "the engine did not say which image it imported")
+		err = failure(engineFailed, "the engine did not say which image it imported")
 	}
 	if err == nil {
 		err = s.engine.api().ImageTag(finish, id, importName+":"+hex[:12]) // the commit
@@ -72,8 +72,8 @@ func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
 
 var (
 	errSlowUpload = badRequest("the body came too slowly")
-	errSlowImport = failure(http.StatusGatewayTimeout, "the engine did not take the image in time")
-	errShortTake  = failure(http.StatusBadGateway, "the engine did not take the whole image")
+	errSlowImport = failure(timedOut, "the engine did not take the image in time")
+	errShortTake  = failure(engineFailed, "the engine did not take the whole image")
 )
 
 // passUpload has the engine make an image of a request's body, which passes through as it comes.
@@ -183,17 +183,17 @@ func followTar(w io.Writer, r io.Reader) error {
 	start, _ := in.Peek(8) // what is shorter has no entry
 	isCompressed := func(magic string) bool { return strings.HasPrefix(string(start), magic) }
 	if slices.ContainsFunc(compressed, isCompressed) || len(start) > 4 && string(start[1:4]) == skippable {
-		return badRequest("the body is compressed: it must be a plain tar archive")
+		return failure(refusedArchive, "the body is compressed: it must be a plain tar archive")
 	}
 	stream := &limitedReader{r: io.TeeReader(in, out), left: math.MaxInt64}
 	archive := tar.NewReader(stream)
 	header, err := archive.Next()
 	if err == io.EOF {
-		return badRequest("the body is not a tar archive: it has no entry")
+		return failure(refusedArchive, "the body is not a tar archive: it has no entry")
 	}
 	for ; err == nil; header, err = archive.Next() {
 		if err := checkEntry(header); err != nil {
-			return badRequest("entry %q: %v", header.Name, err)
+			return failure(refusedArchive, "entry %q: %v", header.Name, err)
 		}
 	}
 	if err == io.EOF {
@@ -212,7 +212,7 @@ func followTar(w io.Writer, r io.Reader) error {
 	if err == nil || isA[*http.MaxBytesError](err) || isA[*apiError](err) {
 		return err
 	}
-	return badRequest("the body is not a whole tar archive: %s", plain(err))
+	return failure(refusedArchive, "the body is not a whole tar archive: %s", plain(err))
 }
 
 // checkEntry returns an error for an entry that an image cannot have, or in which not all programs see
@@ -248,7 +248,7 @@ func (s *server) ensureImage(ctx context.Context, p serviceParams, registryAuth 
 	progress, err := s.engine.api().ImagePull(ctx, p.Image, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
 		_, text := describe(err)
-		return failure(http.StatusNotFound, "cannot pull the image: %s", text)
+		return failure(unknownImage, "cannot pull the image: %s", text)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot pull the image: %w", err)

@@ -101,7 +101,7 @@ func (s *server) create(asked context.Context, p serviceParams, registryAuth str
 	return s.change(asked, finish, p.ID, func(_ context.Context, _ string, current, _ *container.Summary) error {
 		taken, _ := s.nameTaken(asked, p.ID) // before a download; if the engine cannot tell, the commit does
 		if current != nil || taken {
-			return conflict("there is a container %q already", p.ID)
+			return failure(takenID, "there is a container %q already", p.ID)
 		}
 		if err := s.ensureImage(asked, p, registryAuth); err != nil {
 			return err
@@ -290,7 +290,7 @@ func (s *server) remove(finish context.Context, id string, current, _ *container
 			return cmp.Or(err, noSuchService(id))
 		}
 		if taken, err := s.nameTaken(finish, id); err != nil || taken {
-			return cmp.Or(err, conflict("there is a container %q already", id))
+			return cmp.Or(err, failure(takenID, "there is a container %q already", id))
 		}
 	}
 	if err := s.binds.discard(id); err != nil { // the commit
@@ -350,7 +350,7 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 	found := all[id]
 	if len(found.strays) > 0 {
 		name := strings.Join(found.strays[0].Names, " ")
-		return nil, nil, conflict("service %q has a container that was given another name: %q", id, name)
+		return nil, nil, failure(renamed, "service %q has a container that was given another name: %q", id, name)
 	}
 	if found.new != nil && found.current == nil && found.now == nil && !gone {
 		if err := s.binds.discard(id); err != nil {

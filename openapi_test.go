@@ -15,6 +15,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -31,7 +32,8 @@ type apiOperation struct {
 	success            int
 	Parameters         []apiParameter
 	RequestBody        apiBody
-	Responses          map[int]apiBody
+	Responses          map[int]apiBody    `json:"-"`
+	All                map[string]apiBody `json:"responses"`
 }
 
 type apiParameter struct {
@@ -92,6 +94,12 @@ func readAPI(t testing.TB) (operations map[string]apiOperation, named apiCompone
 	for path, methods := range doc.Paths {
 		for method, op := range methods {
 			op.method, op.path = strings.ToUpper(method), path
+			op.Responses = map[int]apiBody{}
+			for status, body := range op.All {
+				if n, err := strconv.Atoi(status); err == nil { // not the default, which is for generated clients
+					op.Responses[n] = body
+				}
+			}
 			op.name, op.success = op.method+" "+path, slices.Min(slices.Collect(maps.Keys(op.Responses)))
 			operations[op.name] = op
 		}
@@ -309,6 +317,13 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 	for _, rt := range (&server{}).routes() {
 		routes[rt.pattern] = rt.success
 	}
+	var kinds []string
+	for _, kind := range named.Schemas["Failure"].Properties["kind"].Enum {
+		kinds = append(kinds, kind.(string))
+	}
+	if slices.Sort(kinds); !slices.Equal(kinds, slices.Sorted(maps.Keys(kindsOfErrors()))) {
+		t.Errorf("kinds of errors are %q, documented are %q", slices.Sorted(maps.Keys(kindsOfErrors())), kinds)
+	}
 	if !maps.Equal(documented, routes) {
 		t.Errorf("documented are %v\nroutes are %v", documented, routes)
 	}
@@ -485,8 +500,9 @@ var apiFailures = map[string]struct {
 	"UnknownParameter": {query: "?lines=5"},
 	"NoTar":            {body: strings.Repeat("\x00", 1024)},
 	"CutOffTar":        {body: wholeTar()[:700]},
-	"NoStdin":          {setUp: apiStop},
-	"NoTTY":            {setUp: apiStop},
+	"NotRunning":       {setUp: apiStop},
+	"NoStdin":          {setUp: func(_ *testing.T, w apiWorld) { w.byName("demo").Config.OpenStdin = false }},
+	"NoTTY":            {setUp: func(_ *testing.T, w apiWorld) { w.byName("demo").Config.Tty = false }},
 	"CutOff": {ask: func(t *testing.T, w apiWorld) answer {
 		a, _ := sendRaw(t, w.daemon, "POST /service/demo/stdin HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+w.key+
 			"\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")

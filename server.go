@@ -9,10 +9,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"net"
 	"net/http"
+	"net/url"
 	"path"
 	"regexp"
 	"slices"
@@ -36,11 +36,12 @@ const (
 
 // A route is one line of the API. All paths need the core key, so access is no column.
 type route struct {
-	pattern string        // as for [http.ServeMux]; each stands under /v1 as well
-	success int           // status, if handle writes none
-	body    int64         // most bytes of the request's body
-	limit   time.Duration // forever: until the client leaves, or the daemon
-	finish  bool          // runs to its end, or limit, even if the client leaves
+	pattern string         // as for [http.ServeMux]; each stands under /v1 as well
+	success int            // status, if handle writes none
+	body    int64          // most bytes of the request's body
+	limit   time.Duration  // forever: until the client leaves, or the daemon
+	finish  bool           // runs to its end, or limit, even if the client leaves
+	query   *regexp.Regexp // matches each parameter that its query may have, as name=value; nil: none
 	handle  func(*server, http.ResponseWriter, *http.Request) error
 }
 
@@ -48,18 +49,18 @@ type route struct {
 func (s *server) routes() []route {
 	change := s.stopTimeout + s.waits.read
 	return []route{
-		{"POST /service", 201, maxJSON, s.createTimeout, false, (*server).createService},
-		{"GET /service", 200, 0, s.waits.read, false, (*server).listServices},
-		{"GET /service/{id}", 200, 0, s.waits.read, false, (*server).inspectService},
-		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, (*server).deleteService},
-		{"POST /service/{id}/ctl", 204, maxJSON, change, true, (*server).controlService},
-		{"GET /service/{id}/stats", 200, 0, forever, false, (*server).serviceStats},
-		{"GET /service/{id}/logs", 200, 0, forever, false, (*server).serviceLogs},
-		{"POST /service/{id}/stdin", 204, math.MaxInt64, forever, false, (*server).serviceStdin},
-		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, (*server).resizeTTY},
-		{"PATCH /service/{id}/env", 204, maxJSON, change, true, (*server).setServiceEnv},
-		{"POST /docker/image", 201, s.maxImageBytes, forever, false, (*server).importImage},
-		{"GET /health", 204, 0, s.waits.read, false, (*server).health},
+		{"POST /service", 201, maxJSON, s.createTimeout, false, nil, (*server).createService},
+		{"GET /service", 200, 0, s.waits.read, false, nil, (*server).listServices},
+		{"GET /service/{id}", 200, 0, s.waits.read, false, nil, (*server).inspectService},
+		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, nil, (*server).deleteService},
+		{"POST /service/{id}/ctl", 204, maxJSON, change, true, nil, (*server).controlService},
+		{"GET /service/{id}/stats", 200, 0, forever, false, statsParameter, (*server).serviceStats},
+		{"GET /service/{id}/logs", 200, 0, forever, false, logsParameter, (*server).serviceLogs},
+		{"POST /service/{id}/stdin", 204, math.MaxInt64, forever, false, nil, (*server).serviceStdin},
+		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, nil, (*server).resizeTTY},
+		{"PATCH /service/{id}/env", 204, maxJSON, change, true, nil, (*server).setServiceEnv},
+		{"POST /docker/image", 201, s.maxImageBytes, forever, false, nil, (*server).importImage},
+		{"GET /health", 204, 0, s.waits.read, false, nil, (*server).health},
 	}
 }
 
@@ -101,7 +102,7 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 		slices.Sort(allowed)
 		s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", strings.Join(allowed, ", "))
-			s.fail(w, r, failure(http.StatusMethodNotAllowed, "%s is not allowed here", r.Method))
+			s.fail(w, r, failure(wrongMethod, "%s is not allowed here", r.Method))
 		})
 	}
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.fail(w, r, errNoSuchPath) })
@@ -139,7 +140,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	if !s.key.authorizes(r) {
 		w.Header().Set("Connection", "close")
-		s.fail(w, r, failure(http.StatusUnauthorized, "Accessing this daemon requires core authorization."))
+		s.fail(w, r, failure(unauthorized, "Accessing this daemon requires core authorization."))
 		return
 	}
 	r.Context().Value(knownKey{}).(func())()
@@ -155,8 +156,17 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 	if id := r.PathValue("id"); strings.Contains(rt.pattern, "{id}") && !serviceID.MatchString(id) {
 		return noSuchService(id)
 	}
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return badRequest("the query cannot be read")
+	}
+	for name, values := range query { // twice is none that can be right: "true,true"
+		if parameter := name + "=" + strings.Join(values, ","); rt.query == nil || !rt.query.MatchString(parameter) {
+			return badRequest("%.100q: no such parameter, or not one of its values", parameter)
+		}
+	}
 	if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
-		return failure(http.StatusRequestEntityTooLarge, "this request has no body")
+		return failure(tooLarge, "this request has no body")
 	}
 	ctx := r.Context()
 	if rt.finish {
@@ -168,7 +178,6 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 		defer context.AfterFunc(s.serving, cancel)()
 	}
 	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
-	var err error
 	if !s.engine.known.Load() || !s.met.Load() {
 		err = s.meetEngine(ctx)
 	}
@@ -181,9 +190,40 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 	return err
 }
 
+// A kind of error tells a program what it can do next. Kinds and their status are part of the API;
+// descriptions are for people, and may change.
+type kind struct {
+	status int
+	name   string
+}
+
+// All kinds that there are.
+var (
+	invalid        = kind{400, "bad_request"}        // ask for something else
+	refusedArchive = kind{400, "archive_refused"}    // mend the archive of bind_contents, or of the image
+	unauthorized   = kind{401, "unauthorized"}       // find the right core key
+	unknownPath    = kind{404, "no_such_path"}       // of the API
+	unknownService = kind{404, "no_such_service"}    // it is gone, or has yet to be created
+	unknownImage   = kind{404, "no_such_image"}      // import it, or give the registry's credentials
+	wrongMethod    = kind{405, "method_not_allowed"} // the header Allow lists those that are
+	takenID        = kind{409, "id_taken"}           // compare with the service or container that has it
+	fullDirectory  = kind{409, "directory_in_use"}   // somebody has to look at the data there
+	renamed        = kind{409, "renamed_by_hand"}    // somebody has to give the container its name back
+	notRunning     = kind{409, "not_running"}        // start it
+	withoutStdin   = kind{409, "no_stdin"}           // create it with open_stdin
+	withoutTTY     = kind{409, "no_tty"}             // create it with tty
+	engineConflict = kind{409, "engine_conflict"}    // such as a paused container: its words say which
+	tooLarge       = kind{413, "too_large"}          // the body, or what an archive unpacks to
+	internal       = kind{500, "internal"}           // somebody has to read the daemon's log
+	engineFailed   = kind{502, "engine_failed"}      // it refused, or could not do it
+	downloadFailed = kind{502, "download_failed"}    // of bind_contents, by its server
+	unavailable    = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
+	timedOut       = kind{504, "timeout"}            // look what there is, or ask again
+)
+
 // apiError is an error that the client reads as it stands.
 type apiError struct {
-	status      int
+	kind        kind
 	description string
 }
 
@@ -195,45 +235,41 @@ func isA[E error](err error) bool {
 	return ok
 }
 
-func failure(status int, format string, args ...any) error {
+func failure(k kind, format string, args ...any) error {
 	for i, arg := range args {
 		if text, ok := arg.(string); ok {
 			args[i] = quote(text)
 		}
 	}
-	return &apiError{status, fmt.Sprintf(format, args...)}
-}
-
-func conflict(format string, args ...any) error {
-	return failure(http.StatusConflict, format, args...)
+	return &apiError{k, fmt.Sprintf(format, args...)}
 }
 
 func badRequest(format string, args ...any) error {
-	return failure(http.StatusBadRequest, format, args...)
+	return failure(invalid, format, args...)
 }
 
 func noSuchService(id string) error {
-	return failure(http.StatusNotFound, "no service %q", id)
+	return failure(unknownService, "no service %q", id)
 }
 
 func noSuchImage(name string) error {
-	return failure(http.StatusNotFound, "no image %q", name)
+	return failure(unknownImage, "no image %q", name)
 }
 
 var (
-	errNoSuchPath = failure(http.StatusNotFound, "no such path")
-	errUnderWay   = failure(http.StatusGatewayTimeout, "another operation on this service is still under way")
+	errNoSuchPath = failure(unknownPath, "no such path")
+	errUnderWay   = failure(timedOut, "another operation on this service is still under way")
 )
 
 // fail answers with an error. Where an answer has begun it logs the error and breaks the
 // connection off, so that nobody takes what there is for all. It is the only writer of errors.
 func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
-	status, description := describe(err)
-	if status == http.StatusServiceUnavailable {
+	kind, description := describe(err)
+	if kind == unavailable {
 		rw.Header().Set("Retry-After", "1")
 		s.engine.known.Store(false) // by then it may be another
 	}
-	if status == http.StatusInternalServerError {
+	if kind == internal {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
 	}
 	if rw.(*response).status != 0 {
@@ -242,11 +278,12 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 		}
 		panic(http.ErrAbortHandler)
 	}
-	writeJSON(rw, status, map[string]any{"error": struct {
+	writeJSON(rw, kind.status, map[string]any{"error": struct {
 		Code        int    `json:"code"`
 		Reason      string `json:"reason"`
 		Description string `json:"description"`
-	}{status, http.StatusText(status), description}})
+		Kind        string `json:"kind"`
+	}{kind.status, http.StatusText(kind.status), description, kind.name}})
 }
 
 // goPrefix is what Go's packages put ahead of their errors.
@@ -276,9 +313,9 @@ func quote(text string) string {
 
 // describe returns what a client may know of err: all that the engine says, which can name paths of
 // the host, and of what fails here no more than the kind.
-func describe(err error) (status int, description string) {
+func describe(err error) (k kind, description string) {
 	if api, ok := errors.AsType[*apiError](err); ok {
-		return api.status, api.description
+		return api.kind, api.description
 	}
 	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
 	// These three are the client library's, not the engine's.
@@ -287,25 +324,25 @@ func describe(err error) (status int, description string) {
 	message = quote(message)
 	switch {
 	case isTooLong:
-		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
+		return tooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
 	case errors.Is(err, context.DeadlineExceeded):
-		return http.StatusGatewayTimeout, "this was not done in time; the engine may still be at it"
+		return timedOut, "this was not done in time; the engine may still be at it"
 	case errors.Is(err, context.Canceled):
-		return http.StatusServiceUnavailable, "the request was given up"
+		return unavailable, "the request was given up"
 	case client.IsErrConnectionFailed(err), isA[*net.OpError](err):
-		return http.StatusServiceUnavailable, "the engine cannot be reached"
+		return unavailable, "the engine cannot be reached"
 	case isA[*json.SyntaxError](err), isA[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
-		return http.StatusBadGateway, "the engine's answer cannot be read"
+		return engineFailed, "the engine's answer cannot be read"
 	case errdefs.IsConflict(err):
-		return http.StatusConflict, message
+		return engineConflict, message
 	case strings.HasPrefix(message, "engine: client version "): // "… is too old", or new: it has been exchanged
-		return http.StatusServiceUnavailable, message
+		return unavailable, message
 	case errdefs.IsInvalidArgument(err):
-		return http.StatusBadRequest, message
+		return invalid, message
 	case isA[syscall.Errno](err), errors.Is(err, errMoved): // the file system's: all other errors are the engine's
-		return http.StatusInternalServerError, "internal error; the daemon's log has the details"
+		return internal, "internal error; the daemon's log has the details"
 	}
-	return http.StatusBadGateway, message
+	return engineFailed, message
 }
 
 // readJSON reads the whole body as one JSON value without unknown fields into v.
@@ -343,34 +380,37 @@ func decodeJSON(text []byte, v any) error {
 	if _, err := decoder.Token(); err != io.EOF {
 		return badRequest("malformed JSON: more than one value")
 	}
-	var all any
-	json.Unmarshal(text, &all)
-	if field, isNull := findNull(all); isNull {
-		return badRequest("%s: a JSON null is not allowed here", cmp.Or(field, "the body"))
-	}
-	return nil
+	return checkMembers(json.NewDecoder(bytes.NewReader(text)), "")
 }
 
-// findNull returns where in a JSON value there is a null. Package json takes one for a field that is
-// not there, and that would take a null limit for none.
-func findNull(value any) (field string, isNull bool) {
-	switch value := value.(type) {
-	case nil:
-		return "", true
-	case []any:
-		for _, item := range value {
-			if field, isNull := findNull(item); isNull {
-				return field, true
+// checkMembers reads a JSON value, which is well formed, and refuses what package json takes in
+// silence: a null for a field that is not there, so that a null limit would be none, and of two
+// fields of one name the last. at is the value's place, for the error.
+func checkMembers(d *json.Decoder, at string) error {
+	token, _ := d.Token()
+	if token == nil {
+		return badRequest("%s: a JSON null is not allowed here", cmp.Or(at, "the body"))
+	}
+	if _, isDelim := token.(json.Delim); !isDelim {
+		return nil
+	}
+	names := map[string]bool{}
+	for d.More() {
+		inside := at
+		if token == json.Delim('{') {
+			name, _ := d.Token()
+			inside = strings.TrimPrefix(at+"."+name.(string), ".")
+			if names[inside] {
+				return badRequest("%s: is there twice", inside)
 			}
+			names[inside] = true
 		}
-	case map[string]any:
-		for _, name := range slices.Sorted(maps.Keys(value)) {
-			if field, isNull := findNull(value[name]); isNull {
-				return strings.TrimSuffix(name+"."+field, "."), true
-			}
+		if err := checkMembers(d, inside); err != nil {
+			return err
 		}
 	}
-	return "", false
+	d.Token() // its end
+	return nil
 }
 
 // writeJSON answers with a value that has a JSON form.

@@ -170,6 +170,39 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 }
 
 // Every route with a JSON body, against bodies that are no one good value.
+// A field that is there twice would count as its last, and a null before it as nothing.
+func TestFieldThatIsThereTwiceIsRefused(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	before := state(t, e, d)
+	for _, test := range []struct{ method, path, body, field string }{
+		{"PATCH", "/service/web/env", `{"A":null,"A":"x"}`, "A"},
+		{"PATCH", "/service/web/env", `{"A":"x","\u0041":"y"}`, "A"},
+		{"POST", "/service", createBodyJSON("new", `"max_ram":8000000,"max_ram":9000000`), "params.max_ram"},
+		{"POST", "/service", strings.TrimSuffix(createBodyJSON("new", `"max_ram":8000000`), "}") + `,"params":{"max_ram":null},"params":{}}`, "params"},
+		{"POST", "/service", createBodyJSON("new", `"port_map":{"80/tcp":[{"HostPort":"1","HostPort":"2"}]}`), "port_map: HostPort"},
+	} {
+		d.do(t, test.method, test.path, test.body).want(t, 400, test.field+": ")
+	}
+	d.do(t, "PATCH", "/service/web/env", `{"A":"x","a":"y"}`).want(t, 204)
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	if after := state(t, e, d); len(after) != len(before) {
+		t.Errorf("left %s", after)
+	}
+}
+
+func TestParameterThatIsNotThereIsRefused(t *testing.T) {
+	t.Parallel()
+	_, d := startWithService(t)
+	for _, rt := range (&server{}).routes() {
+		method, path, _ := strings.Cut(rt.pattern, " ")
+		for _, query := range []string{"?strem=true", "?x", "?stream=true&stream=true", "?tail=1&tail=1", "?%zz", "?a;b"} {
+			d.do(t, method, strings.ReplaceAll(path, "{id}", "web")+query, "").want(t, 400)
+		}
+	}
+}
+
 func TestJSONBodies(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -203,6 +236,7 @@ func TestJSONBodies(t *testing.T) {
 			{"<service/>", 400, "malformed JSON"},
 			{strings.Replace(body, ":", "=", 1), 400, "malformed JSON"},
 			{strings.Repeat("[", 20_000), 400, ""},
+			{"{" + body[1:len(body)-1] + "," + body[1:], 400, "twice"},
 			{strings.Repeat(" ", maxJSON) + body, 413, "1048576"},
 			{body + strings.Repeat(" ", maxJSON-len(body)+1), 413, "1048576"},
 		} {

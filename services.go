@@ -253,7 +253,7 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected,
 		return inspected{}, err
 	}
 	if c.ID == "" {
-		return c, failure(http.StatusBadGateway, "the engine's answer cannot be read")
+		return c, failure(engineFailed, "the engine's answer cannot be read")
 	}
 	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path ||
 		!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {

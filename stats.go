@@ -3,11 +3,11 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"io"
 	"net/http"
+	"regexp"
 	"strconv"
 	"sync"
 	"time"
@@ -21,6 +21,8 @@ const (
 	maxFrame   = 1 << 20                 // bytes
 )
 
+var statsParameter = regexp.MustCompile(`^stream=(true|false|1|0)$`)
+
 // What the engine writes where it has no sample: for a container that does not run,
 // whose stream it does not end, and for the sample before the first.
 var (
@@ -32,10 +34,7 @@ var (
 // ?stream=true with a line for each, from one container of the service to the next,
 // until it does not run. Who reads slowly gets fewer frames; who does not is dropped.
 func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
-	stream, err := strconv.ParseBool(cmp.Or(r.URL.Query().Get("stream"), "false"))
-	if err != nil {
-		return badRequest("stream: must be true or false")
-	}
+	stream, _ := strconv.ParseBool(r.URL.Query().Get("stream"))
 	stream = stream && r.Method == http.MethodGet // HEAD would not end
 	ctx := r.Context()
 	if !stream {
@@ -62,7 +61,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 			if ends++; ends <= statsTries {
 				continue
 			}
-			err = failure(http.StatusBadGateway, "the engine sends no statistics of this service")
+			err = failure(engineFailed, "the engine sends no statistics of this service")
 		}
 		if err != nil || feed == nil || !stream {
 			return passOn(w, frame, err)
