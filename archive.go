@@ -105,6 +105,15 @@ func checkAddress(address string, allow []netip.Prefix) error {
 	if !addr.IsGlobalUnicast() || addr.IsPrivate() {
 		return refused
 	}
+	ours, err := net.InterfaceAddrs()
+	if err != nil {
+		return err
+	}
+	for _, network := range ours { // what listens there may trust who comes from here
+		if own, err := netip.ParsePrefix(network.String()); err == nil && own.Addr().Unmap().WithZone("") == addr {
+			return errOwnAddress
+		}
+	}
 	for network := range strings.FieldsSeq(notPublic) {
 		if contains(netip.MustParsePrefix(network)) {
 			return refused
@@ -116,24 +125,16 @@ func checkAddress(address string, allow []netip.Prefix) error {
 // bare returns the address alone: ::ffff:127.0.0.1 is 127.0.0.1.
 func bare(ap netip.AddrPort) netip.Addr { return ap.Addr().Unmap().WithZone("") }
 
-// checkConnection returns an error if a connection ends on this host, by an address that is public:
-// what listens there may trust who comes from here. An address of an interface may be reached from
-// another one; a whole network that the kernel takes for its own is reached from the same.
+var errOwnAddress = badRequest("bind_contents: this is the host's own address")
+
+// checkConnection returns an error if a connection comes from where it goes to: this host, by a public
+// address that no interface of it has, of a network that the kernel was told is here.
 func checkConnection(conn net.Conn, allow []netip.Prefix) error {
 	local, remote := bare(conn.LocalAddr().(*net.TCPAddr).AddrPort()), bare(conn.RemoteAddr().(*net.TCPAddr).AddrPort())
-	isRemote := func(network net.Addr) bool {
-		prefix, err := netip.ParsePrefix(network.String())
-		return err == nil && prefix.Addr().Unmap().WithZone("") == remote
-	}
-	ours, err := net.InterfaceAddrs()
-	if err != nil {
-		return err
-	}
-	if local != remote && !slices.ContainsFunc(ours, isRemote) ||
-		slices.ContainsFunc(allow, func(network netip.Prefix) bool { return network.Contains(remote) }) {
+	if local != remote || slices.ContainsFunc(allow, func(network netip.Prefix) bool { return network.Contains(remote) }) {
 		return nil
 	}
-	return badRequest("bind_contents: %s is this host's own address", remote.String())
+	return errOwnAddress
 }
 
 var errTooSlow = failure(downloadFailed, "bind_contents: the server sends less than %d bytes a second", minFetchRate)

@@ -135,14 +135,16 @@ const (
 // strangers is a listener. Its connections have not shown the core key, at first, and for such there
 // are places for half of the files that the daemon may open; the rest is for the core, the engine and
 // the disk. Who comes when all are taken waits until one is left, or somebody has had his for
-// strangerTime: the oldest of all or, for an address that has a quarter of the places, of its own. So
-// nobody holds up the core for long, which shows its key as soon as it can.
+// strangerTime, and so does all that came after. An address that has more than a quarter of the places
+// gets only those of its own oldest, and waits for none: what comes from it then is closed at once,
+// unless the core has its connections from there too, as behind a proxy.
 type strangers struct {
 	net.Listener
 	places int
 	left   chan struct{} // gets one when somebody leaves
 	mu     sync.Mutex
 	here   []stranger // the oldest first
+	core   netip.Addr // where the last one to show the key came from
 }
 
 type stranger struct {
@@ -164,22 +166,29 @@ func strangerPlaces() int {
 	return int(min(files.Cur/2, maxStrangers))
 }
 
-// Accept returns the next connection when it has a place.
+// Accept returns the next connection that gets a place, when it has it.
 func (s *strangers) Accept() (net.Conn, error) {
-	conn, err := s.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	for wait := s.admit(conn); wait > 0; wait = s.admit(conn) {
-		select {
-		case <-s.left:
-		case <-time.After(wait):
+	for {
+		conn, err := s.Listener.Accept()
+		if err != nil {
+			return nil, err
 		}
+		wait := s.admit(conn)
+		for ; wait > 0; wait = s.admit(conn) {
+			select {
+			case <-s.left:
+			case <-time.After(wait):
+			}
+		}
+		if wait == 0 {
+			return conn, nil
+		}
+		conn.Close()
 	}
-	return conn, nil
 }
 
-// admit gives a place to a connection, or returns how long it has to wait for one at most.
+// admit gives a place to a connection, or returns how long it has to wait for one at most: a
+// negative time if it gets none.
 func (s *strangers) admit(conn net.Conn) (wait time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -192,10 +201,15 @@ func (s *strangers) admit(conn net.Conn) (wait time.Duration) {
 				own++
 			}
 		}
-		if own > s.places/4 {
+		isCrowd := own > s.places/4
+		if isCrowd {
 			oldest = slices.IndexFunc(s.here, isOwn)
 		}
-		if wait = strangerTime - time.Since(s.here[oldest].came); wait > 0 {
+		wait = strangerTime - time.Since(s.here[oldest].came)
+		if wait > 0 && isCrowd && newest.from != s.core {
+			return -1
+		}
+		if wait > 0 {
 			return wait
 		}
 		s.here[oldest].conn.Close()
@@ -203,6 +217,14 @@ func (s *strangers) admit(conn net.Conn) (wait time.Duration) {
 	}
 	s.here = append(s.here, newest)
 	return 0
+}
+
+// know lets go of a connection that has shown the key.
+func (s *strangers) know(conn net.Conn) {
+	s.mu.Lock()
+	s.core = origin(conn)
+	s.mu.Unlock()
+	s.forget(conn)
 }
 
 // forget lets go of a connection that has shown the key, or is closed.
@@ -246,7 +268,7 @@ func (r *refusals) add(log *slog.Logger, what string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.count++
-	r.last = what
+	r.last = quote(what) // of a TLS handshake it can be as long as a stranger likes
 	if r.count == 1 {
 		time.AfterFunc(time.Second, func() {
 			r.mu.Lock()

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -336,7 +338,7 @@ func dialFrom(t *testing.T, listener net.Listener, from string) net.Conn {
 }
 
 // Whoever has had the time for his header leaves for who comes: the oldest, or, of an address that has
-// many places, its own oldest. Nobody leaves before that, nor while there are places.
+// many places, its own oldest. Such an address's next is closed when there is none, unless the core is there too.
 func TestStrangersMakeRoomForEachOther(t *testing.T) {
 	t.Parallel()
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
@@ -364,22 +366,86 @@ func TestStrangersMakeRoomForEachOther(t *testing.T) {
 	for range 7 {
 		crowd = append(crowd, come("127.0.0.2"))
 	}
-	crowd = append(crowd, come("127.0.0.2"))
-	if took := time.Since(begin); took < strangerTime || here(crowd[0]) || !here(crowd[1]) || !here(quiet) {
-		t.Errorf("after %v: the crowd's oldest has its place: %v, the next %v; the other address %v", took, here(crowd[0]), here(crowd[1]), here(quiet))
+	turnedAway := dialFrom(t, inner, "127.0.0.2")
+	newcomer := come("127.0.0.3")
+	if took := time.Since(begin); took < strangerTime || here(quiet) || !here(newcomer) || !here(crowd[0]) {
+		t.Errorf("after %v the oldest of all is here: %v, the newcomer: %v, the crowd's oldest: %v", took, here(quiet), here(newcomer), here(crowd[0]))
 	}
-	if _, err := ends[crowd[0]].Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+	if n, err := turnedAway.Read(make([]byte, 1)); err == nil {
+		t.Errorf("one more of the crowd reads %d bytes", n)
+	}
+	if _, err := ends[quiet].Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("the one that left can be read: %v", err)
 	}
-	newcomer := come("127.0.0.3")
-	if here(quiet) || !here(newcomer) || !here(crowd[1]) {
-		t.Error("another address did not get the place of the oldest of all")
+	if next := come("127.0.0.2"); here(crowd[0]) || !here(next) || !here(newcomer) {
+		t.Error("the crowd did not get the place of its own oldest")
 	}
-	s.forget(ends[crowd[3]]) // shows the key
-	s.forget(ends[crowd[3]]) // ends
+	s.forget(ends[crowd[1]]) // ends
+	s.forget(ends[crowd[1]])
 	last := come("127.0.0.3")
-	if !here(last) || !here(crowd[1]) || len(s.here) != 8 {
+	if !here(last) || !here(crowd[2]) || len(s.here) != 8 {
 		t.Errorf("a place that was left was not given away: %v", s.here)
+	}
+
+	s.know(ends[crowd[2]]) // the core comes from there too
+	begin = time.Now()
+	come("127.0.0.4")
+	fresh := come("127.0.0.2")
+	for range 4 { // the rest of the crowd leaves for others
+		come("127.0.0.2")
+	}
+	late := come("127.0.0.2")
+	if took := time.Since(begin); took < strangerTime || here(fresh) || !here(late) {
+		t.Errorf("after %v its oldest is here: %v, who waited: %v", took, here(fresh), here(late))
+	}
+}
+
+// Connections that have shown the key need no place, and keep none.
+func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
+	t.Parallel()
+	cert, key, trusted := selfSigned(t)
+	for _, encrypted := range []bool{false, true} {
+		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
+			c.strangers = 2
+			if encrypted {
+				c.tlsCert, c.tlsKey = cert, key
+			}
+		})
+		address := strings.TrimPrefix(d.url, "http://")
+		open := func() net.Conn {
+			conn, err := net.Dial("tcp", address)
+			if err == nil && encrypted {
+				conn = tls.Client(conn, &tls.Config{RootCAs: trusted, ServerName: "127.0.0.1"})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			return conn
+		}
+		healthy := func(conn net.Conn) {
+			t.Helper()
+			io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || answer.StatusCode != 204 {
+				t.Fatalf("TLS %v: %v, %v", encrypted, answer, err)
+			}
+		}
+		var core []net.Conn
+		for range 5 {
+			core = append(core, open())
+			healthy(core[len(core)-1])
+		}
+		for range 10 { // each has a place, waits for one, or is turned away
+			open()
+		}
+		for _, conn := range core {
+			healthy(conn)
+		}
+		healthy(open())
+		for _, conn := range core {
+			healthy(conn)
+		}
 	}
 }
 
@@ -388,6 +454,7 @@ func TestStrangersMakeRoomForEachOther(t *testing.T) {
 func TestCrowdWithoutTheKeyNeitherHoldsUpTheCoreNorFillsTheLog(t *testing.T) {
 	t.Parallel()
 	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.strangers = 10 })
+	d.do(t, "GET", "/health", "").want(t, 204) // the core is known to come from here, as behind a proxy
 	for range 50 {
 		conn := wireDial(t, d)
 		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: h\r\nX-") // and no more
@@ -439,6 +506,17 @@ func TestFailedHandshakesAreCounted(t *testing.T) {
 		conn.Close()
 	}
 	waitFor(t, "the handshakes to be counted", func() bool { return strings.Contains(d.log.String(), "msg=refused count=") })
+	names := slices.Repeat([]string{strings.Repeat("\x01", 250)}, 200) // the daemon's error quotes them
+	if conn, err := tls.Dial("tcp", strings.TrimPrefix(d.url, "http://"), &tls.Config{InsecureSkipVerify: true, NextProtos: names}); err == nil {
+		conn.Close()
+		t.Error("the handshake has succeeded")
+	}
+	waitFor(t, "that one to be counted", func() bool { return strings.Contains(d.log.String(), "unsupported application protocols") })
+	for line := range strings.Lines(d.log.String()) {
+		if len(line) > 8*maxQuote {
+			t.Errorf("the log has a line of %d bytes", len(line))
+		}
+	}
 	if n := strings.Count(d.log.String(), "TLS handshake error"); n > 5 {
 		t.Errorf("the log has %d lines of 50 handshakes", n)
 	}

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -95,13 +94,8 @@ func TestImportsSurviveDeathOfTheDaemon(t *testing.T) {
 	all.Wait()
 }
 
-// deathImports counts the images, which their lengths tell apart.
-var deathImports atomic.Int64
-
 func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
-	size := 1<<20 + deathImports.Add(1)*4099 // of no other image
-	content := strings.Repeat("x", int(size))
-	upload := deathRequest{"POST", "/docker/image", string(imageOf(t, imageFile(w.marker, content)))}
+	upload := deathRequest{"POST", "/docker/image", string(imageOf(t, imageFile(w.marker+"-import", strings.Repeat("x", 1<<20))))}
 	release := w.plan(d)
 	w.send(context.Background(), upload)
 	w.daemon.kill() // one at random may have been too late
@@ -115,7 +109,13 @@ func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
 			t.Fatal(err)
 		}
 		for _, img := range all {
-			if img.Size == int64(len(content)) {
+			saved, err := w.engine.ImageSave(context.Background(), []string{img.ID})
+			if err != nil { // another test's, and gone meanwhile
+				continue
+			}
+			text, err := inLayers(saved)
+			saved.Close()
+			if err == nil && strings.Contains(text, w.marker+"-import") {
 				images = append(images, img)
 			}
 		}
@@ -146,6 +146,9 @@ func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
 		case <-deadline:
 			t.Fatalf("the engine has the images %+v\n%s", images, w.daemon.log)
 		}
+	}
+	if tagged := d.side == dieAfter && d.call > 0; tagged && len(images) != 1 {
+		t.Errorf("the image that has its tag is not found: %v", images)
 	}
 	for _, img := range images {
 		if _, err := w.engine.ImageRemove(context.Background(), img.ID, image.RemoveOptions{Force: true}); err != nil {

@@ -56,7 +56,7 @@ var dialects = map[string]dialect{
 		noSuchRemote: "manifest for %[1]s not found: manifest unknown: manifest unknown",
 		noSuchLayer:  "unknown blob",
 	},
-	// With the containerd store, and the minimum of its API that its first releases had.
+	// With the containerd store, and the minimum of its API that 29.0 to 29.2 have; it is 1.40 since.
 	"29": {
 		oldest: "1.44", newest: "1.55", parts: []string{"Engine", "containerd", "runc", "docker-init"}, containerd: true,
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"compress/gzip"
 	"context"
 	"crypto/rand"
@@ -17,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -537,7 +539,6 @@ func TestTheHostsOwnAddressesAreNotFetchedFrom(t *testing.T) {
 		{"8.8.8.8:1", "8.8.8.8:80", "192.0.2.0/24", false}, // a network that the kernel takes for its own
 		{"[2001:4860::8]:1", "[2001:4860::8]:443", "192.0.2.0/24", false},
 		{"8.8.8.8:1", "[::ffff:8.8.8.8]:80", "192.0.2.0/24", false},
-		{"8.8.8.8:1", "127.0.0.1:80", "192.0.2.0/24", false}, // of an interface, from another address
 		{"8.8.8.8:1", "8.8.8.9:80", "192.0.2.0/24", true},
 		{"8.8.8.8:1", "8.8.8.8:80", "8.8.8.0/24", true}, // if that is meant
 		{"127.0.0.1:1", "127.0.0.1:80", "127.0.0.0/8", true},
@@ -552,5 +553,56 @@ func TestTheHostsOwnAddressesAreNotFetchedFrom(t *testing.T) {
 		if kind, _ := describe(err); kind != invalid {
 			t.Errorf("%v: %v", kind, err)
 		}
+	}
+}
+
+// In a network of its own the test binary has two public addresses: of an interface, and of a network that the
+// kernel was told is here. A server listens at all of them.
+func TestOwnPublicAddressInANetworkOfItsOwn(t *testing.T) {
+	const inside = "DUXCORE_TEST_OWN_NETWORK"
+	if os.Getenv(inside) == "" {
+		if os.Geteuid() != 0 {
+			t.Skip("only root can make a network")
+		}
+		self := exec.Command("unshare", "--net", "sh", "-c", "ip link set lo up && ip address add 11.9.9.9/32 dev lo && "+
+			`ip route add local 11.8.0.0/16 dev lo && exec "$0" -test.run "^TestOwnPublicAddressInANetworkOfItsOwn$" -test.v`, os.Args[0])
+		self.Env = append(os.Environ(), inside+"=1")
+		if output, err := self.CombinedOutput(); err != nil || !bytes.Contains(output, []byte("--- PASS")) {
+			t.Fatalf("%v\n%s", err, output)
+		}
+		return
+	}
+	listener, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	var requests atomic.Int64
+	go http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { // ends with the listener
+		requests.Add(1)
+		w.Write(tgz(file("a", "x")))
+	}))
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	fetch := func(allow, host, port string) error {
+		root, err := os.OpenRoot(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		return newFetcher(networks(allow)).unpack(t.Context(), "http://"+net.JoinHostPort(host, port)+"/", root, unpackLimits{1 << 20, 10}, nil)
+	}
+	for _, end := range []struct{ host, port string }{
+		{"11.9.9.9", port}, {"11.9.9.9", "1"}, // where nothing listens
+		{"11.8.1.2", port}, {"::ffff:11.8.1.2", port},
+	} {
+		if err := fetch("192.0.2.0/24", end.host, end.port); err == nil || !strings.Contains(err.Error(), "own address") {
+			t.Errorf("%s: %v", end, err)
+		}
+	}
+	if n := requests.Load(); n > 0 {
+		t.Errorf("it was sent %d requests", n)
+	}
+	if err := fetch("11.8.0.0/15", "11.9.9.9", port); err != nil {
+		t.Errorf("though that is allowed: %v", err)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -91,8 +92,20 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 	// net/http ends no request before its body's Read has returned.
 	defer context.AfterFunc(ctx, func() { in.CloseWithError(context.Cause(ctx)) })()
 	made := make(chan string)
+	var taken atomic.Bool // all of the upload, by the engine
+	source := readerFunc(func(p []byte) (int, error) {
+		n, err := out.Read(p)
+		if err == io.EOF {
+			taken.Store(true)
+		}
+		return n, err
+	})
 	go func() { // ends with ctx; passUpload waits for it
-		id, err := s.makeImage(ctx, entry, bufio.NewReaderSize(out, imageChunk)) // has no Close that net/http would call
+		// No pipe: net/http would close it when the engine answers, and the error would be that.
+		id, err := s.makeImage(ctx, entry, bufio.NewReaderSize(source, imageChunk))
+		if err == nil && !taken.Load() {
+			err = errShortTake
+		}
 		if err != nil {
 			cancel(err)
 			// A read that is under way ends soon, but not one of a client that still sends: net/http
@@ -187,14 +200,18 @@ func followTar(w io.Writer, r io.Reader) error {
 	}
 	stream := &limitedReader{r: io.TeeReader(in, out), left: math.MaxInt64}
 	archive := tar.NewReader(stream)
+	entries := 0
 	header, err := archive.Next()
-	if err == io.EOF {
-		return failure(refusedArchive, "the body is not a tar archive: it has no entry")
-	}
 	for ; err == nil; header, err = archive.Next() {
 		if err := checkEntry(header); err != nil {
 			return failure(refusedArchive, "entry %q: %v", header.Name, err)
 		}
+		if header.Typeflag != tar.TypeXGlobalHeader {
+			entries++
+		}
+	}
+	if err == io.EOF && entries == 0 {
+		return failure(refusedArchive, "the body is not a tar archive: it has no entry")
 	}
 	if err == io.EOF {
 		padding := 0
@@ -221,6 +238,9 @@ func checkEntry(h *tar.Header) error {
 	for record := range h.PAXRecords {
 		if strings.HasPrefix(record, "GNU.sparse") {
 			return errors.New("it is a sparse file")
+		}
+		if h.Typeflag == tar.TypeXGlobalHeader && record != "comment" { // git's is one
+			return errors.New("a global header changes all entries for some programs, for others none")
 		}
 	}
 	switch h.Typeflag {
@@ -282,7 +302,7 @@ func (s *server) checkImage(ctx context.Context, p serviceParams) error {
 	if err = cmp.Or(err, json.Unmarshal(text, &found)); err != nil {
 		return err
 	}
-	if p.WorkingDir == "" && within(path.Clean(found.Config.WorkingDir), "/proc") {
+	if p.WorkingDir == "" && within(path.Clean("/"+found.Config.WorkingDir), "/proc") {
 		return badRequest("image: its working directory is under /proc")
 	}
 	return nil

@@ -171,7 +171,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 		Protocols:                    new(http.Protocols),
 		ErrorLog:                     stdlog.New(serverLog{s}, "", 0),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, knownKey{}, func() { strangers.forget(conn) })
+			return context.WithValue(ctx, knownKey{}, func() { strangers.know(conn) })
 		},
 		ConnState: func(conn net.Conn, state http.ConnState) {
 			if state == http.StateClosed {
