@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	mathrand "math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -394,4 +396,39 @@ func (b *syncBuffer) tail() string {
 	defer b.mu.Unlock()
 	text := b.text.Bytes()
 	return string(text[max(0, len(text)-300):])
+}
+
+// The console of the documents, on Node.js: at which nobody types for longer than the daemon waits for a header.
+func TestConsoleOfTheDocumentsOnNode(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("node"); err != nil {
+		t.Skip("there is no Node.js here")
+	}
+	m := newMachine(t, nil)
+	id, _ := m.consoleRun(t, "shell", "")
+	console := exec.CommandContext(t.Context(), "node", "docs/console.mjs", m.url, id)
+	console.Env = append(os.Environ(), "KEY="+m.key)
+	var out, complaints syncBuffer
+	console.Stdout, console.Stderr = &out, &complaints
+	keys, err := console.StdinPipe()
+	if err = cmp.Or(err, console.Start()); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- console.Wait() }()
+	select {
+	case err := <-ended:
+		t.Fatalf("it ended while nobody typed: %v\n%s%s", err, &out, &complaints)
+	case <-time.After(15 * time.Second):
+	}
+	io.WriteString(keys, "say hello\n")
+	waitFor(t, "the answer", func() bool { return strings.Contains(out.String(), "<hello>") })
+	io.WriteString(keys, "exit\n")
+	if err := <-ended; err != nil {
+		t.Errorf("it ended with %v\n%s%s", err, &out, &complaints)
+	}
+	refused, err := exec.Command("node", "docs/console.mjs", m.url, "nobody").CombinedOutput()
+	if err == nil || !strings.Contains(string(refused), "core authorization") {
+		t.Errorf("without the key: %v, %s", err, refused)
+	}
 }

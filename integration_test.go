@@ -191,8 +191,12 @@ func newID() string { return "it-" + strings.ToLower(rand.Text()) }
 // createAs asks for a service that runs the probe. Fields in extra replace its own.
 func (m *machine) createAs(t testing.TB, id, extra string) answer {
 	t.Helper()
-	params := fmt.Sprintf(`"image":%q,"cmd":["/probe","run","/data"]`, m.image)
-	return m.do(t, "POST", "/service", createBodyJSON(id, strings.Trim(params+","+extra, ",")))
+	for _, field := range []string{fmt.Sprintf(`"image":%q`, m.image), `"cmd":["/probe","run","/data"]`} {
+		if name, _, _ := strings.Cut(field, ":"); !strings.Contains(extra, name+":") {
+			extra = field + "," + extra
+		}
+	}
+	return m.do(t, "POST", "/service", createBodyJSON(id, strings.Trim(extra, ",")))
 }
 
 func (m *machine) create(t testing.TB, extra string) (id string) {
