@@ -1129,6 +1129,17 @@ func TestImagesThatAskForMore(t *testing.T) {
 		}
 		m.wantNothing(t)
 	})
+	t.Run("variables", func(t *testing.T) {
+		ref := m.loadImage(t, `{"Env":["KEPT=1","TAKEN=2"]}`)
+		id := m.create(t, fmt.Sprintf(`"image":%q,"env":["TAKEN","OWN=3"]`, ref))
+		m.ctl(t, id, "start")
+		env := m.report(t, id).Env
+		slices.Sort(env)
+		if text := strings.Join(env, " "); !strings.Contains(text, "KEPT=1") || !strings.Contains(text, "OWN=3") || strings.Contains(text, "TAKEN") {
+			t.Errorf("it has %s", text)
+		}
+		m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+	})
 	t.Run("a health check", func(t *testing.T) {
 		ref := m.loadImage(t, `{"Healthcheck":{"Test":["CMD","/probe","run","/data"],"Interval":1}}`)
 		id := m.create(t, fmt.Sprintf(`"image":%q`, ref))

@@ -65,7 +65,7 @@ type serviceParams struct {
 	Shell           []string         `json:"shell,omitempty"`
 	User            string           `json:"user,omitempty"`
 	WorkingDir      string           `json:"working_dir,omitempty"`
-	Env             []string         `json:"env,omitempty"` // K=V
+	Env             []string         `json:"env,omitempty"` // K=V, or K, which takes the image's away
 	OpenStdin       *bool            `json:"open_stdin,omitempty"`
 	TTY             *bool            `json:"tty,omitempty"`
 	Hostname        string           `json:"hostname,omitempty"`
@@ -301,7 +301,7 @@ func (p *serviceParams) check() error {
 		{slices.ContainsFunc(p.Cmd, hasNUL), "cmd: must not hold NUL"},
 		{slices.ContainsFunc(p.Shell, hasNUL), "shell: must not hold NUL"},
 		{slices.ContainsFunc(p.Env, hasNUL), "env: must not hold NUL"},
-		{slices.ContainsFunc(p.Env, func(e string) bool { return strings.IndexByte(e, '=') < 1 }), "env: must be NAME=VALUE each"},
+		{slices.ContainsFunc(p.Env, func(e string) bool { return e == "" || e[0] == '=' }), "env: must be NAME=VALUE or NAME each"},
 		// A number that does not fit an int32 becomes root in some runtimes: CVE-2024-40635.
 		{p.User != "" && !validUser(p.User), "user: must be a user or user:group, by name or by number up to 2147483647"},
 		// One under /proc can be a file descriptor of the runtime's: CVE-2024-21626.

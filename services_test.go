@@ -83,7 +83,7 @@ var badParams = []struct{ extra, field string }{
 	{`"bind_contents":"unix:///run/docker.sock"`, "bind_contents"}, {`"bind_contents":{}`, "bind_contents"},
 
 	{`"cmd":"a"`, "cmd"}, {`"cmd":[1]`, "cmd"}, {`"cmd":["a\u0000"]`, "cmd"}, {`"shell":"sh"`, "shell"}, {`"shell":["\u0000"]`, "shell"},
-	{`"env":{"A":"1"}`, "env"}, {`"env":["A"]`, "env"}, {`"env":["=1"]`, "env"}, {`"env":[""]`, "env"}, {`"env":[null]`, "env"},
+	{`"env":{"A":"1"}`, "env"}, {`"env":["=1"]`, "env"}, {`"env":[""]`, "env"}, {`"env":[null]`, "env"},
 	{`"env":["A=\u0000"]`, "env"},
 
 	{`"user":1000`, "user"}, {`"user":"a b"`, "user"}, {`"user":":"`, "user"}, {`"user":"1:"`, "user"}, {`"user":":1"`, "user"},
