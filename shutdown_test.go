@@ -299,9 +299,7 @@ func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
 	w.begin(t, deathOps[0])
 	create := deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","user":"1000"}}`}
 	w.mustSend(t, create, http.StatusInternalServerError)
-	if !w.daemon.log.contains("invalid argument") {
-		t.Errorf("it failed for another reason:\n%s", w.daemon.log)
-	}
+	waitFor(t, "its reason in the log", func() bool { return w.daemon.log.contains("invalid argument") })
 	if got := w.look(t); got != (deathState{}) {
 		t.Errorf("left %+v, want nothing", got)
 	}
