@@ -56,7 +56,6 @@ type apiSchema struct {
 	Enum                                             []any
 	Format, Pattern                                  string
 	Minimum, Maximum, MinLength, MaxLength, MinItems *float64
-	OneOf                                            []*apiSchema
 	Properties                                       map[string]*apiSchema
 	Required                                         []string
 	Items, PropertyNames, AdditionalProperties, Not  *apiSchema
@@ -138,8 +137,6 @@ func (s *apiSchema) fits(value any) bool {
 	switch {
 	case s == nil:
 		return true
-	case s.OneOf != nil:
-		return len(slices.DeleteFunc(slices.Clone(s.OneOf), func(one *apiSchema) bool { return !one.fits(value) })) == 1
 	case s.nothing || s.Enum != nil && !slices.Contains(s.Enum, value) || s.Not != nil && s.Not.fits(value):
 		return false
 	}
@@ -182,12 +179,6 @@ var apiProbes = []any{"", "a", "aa", "a b", "a_b", "a.b", "-a", "a-", "é", "a\n
 // vary calls try with value changed in one place, in every way that its schema speaks
 // of, and with the name of the field at that place.
 func (s *apiSchema) vary(value any, field string, try func(value any, field string)) {
-	for _, one := range s.OneOf {
-		if one.fits(value) {
-			one.vary(value, field, try)
-			return
-		}
-	}
 	others := append([]any{value, nil, 5.5, "text", []any{}}, s.Enum...)
 	if s.Default != nil {
 		others = append(others, s.Default)
