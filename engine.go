@@ -34,9 +34,10 @@ const (
 // its own version negotiation is not safe beside other calls, ignores their deadlines,
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
-	sdk   atomic.Pointer[client.Client]
-	known atomic.Bool // this is a Docker Engine, and sdk speaks its version; false until meet has seen that, and after
-	// each error that says that it may be another by now
+	sdk atomic.Pointer[client.Client]
+	// known: meet has seen that this is a Docker Engine, and that it takes the version that sdk speaks. No
+	// longer after an error that says that it may be another by now.
+	known atomic.Bool
 }
 
 // newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the

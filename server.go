@@ -156,14 +156,9 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 	if id := r.PathValue("id"); strings.Contains(rt.pattern, "{id}") && !serviceID.MatchString(id) {
 		return noSuchService(id)
 	}
-	query, err := url.ParseQuery(r.URL.RawQuery)
+	err := rt.checkQuery(r.URL.RawQuery)
 	if err != nil {
-		return badRequest("the query cannot be read")
-	}
-	for name, values := range query { // twice is none that can be right: "true,true"
-		if parameter := name + "=" + strings.Join(values, ","); rt.query == nil || !rt.query.MatchString(parameter) {
-			return badRequest("%.100q: no such parameter, or not one of its values", parameter)
-		}
+		return err
 	}
 	if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
 		return failure(tooLarge, "this request has no body")
@@ -188,6 +183,22 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 		w.WriteHeader(rt.success)
 	}
 	return err
+}
+
+// checkQuery returns an error for a parameter that the route does not have, that has another value
+// than it may, or that is there twice: no value is like "true,true".
+func (rt route) checkQuery(text string) error {
+	query, err := url.ParseQuery(text)
+	if err != nil {
+		return badRequest("the query cannot be read")
+	}
+	for name, values := range query {
+		parameter := name + "=" + strings.Join(values, ",")
+		if rt.query == nil || !rt.query.MatchString(parameter) {
+			return badRequest("%.100q: no such parameter, or not one of its values", parameter)
+		}
+	}
+	return nil
 }
 
 // A kind of error tells a program what it can do next. Kinds and their status are part of the API;
@@ -335,7 +346,7 @@ func describe(err error) (k kind, description string) {
 		return engineFailed, "the engine's answer cannot be read"
 	case errdefs.IsConflict(err):
 		return engineConflict, message
-	case strings.HasPrefix(message, "engine: client version "): // "… is too old", or new: it has been exchanged
+	case strings.HasPrefix(message, "engine: client version "): // "… is too old": it is another one now
 		return unavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return invalid, message
