@@ -68,12 +68,12 @@ const (
 
 // journal is what the engine has of one service. A container that is not there is nil.
 type journal struct {
-	current, new, now *container.Summary
-	next, strays      []*container.Summary
+	current, new, now *listed
+	next, strays      []*listed
 }
 
 // waiting returns the container that the next start will take, and those that none will.
-func (j journal) waiting() (latest *container.Summary, idle []*container.Summary) {
+func (j journal) waiting() (latest *listed, idle []*listed) {
 	for _, c := range j.next {
 		if j.current != nil && c.Labels[labelBirth] == j.current.Labels[labelBirth] &&
 			number(c) > number(cmp.Or(latest, j.current)) {
@@ -87,7 +87,7 @@ func (j journal) waiting() (latest *container.Summary, idle []*container.Summary
 }
 
 // number returns a container's number. What is none counts as a create's.
-func number(c *container.Summary) int {
+func number(c *listed) int {
 	n, _ := strconv.Atoi(c.Labels[labelNumber])
 	return n
 }
@@ -98,7 +98,7 @@ func nextName(id string, number int) string { return fmt.Sprintf("%s%s.%d", name
 func (s *server) create(asked context.Context, p serviceParams, registryAuth string) error {
 	finish, cancel := context.WithTimeout(s.life, s.createTimeout)
 	defer cancel()
-	return s.change(asked, finish, p.ID, func(_ context.Context, _ string, current, _ *container.Summary) error {
+	return s.change(asked, finish, p.ID, func(_ context.Context, _ string, current, _ *listed) error {
 		taken, _ := s.nameTaken(asked, p.ID) // before a download; if the engine cannot tell, the commit does
 		if current != nil || taken {
 			return failure(takenID, "there is a container %q already", p.ID)
@@ -203,7 +203,7 @@ func (s *server) undo(id, birth string) {
 // defaults and choices in it. It shares the current one's anonymous volumes, which stay
 // anonymous, so that they go with the last container.
 func (s *server) setEnv(finish context.Context, id string, env []string) error {
-	change := func(_ context.Context, _ string, current, next *container.Summary) error {
+	change := func(_ context.Context, _ string, current, next *listed) error {
 		var p serviceParams
 		if err := json.Unmarshal([]byte(current.Labels[labelParams]), &p); err != nil {
 			return fmt.Errorf("cannot read the label %s of service %q: %w", labelParams, id, err)
@@ -228,7 +228,7 @@ func (s *server) setEnv(finish context.Context, id string, env []string) error {
 }
 
 // start starts a service that does not run.
-func (s *server) start(finish context.Context, id string, current, next *container.Summary) error {
+func (s *server) start(finish context.Context, id string, current, next *listed) error {
 	switch {
 	case current.State == container.StateRunning:
 		return nil
@@ -239,7 +239,7 @@ func (s *server) start(finish context.Context, id string, current, next *contain
 }
 
 // restart stops a service that runs, and starts it, or what waits for that in its place.
-func (s *server) restart(finish context.Context, id string, current, next *container.Summary) error {
+func (s *server) restart(finish context.Context, id string, current, next *listed) error {
 	if err := s.stop(finish, id, current, next); err != nil {
 		return err
 	}
@@ -256,14 +256,14 @@ func (s *server) restart(finish context.Context, id string, current, next *conta
 }
 
 // stop stops a service that runs.
-func (s *server) stop(finish context.Context, id string, current, _ *container.Summary) error {
+func (s *server) stop(finish context.Context, id string, current, _ *listed) error {
 	defer s.stats.forget(id, nil)
 	seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
 	return s.engine.api().ContainerStop(finish, current.ID, container.StopOptions{Timeout: &seconds})
 }
 
 // startContainer starts a container, and lets no statistics of what ran before it follow.
-func (s *server) startContainer(finish context.Context, id string, c *container.Summary) error {
+func (s *server) startContainer(finish context.Context, id string, c *listed) error {
 	s.stats.forget(id, nil)
 	return s.engine.api().ContainerStart(finish, c.ID, container.StartOptions{})
 }
@@ -284,7 +284,7 @@ func (s *server) kill(finish context.Context, id string) error {
 
 // remove deletes a service with all that belongs to it, or the one of container and bind directory
 // that is left.
-func (s *server) remove(finish context.Context, id string, current, _ *container.Summary) error {
+func (s *server) remove(finish context.Context, id string, current, _ *listed) error {
 	if current == nil {
 		if there, err := s.binds.has(id); err != nil || !there {
 			return cmp.Or(err, noSuchService(id))
@@ -302,7 +302,7 @@ func (s *server) remove(finish context.Context, id string, current, _ *container
 }
 
 // An operation changes a service under its lock, with the containers that settling has left of it.
-type operation func(finish context.Context, id string, current, next *container.Summary) error
+type operation func(finish context.Context, id string, current, next *listed) error
 
 // change waits for the service's lock, settles the service, and does an operation.
 func (s *server) change(asked, finish context.Context, id string, do operation) error {
@@ -320,7 +320,7 @@ func (s *server) change(asked, finish context.Context, id string, do operation) 
 
 // changeExisting does an operation on a service that there is.
 func (s *server) changeExisting(finish context.Context, id string, do operation) error {
-	return s.change(finish, finish, id, func(finish context.Context, id string, current, next *container.Summary) error {
+	return s.change(finish, finish, id, func(finish context.Context, id string, current, next *listed) error {
 		if current == nil {
 			return noSuchService(id)
 		}
@@ -341,7 +341,7 @@ func (s *server) changeExisting(finish context.Context, id string, do operation)
 //	a next of another birth than the current one, of   remove it
 //	no higher number, or outnumbered by another; any
 //	without a current one
-func (s *server) settle(finish context.Context, id string) (current, next *container.Summary, err error) {
+func (s *server) settle(finish context.Context, id string) (current, next *listed, err error) {
 	all, err := s.ownContainers(finish, id)
 	gone, goneErr := s.binds.has(goneDir + "/" + id)
 	if err = cmp.Or(err, goneErr); err != nil {
@@ -383,7 +383,7 @@ func (s *server) settle(finish context.Context, id string) (current, next *conta
 
 // drop removes containers, of which some may be nil, with their volumes: the engine keeps what
 // another one uses. Where the engine is at that already, for a daemon that died, drop waits for it.
-func (s *server) drop(finish context.Context, force bool, containers ...*container.Summary) error {
+func (s *server) drop(finish context.Context, force bool, containers ...*listed) error {
 	options := container.RemoveOptions{Force: force, RemoveVolumes: true}
 	for _, c := range containers {
 		if c == nil {
@@ -484,15 +484,15 @@ func (s *server) ownContainers(ctx context.Context, id string) (map[string]journ
 		found, named := all[id], func(name string) bool { return slices.Contains(c.Names, "/"+name) }
 		switch {
 		case named(id):
-			found.current = &c
+			found.current = c
 		case named(nameNow + id):
-			found.now = &c
-		case named(nextName(id, number(&c))):
-			found.next = append(found.next, &c)
+			found.now = c
+		case named(nextName(id, number(c))):
+			found.next = append(found.next, c)
 		case named(nameNew + id):
-			found.new = &c
+			found.new = c
 		default:
-			found.strays = append(found.strays, &c)
+			found.strays = append(found.strays, c)
 		}
 		all[id] = found
 	}

@@ -21,8 +21,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/docker/docker/api/types/container"
 )
 
 func TestCreateOfATakenIDTouchesNothingEvenIfTheEngineCannotInspectIt(t *testing.T) {
@@ -273,7 +271,7 @@ func TestSettleDoesWhatItsTableSays(t *testing.T) {
 		if is := foundNow(t, e, s); !reflect.DeepEqual(is, want) {
 			t.Fatalf("%+v became %+v, want %+v", before, is, want)
 		}
-		for name, c := range map[string]*container.Summary{"web": current, "duxcore.next.": next} {
+		for name, c := range map[string]*listed{"web": current, "duxcore.next.": next} {
 			isThere := slices.ContainsFunc(slices.Collect(maps.Keys(want.containers)), func(other string) bool { return strings.HasPrefix(other, name) })
 			if ok && isThere != (c != nil) {
 				t.Fatalf("%+v: %s is returned as %v", before, name, c)

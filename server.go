@@ -269,6 +269,7 @@ func noSuchImage(name string) error {
 
 var (
 	errNoSuchPath = failure(unknownPath, "no such path")
+	errUnreadable = failure(engineFailed, "the engine's answer cannot be read")
 	errUnderWay   = failure(timedOut, "another operation on this service is still under way")
 )
 
@@ -343,7 +344,7 @@ func describe(err error) (k kind, description string) {
 	case client.IsErrConnectionFailed(err), isA[*net.OpError](err):
 		return unavailable, "the engine cannot be reached"
 	case isA[*json.SyntaxError](err), isA[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
-		return engineFailed, "the engine's answer cannot be read"
+		return describe(errUnreadable)
 	case errdefs.IsConflict(err):
 		return engineConflict, message
 	case strings.HasPrefix(message, "engine: client version "): // "… is too old": it is another one now

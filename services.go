@@ -122,16 +122,28 @@ func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	list := []*container.Summary{}
-	for id, found := range all {
-		if c := cmp.Or(found.current, found.now); c != nil {
-			c.Names = []string{"/" + id} // which a start is about to give to what it has chosen
-			list = append(list, c)
+	var list [][]byte
+	for _, id := range slices.Sorted(maps.Keys(all)) {
+		if c := cmp.Or(all[id].current, all[id].now); c != nil {
+			list = append(list, c.named(id))
 		}
 	}
-	slices.SortFunc(list, func(a, b *container.Summary) int { return strings.Compare(a.Names[0], b.Names[0]) })
-	writeJSON(w, http.StatusOK, list)
+	writeBytes(w, http.StatusOK, slices.Concat([]byte("["), bytes.Join(list, []byte(",")), []byte("]\n")))
 	return nil
+}
+
+// named returns the engine's JSON of a service's container, with the name that a start is about to
+// give to what it has chosen.
+func (c *listed) named(id string) []byte {
+	names := []string{"/" + id}
+	if slices.Equal(c.Names, names) {
+		return c.raw
+	}
+	var members map[string]json.RawMessage
+	json.Unmarshal(c.raw, &members) // it was decoded before
+	members["Names"], _ = json.Marshal(names)
+	text, _ := json.Marshal(members)
+	return text
 }
 
 // inspectService answers GET /service/{id} with the engine's bytes.
@@ -253,7 +265,7 @@ func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected,
 		return inspected{}, err
 	}
 	if c.ID == "" {
-		return c, failure(engineFailed, "the engine's answer cannot be read")
+		return c, errUnreadable
 	}
 	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path ||
 		!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {

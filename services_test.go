@@ -6,6 +6,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"regexp"
 	"slices"
@@ -31,6 +32,36 @@ func state(t testing.TB, e *fakeEngine, d *daemon) string {
 		}
 	}
 	return all.String() + " images:" + strings.Join(e.imageTags(), ",")
+}
+
+// The list's entries are the engine's, with what this program's library does not know.
+func TestListIsAsTheEngineWroteIt(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	const tomorrow = `"Tomorrow": {"ratio": 1.50, "text": "<&>"}`
+	var all string
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path[len("/v1.41"):] != "/containers/json" {
+			return false
+		}
+		recorded := httptest.NewRecorder()
+		e.list(recorded, r)
+		all = strings.Replace(strings.TrimSpace(recorded.Body.String()), "[{", "[ {"+tomorrow+", ", 1)
+		io.WriteString(w, all)
+		return true
+	})
+	a := d.do(t, "GET", "/service", "").want(t, 200, tomorrow)
+	if want := strings.Replace(all, "[ {", "[{", 1) + "\n"; a.body != want {
+		t.Errorf("got  %s\nwant %s", a.body, want)
+	}
+	e.setIntercept(nil)
+	d.do(t, "POST", "/service", createBodyJSON("other", "")).want(t, 201)
+	var list []struct{ Names []string }
+	if err := json.Unmarshal([]byte(d.do(t, "GET", "/service", "").body), &list); err != nil || len(list) != 2 || list[0].Names[0] != "/other" {
+		t.Errorf("%v %v", list, err)
+	}
+	e.rename("web", "duxcore.now.web") // as a start that was broken off leaves it
+	d.do(t, "GET", "/service", "").want(t, 200, `"Names":["/web"]`)
 }
 
 // A service does not start while its port on the host is somebody else's, and loses nothing by it.
