@@ -183,7 +183,7 @@ func (s *server) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 	size := container.ResizeOptions{Height: uint(body.Rows), Width: uint(body.Cols)}
 	if current.State.Running {
 		err = s.engine.api().ContainerResize(r.Context(), current.ID, size)
-		if !errdefs.IsNotFound(err) { // else a start has just replaced it
+		if !errdefs.IsNotFound(err) && !errdefs.IsConflict(err) { // else it has just stopped, or was replaced
 			return err
 		}
 	}

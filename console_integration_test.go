@@ -407,7 +407,7 @@ func TestConsoleOfTheDocumentsOnNode(t *testing.T) {
 	m := newMachine(t, nil)
 	id, _ := m.consoleRun(t, "shell", "")
 	console := exec.CommandContext(t.Context(), "node", "docs/console.mjs", m.url, id)
-	console.Env = append(os.Environ(), "KEY="+m.key)
+	console.Env = append(os.Environ(), "COREKEY="+m.key)
 	var out, complaints syncBuffer
 	console.Stdout, console.Stderr = &out, &complaints
 	keys, err := console.StdinPipe()

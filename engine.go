@@ -35,8 +35,8 @@ const (
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
 	sdk atomic.Pointer[client.Client]
-	// known: meet has seen that this is a Docker Engine, and that it takes the version that sdk speaks. No
-	// longer after an error that says that it may be another by now.
+	// known: when last asked, by meet, this was a Docker Engine and took the version that sdk speaks, and no
+	// error since then says that it may be another.
 	known atomic.Bool
 }
 
@@ -88,8 +88,9 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 	}
 	defer answer.Body.Close()
 	var body struct{ Message string }
-	json.NewDecoder(answer.Body).Decode(&body) // without one, its status has to do
-	message := "engine: " + cmp.Or(body.Message, answer.Status)
+	text, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10))
+	json.Unmarshal(text, &body) // an attach is refused in plain text
+	message := "engine: " + cmp.Or(body.Message, strings.TrimSpace(string(text)), answer.Status)
 	switch answer.StatusCode {
 	case http.StatusBadRequest:
 		return nil, errdefs.ErrInvalidArgument.WithMessage(message)
@@ -139,7 +140,8 @@ func detachKeys(chunk []byte) string {
 // meet asks what answers at the engine's address for the newest version of its API, speaks that from
 // now on, and asks again, in that version, what it is: another program, or an engine that refuses the
 // version that the environment demands, is an error. It takes pingTime at most.
-func (e *engine) meet(ctx context.Context) error {
+func (e *engine) meet(ctx context.Context) (err error) {
+	defer func() { e.known.Store(err == nil) }()
 	ctx, cancel := context.WithTimeout(ctx, pingTime)
 	defer cancel()
 	answer, err := e.api().Ping(ctx)
@@ -166,7 +168,6 @@ func (e *engine) meet(ctx context.Context) error {
 		return failure(engineFailed, "what answers at the engine's address is no Docker Engine: its parts are %q",
 			strings.Join(parts, ", "))
 	}
-	e.known.Store(true)
 	return nil
 }
 

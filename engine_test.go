@@ -185,7 +185,6 @@ func TestWhatIsNoDockerEngineIsAskedNothing(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	e.close()
-	d.do(t, "GET", "/health", "").want(t, 503)
 	before := len(e.calls())
 	e.setDialect(podman)
 	e.reopen()

@@ -224,7 +224,7 @@ var (
 	withoutStdin   = kind{409, "no_stdin"}           // create it with open_stdin
 	withoutTTY     = kind{409, "no_tty"}             // create it with tty
 	engineConflict = kind{409, "engine_conflict"}    // such as a paused container: its words say which
-	tooLarge       = kind{413, "too_large"}          // the body, or what an archive unpacks to
+	tooLarge       = kind{413, "too_large"}          // the body, or what an archive unpacks to, or there should be none
 	internal       = kind{500, "internal"}           // somebody has to read the daemon's log
 	engineFailed   = kind{502, "engine_failed"}      // it refused, or could not do it
 	downloadFailed = kind{502, "download_failed"}    // of bind_contents, by its server
@@ -279,7 +279,9 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	kind, description := describe(err)
 	if kind == unavailable {
 		rw.Header().Set("Retry-After", "1")
-		s.engine.known.Store(false) // by then it may be another
+		if !errors.Is(err, context.Canceled) { // of a client that has left
+			s.engine.known.Store(false) // by then it may be another
+		}
 	}
 	if kind == internal {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
@@ -341,13 +343,13 @@ func describe(err error) (k kind, description string) {
 		return timedOut, "this was not done in time; the engine may still be at it"
 	case errors.Is(err, context.Canceled):
 		return unavailable, "the request was given up"
-	case client.IsErrConnectionFailed(err), isA[*net.OpError](err):
+	case client.IsErrConnectionFailed(err), isA[*net.OpError](err), errors.Is(err, io.EOF):
 		return unavailable, "the engine cannot be reached"
 	case isA[*json.SyntaxError](err), isA[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
 		return describe(errUnreadable)
 	case errdefs.IsConflict(err):
 		return engineConflict, message
-	case strings.HasPrefix(message, "engine: client version "): // "… is too old": it is another one now
+	case strings.Contains(message, "engine: client version "): // "… is too old": it is another one now
 		return unavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return invalid, message
@@ -392,37 +394,39 @@ func decodeJSON(text []byte, v any) error {
 	if _, err := decoder.Token(); err != io.EOF {
 		return badRequest("malformed JSON: more than one value")
 	}
-	return checkMembers(json.NewDecoder(bytes.NewReader(text)), "")
+	if field, problem := checkMembers(json.NewDecoder(bytes.NewReader(text))); problem != "" {
+		return badRequest("%s: %s", cmp.Or(field, "the body"), problem)
+	}
+	return nil
 }
 
-// checkMembers reads a JSON value, which is well formed, and refuses what package json takes in
-// silence: a null for a field that is not there, so that a null limit would be none, and of two
-// fields of one name the last. at is the value's place, for the error.
-func checkMembers(d *json.Decoder, at string) error {
+// checkMembers reads a JSON value, which is well formed, and returns a problem that package json takes
+// in silence, and in which field it is: a null for a field that is not there, so that a null limit
+// would be none, and of two fields of one name the last.
+func checkMembers(d *json.Decoder) (field, problem string) {
 	token, _ := d.Token()
 	if token == nil {
-		return badRequest("%s: a JSON null is not allowed here", cmp.Or(at, "the body"))
+		return "", "a JSON null is not allowed here"
 	}
 	if _, isDelim := token.(json.Delim); !isDelim {
-		return nil
+		return "", ""
 	}
 	names := map[string]bool{}
 	for d.More() {
-		inside := at
+		name := ""
 		if token == json.Delim('{') {
-			name, _ := d.Token()
-			inside = strings.TrimPrefix(at+"."+name.(string), ".")
-			if names[inside] {
-				return badRequest("%s: is there twice", inside)
+			key, _ := d.Token()
+			if name = key.(string); names[name] {
+				return name, "is there twice"
 			}
-			names[inside] = true
+			names[name] = true
 		}
-		if err := checkMembers(d, inside); err != nil {
-			return err
+		if field, problem := checkMembers(d); problem != "" {
+			return strings.Trim(name+"."+field, "."), problem
 		}
 	}
 	d.Token() // its end
-	return nil
+	return "", ""
 }
 
 // writeJSON answers with a value that has a JSON form.

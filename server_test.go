@@ -184,6 +184,10 @@ func TestFieldThatIsThereTwiceIsRefused(t *testing.T) {
 	} {
 		d.do(t, test.method, test.path, test.body).want(t, 400, test.field+": ")
 	}
+	deep := strings.Repeat(`{"`+strings.Repeat("n", 90)+`":`, 9_000) + "1" + strings.Repeat("}", 9_000)
+	if used := allocatedBy(func() { d.do(t, "PATCH", "/service/web/env", deep).want(t, 400) }); used > 1<<30 { // other tests' too
+		t.Errorf("a body of %d bytes allocated %d", len(deep), used)
+	}
 	d.do(t, "PATCH", "/service/web/env", `{"A":"x","a":"y"}`).want(t, 204)
 	d.do(t, "DELETE", "/service/web", "").want(t, 204)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)

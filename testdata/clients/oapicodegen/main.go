@@ -1,5 +1,5 @@
 // Oapicodegen takes one service through its whole life, with the client that oapi-codegen makes of
-// docs/openapi.json: oapicodegen URL KEY ARCHIVE, the last of a root file system with the program hello.
+// docs/openapi.json: oapicodegen URL KEY ARCHIVE ID, the third of a root file system with the program hello.
 package main
 
 import (
@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"time"
 
 	"clients/oapicodegen/api"
 )
@@ -30,7 +31,7 @@ func want[T interface{ StatusCode() int }](status int) func(T, error) T {
 func ptr[T any](v T) *T { return &v }
 
 func main() {
-	ctx, id := context.Background(), "made-with-oapi-codegen"
+	ctx, id := context.Background(), os.Args[4]
 	archive, err := os.ReadFile(os.Args[3])
 	if err != nil {
 		log.Fatal(err)
@@ -63,11 +64,16 @@ func main() {
 	want[*api.ServiceStatsResponse](200)(c.ServiceStatsWithResponse(ctx, id, nil))
 	want[*api.ResizeServiceTTYResponse](409)(c.ResizeServiceTTYWithResponse(ctx, id, api.TTYSize{Rows: 24, Cols: 80}))
 	want[*api.WriteServiceStdinResponse](204)(c.WriteServiceStdinWithBodyWithResponse(ctx, id, "text/plain", strings.NewReader("oapi-codegen\n")))
-	control(api.Stop)
-	logs := want[*api.ServiceLogsResponse](200)(c.ServiceLogsWithResponse(ctx, id, &api.ServiceLogsParams{Tail: ptr("1")}))
-	if text := string(logs.Body); text != "Hello, oapi-codegen\n" {
-		log.Fatalf("the logs are %q", text)
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		logs := want[*api.ServiceLogsResponse](200)(c.ServiceLogsWithResponse(ctx, id, &api.ServiceLogsParams{Tail: ptr("1")}))
+		if string(logs.Body) == "Hello, oapi-codegen\n" {
+			break
+		}
+		if time.Now().After(deadline) {
+			log.Fatalf("the logs are %q", logs.Body)
+		}
 	}
+	control(api.Stop)
 	want[*api.SetServiceEnvResponse](204)(c.SetServiceEnvWithResponse(ctx, id, api.Env{"GREETING": "Good evening"}))
 	control(api.Restart)
 	control(api.Kill)

@@ -1,5 +1,5 @@
 // Ogen takes one service through its whole life, with the client that ogen makes of docs/openapi.json:
-// ogen URL KEY ARCHIVE, the last of a root file system with the program hello.
+// ogen URL KEY ARCHIVE ID, the third of a root file system with the program hello.
 package main
 
 import (
@@ -9,6 +9,7 @@ import (
 	"log"
 	"os"
 	"strings"
+	"time"
 
 	"clients/ogen/api"
 )
@@ -32,7 +33,7 @@ func want[T any](answer any, err error) T {
 }
 
 func main() {
-	ctx, id := context.Background(), "made-with-ogen"
+	ctx, id := context.Background(), os.Args[4]
 	archive, err := os.ReadFile(os.Args[3])
 	if err != nil {
 		log.Fatal(err)
@@ -64,12 +65,18 @@ func main() {
 	want[*api.ResizeServiceTTYConflict](c.ResizeServiceTTY(ctx, &api.TTYSize{Rows: 24, Cols: 80}, api.ResizeServiceTTYParams{ID: id}))
 	want[*api.WriteServiceStdinNoContent](c.WriteServiceStdin(ctx, api.WriteServiceStdinReq{Data: strings.NewReader("ogen\n")},
 		api.WriteServiceStdinParams{ID: id}))
-	control(api.ControlOpStop)
-	logs := want[*api.ServiceLogsOK](c.ServiceLogs(ctx, api.ServiceLogsParams{ID: id, Tail: api.NewOptString("1")}))
-	var text bytes.Buffer
-	if _, err := text.ReadFrom(logs); err != nil || text.String() != "Hello, ogen\n" {
-		log.Fatalf("the logs are %q, %v", text.String(), err)
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		logs := want[*api.ServiceLogsOK](c.ServiceLogs(ctx, api.ServiceLogsParams{ID: id, Tail: api.NewOptString("1")}))
+		var text bytes.Buffer
+		_, err := text.ReadFrom(logs)
+		if err == nil && text.String() == "Hello, ogen\n" {
+			break
+		}
+		if err != nil || time.Now().After(deadline) {
+			log.Fatalf("the logs are %q, %v", text.String(), err)
+		}
 	}
+	control(api.ControlOpStop)
 	want[*api.SetServiceEnvNoContent](c.SetServiceEnv(ctx, api.Env{"GREETING": "Good evening"}, api.SetServiceEnvParams{ID: id}))
 	control(api.ControlOpRestart)
 	control(api.ControlOpKill)
