@@ -136,9 +136,9 @@ func (s *server) build(asked, finish context.Context, p serviceParams, birth str
 	}
 	if err == nil {
 		err = s.engine.api().ContainerRename(finish, containerID, p.ID) // the commit
-	}
-	if errdefs.IsConflict(err) {
-		err = failure(takenID, "there is a container %q already", p.ID)
+		if errdefs.IsConflict(err) {
+			err = failure(takenID, "there is a container %q already", p.ID)
+		}
 	}
 	return err
 }
