@@ -34,6 +34,24 @@ func state(t testing.TB, e *fakeEngine, d *daemon) string {
 	return all.String() + " images:" + strings.Join(e.imageTags(), ",")
 }
 
+// Somebody takes the name while the create is under way: its commit fails.
+func TestNameThatIsTakenDuringACreate(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, "/containers/create") {
+			e.addForeign("web", nil)
+		}
+		return false
+	})
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409, `"id_taken"`)
+	if left := bindDirs(t, d.binds); len(left) > 0 || !slices.Equal(e.names(), []string{"web"}) {
+		t.Errorf("left %q and %q", left, e.names())
+	}
+}
+
 // The list's entries are the engine's, with what this program's library does not know.
 func TestListIsAsTheEngineWroteIt(t *testing.T) {
 	t.Parallel()
