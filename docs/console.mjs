@@ -38,6 +38,7 @@ if (keys.isTTY && screen.isTTY) {
 const stdin = call("POST", "stdin", warn, (answer) => answer.resume());
 stdin.flushHeaders(); // before anybody types
 keys.pipe(stdin);
+stdin.on("close", () => keys.resume()); // the pipe would pause them, and Ctrl-] with them
 call("GET", "logs?follow=true", end, (answer) => {
   answer.pipe(screen);
   answer.on("end", () => process.exit());
