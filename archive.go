@@ -252,7 +252,12 @@ func broken(err error) error {
 	if err == nil || isA[*apiError](err) {
 		return err
 	}
-	return failure(refusedArchive, "bind_contents: the archive is broken: %s", plain(err))
+	return refuse("the archive is broken: %s", plain(err))
+}
+
+// refuse returns an error for an archive that is not to be laid out.
+func refuse(format string, args ...any) error {
+	return failure(refusedArchive, "bind_contents: "+format, args...)
 }
 
 // limitedReader fails, other than io.LimitedReader, when there is more than it may give.
@@ -300,11 +305,11 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	case h.Typeflag == tar.TypeXGlobalHeader:
 		return nil
 	case outside(h.Name) || name == "." && h.Typeflag != tar.TypeDir:
-		return failure(refusedArchive, "bind_contents: entry %q: its path leads out of the archive", h.Name)
+		return refuse("entry %q: its path leads out of the archive", h.Name)
 	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth: // deeper ones cost too much to walk
-		return failure(refusedArchive, "bind_contents: entry %q: its path has more than %d bytes or %d directories", h.Name, maxEntryPath, maxDepth)
+		return refuse("entry %q: its path has more than %d bytes or %d directories", h.Name, maxEntryPath, maxDepth)
 	case h.Uid < 0 || h.Uid > math.MaxInt32 || h.Gid < 0 || h.Gid > math.MaxInt32:
-		return failure(refusedArchive, "bind_contents: entry %q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
+		return refuse("entry %q: its owner is out of range", h.Name) // to chown, 4294967295 means unchanged
 	case name == ".":
 		return u.root.Chmod(".", permissions(h))
 	}
@@ -315,7 +320,7 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	for _, cause := range []error{errThroughLink, errReplacesDir, errLinkTarget, errSymlink, errType,
 		syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
 		if errors.Is(err, cause) {
-			return failure(refusedArchive, "bind_contents: entry %q: %v", h.Name, cause)
+			return refuse("entry %q: %v", h.Name, cause)
 		}
 	}
 	return err

@@ -141,7 +141,14 @@ func detachKeys(chunk []byte) string {
 // now on, and asks again, in that version, what it is: another program, or an engine that refuses the
 // version that the environment demands, is an error. It takes pingTime at most.
 func (e *engine) meet(ctx context.Context) (err error) {
-	defer func() { e.known.Store(err == nil) }()
+	defer func() {
+		if errors.Is(err, context.DeadlineExceeded) { // nothing was begun
+			err = failure(unavailable, "the engine does not answer in time")
+		} else if errors.Is(err, io.EOF) {
+			err = errUnreadable
+		}
+		e.known.Store(err == nil)
+	}()
 	ctx, cancel := context.WithTimeout(ctx, pingTime)
 	defer cancel()
 	answer, err := e.api().Ping(ctx)
@@ -241,6 +248,42 @@ func (s *server) list(ctx context.Context, label string) (all []*listed, err err
 	}
 	if _, err := entries.Token(); err != nil { // its end
 		return nil, errUnreadable
+	}
+	return all, nil
+}
+
+// ownContainers returns the containers of this daemon by service, of all or of one.
+func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
+	label := labelBinds + "=" + s.binds.path
+	if id != "" {
+		label = labelService + "=" + id
+	}
+	list, err := s.list(ctx, label)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]journal{}
+	for _, c := range list {
+		id := c.Labels[labelService]
+		if !serviceID.MatchString(id) || c.Labels[labelBinds] != s.binds.path ||
+			!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
+			continue
+		}
+		// In the middle of a rename the engine shows both names: the first case that fits counts.
+		found, named := all[id], func(name string) bool { return slices.Contains(c.Names, "/"+name) }
+		switch {
+		case named(id):
+			found.current = c
+		case named(nameNow + id):
+			found.now = c
+		case named(nextName(id, number(c))):
+			found.next = append(found.next, c)
+		case named(nameNew + id):
+			found.new = c
+		default:
+			found.strays = append(found.strays, c)
+		}
+		all[id] = found
 	}
 	return all, nil
 }

@@ -178,6 +178,28 @@ func TestEngineThatRefusesTheVersionThatTheEnvironmentDemands(t *testing.T) {
 	d.do(t, "GET", "/service", "").want(t, 200)
 }
 
+// Nothing was begun when the engine does not say what it is: that is no 504.
+func TestEngineThatDoesNotSayWhatItIs(t *testing.T) {
+	t.Parallel()
+	for name, answer := range map[string]struct {
+		says   string
+		status int
+		text   string
+	}{
+		"is silent":       {"", 503, "does not answer in time"},
+		"says nothing":    {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 0\r\n\r\n", 502, "cannot be read"},
+		"has no parts":    {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 2\r\n\r\n{}", 502, "no Docker Engine"},
+		"is out of order": {"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", 502, "500"},
+	} {
+		e, d := startWithRunning(t, engineImpatient)
+		_, restore := engineReplace(t, e, engineSays(answer.says))
+		d.do(t, "GET", "/health", "").want(t, answer.status, answer.text)
+		restore()
+		t.Log(name)
+		d.do(t, "GET", "/health", "").want(t, 204)
+	}
+}
+
 // podman is version 4.3's API for clients of Docker.
 var podman = dialect{oldest: "1.24", newest: "1.41", parts: []string{"Podman Engine", "Conmon", "OCI Runtime (runc)"}}
 

@@ -182,6 +182,17 @@ func TestPullThatFindsNothingOrOnlyAPartLeavesNothing(t *testing.T) {
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 }
 
+func TestImageThatWasRemovedByForce(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	before := e.names()
+	e.removeImages()
+	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 404, `"no_such_image"`)
+	if after := e.names(); !slices.Equal(after, before) {
+		t.Errorf("there are %q", after)
+	}
+}
+
 func TestMissingImageIDIsNotPulled(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -221,6 +220,11 @@ func (s *server) setEnv(finish context.Context, id string, env []string) error {
 			if err == nil { // it was the commit
 				_, _, err = s.settle(finish, id) // removes the next one that is outnumbered now
 				return err
+			}
+			if errdefs.IsNotFound(err) { // the image, or current, which somebody has just removed
+				if _, err := s.engine.api().ImageInspect(finish, current.ImageID); errdefs.IsNotFound(err) {
+					return noSuchImage(current.ImageID)
+				}
 			}
 			if !errdefs.IsConflict(err) || try == nameTries {
 				return err
@@ -464,40 +468,4 @@ func (s *server) unsettled() (names []string, err error) {
 	gone, goneErr := s.binds.allGone()
 	imports, err := s.unfinishedImports()
 	return slices.Concat(names, gone, imports), cmp.Or(goneErr, err)
-}
-
-// ownContainers returns the containers of this daemon by service, of all or of one.
-func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
-	label := labelBinds + "=" + s.binds.path
-	if id != "" {
-		label = labelService + "=" + id
-	}
-	list, err := s.list(ctx, label)
-	if err != nil {
-		return nil, err
-	}
-	all := map[string]journal{}
-	for _, c := range list {
-		id := c.Labels[labelService]
-		if !serviceID.MatchString(id) || c.Labels[labelBinds] != s.binds.path ||
-			!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
-			continue
-		}
-		// In the middle of a rename the engine shows both names: the first case that fits counts.
-		found, named := all[id], func(name string) bool { return slices.Contains(c.Names, "/"+name) }
-		switch {
-		case named(id):
-			found.current = c
-		case named(nameNow + id):
-			found.now = c
-		case named(nextName(id, number(c))):
-			found.next = append(found.next, c)
-		case named(nameNew + id):
-			found.new = c
-		default:
-			found.strays = append(found.strays, c)
-		}
-		all[id] = found
-	}
-	return all, nil
 }

@@ -292,7 +292,10 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 	documented, routes := map[string]int{}, map[string]int{}
 	for _, op := range operations {
 		documented[op.name] = op.success
-		statuses := []int{401, 502, 503, 504}
+		statuses := []int{401, 502, 503}
+		if op.path != "/health" { // which says 503
+			statuses = append(statuses, 504)
+		}
 		if strings.Contains(op.path, "{id}") {
 			statuses = append(statuses, 404)
 		}
