@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bufio"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -198,6 +199,23 @@ func TestEngineThatDoesNotSayWhatItIs(t *testing.T) {
 		t.Log(name)
 		d.do(t, "GET", "/health", "").want(t, 204)
 	}
+}
+
+// A client that leaves a stream says nothing of the engine, which is not looked at again for that.
+func TestClientThatLeavesCostsNoLookAtTheEngine(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	ctx, leave := context.WithCancel(t.Context())
+	answer, err := d.client.Do(d.request(t, "GET", "/service/web/logs?follow=true", nil).WithContext(ctx))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	leave()
+	waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "/logs\"") })
+	e.setDialect(podman) // which a look would show
+	d.do(t, "GET", "/service", "").want(t, 200)
+	d.do(t, "GET", "/health", "").want(t, 502)
 }
 
 // podman is version 4.3's API for clients of Docker.

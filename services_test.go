@@ -72,6 +72,16 @@ func TestListIsAsTheEngineWroteIt(t *testing.T) {
 	if want := strings.Replace(all, "[ {", "[{", 1) + "\n"; a.body != want {
 		t.Errorf("got  %s\nwant %s", a.body, want)
 	}
+	for _, broken := range []string{strings.TrimSuffix(all, "]"), "{}", "null", ""} {
+		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			isList := strings.HasSuffix(r.URL.Path, "/containers/json")
+			if isList {
+				io.WriteString(w, broken)
+			}
+			return isList
+		})
+		d.do(t, "GET", "/service", "").want(t, 502, "cannot be read")
+	}
 	e.setIntercept(nil)
 	d.do(t, "POST", "/service", createBodyJSON("other", "")).want(t, 201)
 	var list []struct{ Names []string }
