@@ -24,11 +24,11 @@ import (
 
 const (
 	maxRedirects = 5
-	maxEntryPath = 1024      // bytes
-	maxDepth     = 64        // directories in an entry's path
-	minFetchRate = 64 << 10  // bytes a second
-	readChunk    = 64 << 10  // bytes
-	writeChunk   = 128 << 10 // bytes
+	maxEntryPath = 1024     // bytes
+	maxDepth     = 64       // directories in an entry's path
+	minFetchRate = 64 << 10 // bytes a second
+	copyChunk    = 32 << 10 // bytes of a download, or of a file, that are read at a time
+	unzipChunk   = 96 << 10 // bytes that are decompressed while those before them are laid out
 )
 
 // fetcher downloads bind_contents from servers that nobody vouches for.
@@ -156,12 +156,7 @@ func (f *fetcher) unpack(ctx context.Context, address string, dir *os.Root, limi
 	if answer.StatusCode != http.StatusOK {
 		return failure(downloadFailed, "bind_contents: the server answered %d", answer.StatusCode)
 	}
-	source := &source{body: answer.Body, window: f.window, cancel: cancel}
-	err = unpack(bufio.NewReaderSize(source, readChunk), dir, limits, o)
-	if source.err != nil { // whatever unpack made of it
-		return fetchError(ctx, source.err)
-	}
-	return err
+	return unpack(&download{body: answer.Body, window: f.window, ctx: ctx, cancel: cancel}, dir, limits, o)
 }
 
 // fetchError says why a download failed, without its URL, which may hold a token.
@@ -178,31 +173,37 @@ func fetchError(ctx context.Context, err error) error {
 	return failure(downloadFailed, "bind_contents: cannot download: %s", plain(err))
 }
 
-// source is a download that ends when its server is too slow, and remembers its failure.
-// What minFetchRate asks for in a window has to come within one, again and again.
-type source struct {
+// download is the body of an answer, which ends when its server is too slow. In each window, which is
+// of waiting and not of our own work, minFetchRate has to be kept. Its errors are fetchError's.
+type download struct {
 	body   io.Reader
-	window time.Duration           // of waiting for the server, not of our own work
-	cancel context.CancelCauseFunc // ends the download
-	waited time.Duration           // in this window
-	got    int64                   // bytes in this window
-	err    error                   // other than io.EOF
+	window time.Duration
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	waited time.Duration // in this window
+	got    int64         // bytes in this window
 }
 
-func (s *source) Read(p []byte) (int, error) {
+func (d *download) Read(p []byte) (int, error) {
 	start := time.Now()
-	late := time.AfterFunc(s.window-s.waited, func() { s.cancel(errTooSlow) })
-	n, err := s.body.Read(p)
+	late := time.AfterFunc(d.window-d.waited, func() { d.cancel(errTooSlow) })
+	n, err := d.body.Read(p)
 	late.Stop()
-	s.waited += time.Since(start)
-	s.got += int64(n)
-	if s.got >= int64(minFetchRate*s.window.Seconds()) {
-		s.waited, s.got = 0, 0
+	d.waited += time.Since(start)
+	d.got += int64(n)
+	if d.got >= int64(minFetchRate*d.window.Seconds()) {
+		d.waited, d.got = 0, 0
 	}
 	if err != nil && err != io.EOF {
-		s.err = err
+		err = fetchError(d.ctx, err)
 	}
 	return n, err
+}
+
+// Close ends the download, and with that a Read that waits for the server.
+func (d *download) Close() error {
+	d.cancel(nil)
+	return nil
 }
 
 // unpackLimits bound what one archive may make.
@@ -213,18 +214,28 @@ type unpackLimits struct {
 
 // unpack lays out a gzipped tar stream in dir: directories, regular files, symbolic and
 // hard links, as tar would, but nothing outside dir and nothing that is more than data.
-// Owners are the archive's, or all o if that is given; only root can give files away.
-func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
-	zipped, err := gzip.NewReader(r)
-	if err != nil {
-		return broken(err)
-	}
-	stream := &limitedReader{r: zipped, left: limits.bytes}
+// Owners are the archive's, or all o if that is given; only root can give files away. It closes r.
+func unpack(r io.ReadCloser, dir *os.Root, limits unpackLimits, o *owner) error {
+	unzipped, unzip := io.Pipe()
+	ended := make(chan struct{})
+	go func() { // decompresses the next chunk while this one's files are written; ends before unpack does
+		defer close(ended)
+		ahead := bufio.NewWriterSize(unzip, unzipChunk)
+		zipped, err := gzip.NewReader(bufio.NewReaderSize(r, copyChunk))
+		if err == nil {
+			_, err = ahead.ReadFrom(zipped)
+		}
+		ahead.Flush() // what comes before an error counts
+		unzip.CloseWithError(err)
+	}()
+	defer func() { unzipped.Close(); r.Close(); <-ended }()
+	stream := &limitedReader{r: bufio.NewReaderSize(unzipped, unzipChunk), left: limits.bytes}
 	archive := tar.NewReader(stream)
-	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk), parentDir: "."}
-	if u.parent, err = dir.OpenRoot("."); err != nil {
+	parent, err := dir.OpenRoot(".")
+	if err != nil {
 		return err
 	}
+	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, copyChunk), parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
 	size := int64(0) // of the files: a sparse one can have any size in a short stream
 	for entries := int64(1); ; entries++ {
@@ -315,7 +326,15 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	}
 	parent, err := u.open(path.Dir(name), true)
 	if err == nil {
-		err = u.replace(parent, name, h, content)
+		err = u.place(parent, name, h, content)
+	}
+	if errors.Is(err, fs.ErrExist) { // another lookup for this case alone
+		if parent, err = u.open(path.Dir(name), false); err == nil {
+			err = makeRoom(parent, path.Base(name))
+		}
+		if err == nil {
+			err = u.place(parent, name, h, content)
+		}
 	}
 	for _, cause := range []error{errThroughLink, errReplacesDir, errLinkTarget, errSymlink, errType,
 		syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
@@ -350,55 +369,60 @@ func staysInside(dir, target string) bool {
 	return target != "" && !path.IsAbs(target) && !slices.Contains(parts, "..") && !outside(path.Join(dir, target))
 }
 
-// replace puts an entry in its place below its opened parent.
-func (u *unpacker) replace(parent *os.Root, name string, h *tar.Header, content io.Reader) error {
-	base, isDir := path.Base(name), h.Typeflag == tar.TypeDir
+// makeRoom removes an earlier entry that is no directory.
+func makeRoom(parent *os.Root, base string) error {
 	earlier, err := parent.Lstat(base)
-	switch {
-	case err == nil && !earlier.IsDir():
-		err = parent.Remove(base)
-	case err == nil && !isDir:
-		err = errReplacesDir
-	case errors.Is(err, fs.ErrNotExist):
-		err = nil
-	}
 	if err != nil {
 		return err
 	}
-	err = errType
+	if earlier.IsDir() {
+		return errReplacesDir
+	}
+	return parent.Remove(base)
+}
+
+// place puts an entry where nothing is, or, if it is a directory, where one is.
+func (u *unpacker) place(parent *os.Root, name string, h *tar.Header, content io.Reader) (err error) {
+	base := path.Base(name)
 	switch h.Typeflag {
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
+		return u.placeFile(parent, base, h, content)
+	case tar.TypeLink:
+		return u.placeLink(name, h.Linkname) // which may close parent
+	case tar.TypeSymlink:
+		if !staysInside(path.Dir(name), h.Linkname) {
+			return errSymlink
+		}
+		err = parent.Symlink(h.Linkname, base)
 	case tar.TypeDir:
 		if err = parent.Mkdir(base, 0o700); errors.Is(err, fs.ErrExist) {
-			err = nil // it gets this entry's mode and owner
+			if earlier, statErr := parent.Lstat(base); statErr == nil && earlier.IsDir() {
+				err = nil // it gets this entry's mode and owner
+			}
 		}
-	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
-		err = u.write(parent, base, content)
-	case tar.TypeSymlink:
-		if err = errSymlink; staysInside(path.Dir(name), h.Linkname) {
-			err = parent.Symlink(h.Linkname, base)
-		}
-	case tar.TypeLink:
-		return u.link(name, h.Linkname) // which may close parent
+	default:
+		return errType
 	}
 	if err == nil && u.asRoot {
-		o := cmp.Or(u.owner, &owner{h.Uid, h.Gid})
+		o := u.ownerOf(h)
 		err = parent.Lchown(base, o.uid, o.gid)
 	}
-	if err == nil && h.Typeflag != tar.TypeSymlink {
+	if err == nil && h.Typeflag == tar.TypeDir {
 		err = parent.Chmod(base, permissions(h))
-	}
-	if err == nil && h.Typeflag != tar.TypeSymlink && !isDir {
-		err = parent.Chtimes(base, h.ModTime, h.ModTime)
 	}
 	return err
 }
 
+// ownerOf returns whom an entry is to belong to.
+func (u *unpacker) ownerOf(h *tar.Header) *owner { return cmp.Or(u.owner, &owner{h.Uid, h.Gid}) }
+
 // permissions leaves out the setuid, setgid and sticky bits.
 func permissions(h *tar.Header) fs.FileMode { return h.FileInfo().Mode().Perm() }
 
-// write writes a file that must be new: it never goes through an earlier link.
-func (u *unpacker) write(parent *os.Root, base string, content io.Reader) error {
-	f, err := parent.OpenFile(base, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// placeFile never goes through an earlier link: its file must be new. O_NONBLOCK means nothing to a
+// file, but spares the four system calls in which package os would find that out.
+func (u *unpacker) placeFile(parent *os.Root, base string, h *tar.Header, content io.Reader) error {
+	f, err := parent.OpenFile(base, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NONBLOCK, 0o600)
 	if err != nil {
 		return err
 	}
@@ -407,11 +431,21 @@ func (u *unpacker) write(parent *os.Root, base string, content io.Reader) error 
 	if err != nil && !isA[*fs.PathError](err) {
 		return broken(err)
 	}
-	return errors.Join(err, f.Close())
+	if err == nil && u.asRoot {
+		o := u.ownerOf(h)
+		err = f.Chown(o.uid, o.gid)
+	}
+	if err == nil {
+		err = f.Chmod(permissions(h))
+	}
+	if err == nil {
+		err = parent.Chtimes(base, h.ModTime, h.ModTime)
+	}
+	return cmp.Or(err, f.Close())
 }
 
-// link makes a hard link to a regular file that an earlier entry made.
-func (u *unpacker) link(name, target string) error {
+// placeLink makes a hard link to a regular file that an earlier entry made.
+func (u *unpacker) placeLink(name, target string) error {
 	if outside(target) {
 		return errLinkTarget
 	}
@@ -444,7 +478,7 @@ func (u *unpacker) open(dir string, create bool) (*os.Root, error) {
 		info, err := at.Lstat(part)
 		if create && errors.Is(err, fs.ErrNotExist) {
 			u.implied++
-			err = u.replace(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
+			err = u.place(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
 		} else if err == nil && !info.IsDir() {
 			err = errThroughLink
 		}

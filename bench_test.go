@@ -200,9 +200,16 @@ func BenchmarkUnpack(b *testing.B) {
 	for i := range small {
 		small[i] = imageFile(fmt.Sprintf("package-%d/src/file-%d.js", i/100, i), strings.Repeat("some text of a small file\n", 100))
 	}
+	files := make([]imageEntry, 5000) // 76 MB, of which a third does not compress
+	for i := range files {
+		size := 2<<10 + (i%10)*3<<10
+		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i),
+			string(large[i<<10:][:size/3])+strings.Repeat("some text\n", size/15))
+	}
 	for name, archive := range map[string][]byte{
-		"large-file":  gzipOf(b, imageOf(b, imageFile("large", string(large)))),
-		"small-files": gzipOf(b, imageOf(b, small...)),
+		"large-file":       gzipOf(b, imageOf(b, imageFile("large", string(large)))),
+		"small-files":      gzipOf(b, imageOf(b, small...)),
+		"root-file-system": gzipOf(b, imageOf(b, files...)),
 	} {
 		b.Run(name, func(b *testing.B) {
 			source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(archive) }))

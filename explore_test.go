@@ -124,6 +124,7 @@ type exploration struct {
 	used                  string   // the birth of the service that has data in its directory
 	trace                 []string
 	broken                string // the first promise
+	died                  bool   // in a download: what asks the engine next does so no more
 }
 
 // serviceState is what a client may find: the environments of the service and of its next start.
@@ -177,18 +178,23 @@ func (c exploreContents) RoundTrip(*http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(body)}, nil
 }
 
-// Read is where the download has come half-way.
+// Read is where the download has come half-way. It is called on a goroutine that the request waits for.
 func (c exploreContents) Read([]byte) (int, error) {
 	if c.w.deaths > 0 && c.w.choose(2) == 1 {
 		c.w.deaths--
 		c.w.note("   dies in the middle of it")
-		runtime.Goexit()
+		c.w.died = true
+		return 0, errors.New("dead")
 	}
 	return 0, io.EOF
 }
 
 // RoundTrip is a call of the daemon's to the engine. It does not return if the daemon dies.
 func (w *exploration) RoundTrip(r *http.Request) (*http.Response, error) {
+	if w.died {
+		w.died = false
+		runtime.Goexit()
+	}
 	for len(w.late) > 0 && w.choose(2) == 1 {
 		w.carryOutLate()
 	}

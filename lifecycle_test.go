@@ -727,7 +727,7 @@ func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
 	tree := openTree(t, t.TempDir())
 	u := &unpacker{root: tree, parent: tree, parentDir: "."}
 	tree.Close()
-	if err := u.link("a", "b"); err == nil || errors.Is(err, errLinkTarget) {
+	if err := u.placeLink("a", "b"); err == nil || errors.Is(err, errLinkTarget) {
 		t.Errorf("an archive's link to what cannot be looked at: %v", err)
 	}
 }
