@@ -139,9 +139,9 @@ func checkConnection(conn net.Conn, allow []netip.Prefix) error {
 
 var errTooSlow = failure(downloadFailed, "bind_contents: the server sends less than %d bytes a second", minFetchRate)
 
-// unpack downloads the archive at address and lays it out in dir, at once and in
+// fetch downloads the archive at address and lays it out in dir, at once and in
 // constant memory. After an error dir holds a part of it.
-func (f *fetcher) unpack(ctx context.Context, address string, dir *os.Root, limits unpackLimits, o *owner) error {
+func (f *fetcher) fetch(ctx context.Context, address string, dir *os.Root, limits unpackLimits, o *owner) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
@@ -235,7 +235,7 @@ func unpack(r io.ReadCloser, dir *os.Root, limits unpackLimits, o *owner) error 
 	if err != nil {
 		return err
 	}
-	u := &unpacker{root: dir, owner: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, copyChunk), parent: parent, parentDir: "."}
+	u := &unpacker{root: dir, ownedBy: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, copyChunk), parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
 	size := int64(0) // of the files: a sparse one can have any size in a short stream
 	for entries := int64(1); ; entries++ {
@@ -301,7 +301,7 @@ func (l *limitedReader) drain(to io.Writer) error {
 // each, to which it has walked without passing a link, and keeps that for the next.
 type unpacker struct {
 	root      *os.Root
-	owner     *owner
+	ownedBy   *owner
 	asRoot    bool
 	buffer    []byte
 	parent    *os.Root // of the last entry, or another handle of root
@@ -324,12 +324,12 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	case name == ".":
 		return u.root.Chmod(".", permissions(h))
 	}
-	parent, err := u.open(path.Dir(name), true)
+	parent, err := u.enter(path.Dir(name), true)
 	if err == nil {
 		err = u.place(parent, name, h, content)
 	}
 	if errors.Is(err, fs.ErrExist) { // another lookup for this case alone
-		if parent, err = u.open(path.Dir(name), false); err == nil {
+		if parent, err = u.enter(path.Dir(name), false); err == nil {
 			err = makeRoom(parent, path.Base(name))
 		}
 		if err == nil {
@@ -414,7 +414,7 @@ func (u *unpacker) place(parent *os.Root, name string, h *tar.Header, content io
 }
 
 // ownerOf returns whom an entry is to belong to.
-func (u *unpacker) ownerOf(h *tar.Header) *owner { return cmp.Or(u.owner, &owner{h.Uid, h.Gid}) }
+func (u *unpacker) ownerOf(h *tar.Header) *owner { return cmp.Or(u.ownedBy, &owner{h.Uid, h.Gid}) }
 
 // permissions leaves out the setuid, setgid and sticky bits.
 func permissions(h *tar.Header) fs.FileMode { return h.FileInfo().Mode().Perm() }
@@ -450,7 +450,7 @@ func (u *unpacker) placeLink(name, target string) error {
 		return errLinkTarget
 	}
 	target = path.Clean(target)
-	parent, err := u.open(path.Dir(target), false)
+	parent, err := u.enter(path.Dir(target), false)
 	var info fs.FileInfo
 	if err == nil {
 		info, err = parent.Lstat(path.Base(target))
@@ -464,9 +464,9 @@ func (u *unpacker) placeLink(name, target string) error {
 	return u.root.Link(target, name) // neither passes a link
 }
 
-// open returns the directory dir, and makes what is missing on the way there if it is told
+// enter returns the directory dir, and makes what is missing on the way there if it is told
 // to. It walks there without passing a link. The unpacker closes it.
-func (u *unpacker) open(dir string, create bool) (*os.Root, error) {
+func (u *unpacker) enter(dir string, create bool) (*os.Root, error) {
 	if u.parentDir == dir {
 		return u.parent, nil
 	}

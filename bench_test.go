@@ -223,7 +223,7 @@ func BenchmarkUnpack(b *testing.B) {
 				}
 				begin := time.Now()
 				limits := unpackLimits{bytes: math.MaxInt32, entries: math.MaxInt32}
-				if err := newFetcher(loopback).unpack(b.Context(), source.URL, root, limits, nil); err != nil {
+				if err := newFetcher(loopback).fetch(b.Context(), source.URL, root, limits, nil); err != nil {
 					b.Fatal(err)
 				}
 				ours += time.Since(begin)

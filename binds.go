@@ -128,8 +128,8 @@ func (b *bindRoot) free(id string) error {
 	return err
 }
 
-// make makes the service's bind directory, or takes one that is there. The caller closes it.
-func (b *bindRoot) make(id string, o *owner) (*os.File, error) {
+// ensure makes the service's bind directory, or takes one that is there. The caller closes it.
+func (b *bindRoot) ensure(id string, o *owner) (*os.File, error) {
 	if err := b.root.Mkdir(id, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}

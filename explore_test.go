@@ -163,7 +163,7 @@ func (w *exploration) start() {
 		w.t.Fatal(err)
 	}
 	w.daemon = newServer(context.Background(), context.Background(), cfg, coreKey{}, e, binds, slog.New(slog.DiscardHandler))
-	w.daemon.fetch.client.Transport = exploreContents{w}
+	w.daemon.fetcher.client.Transport = exploreContents{w}
 }
 
 // exploreContents is where bind_contents come from. The daemon can die in the middle of them.
@@ -372,7 +372,7 @@ func (w *exploration) send(op, env string) error {
 	case "restart":
 		return w.daemon.changeExisting(ctx, "web", w.daemon.restart)
 	default:
-		return w.daemon.change(ctx, ctx, "web", w.daemon.remove)
+		return w.daemon.change(ctx, ctx, "web", w.daemon.removeService)
 	}
 }
 

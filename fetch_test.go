@@ -484,7 +484,7 @@ func TestSlowServersAreGivenUp(t *testing.T) {
 			defer root.Close()
 			f := newFetcher(loopback)
 			f.window = c.window
-			err = f.unpack(context.Background(), server.URL, root, unpackLimits{bytes: 1 << 20, entries: 10}, nil)
+			err = f.fetch(context.Background(), server.URL, root, unpackLimits{bytes: 1 << 20, entries: 10}, nil)
 			if err == nil {
 				t.Fatal("it was unpacked")
 			}
@@ -589,7 +589,7 @@ func TestOwnPublicAddressInANetworkOfItsOwn(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer root.Close()
-		return newFetcher(networks(allow)).unpack(t.Context(), "http://"+net.JoinHostPort(host, port)+"/", root, unpackLimits{1 << 20, 10}, nil)
+		return newFetcher(networks(allow)).fetch(t.Context(), "http://"+net.JoinHostPort(host, port)+"/", root, unpackLimits{1 << 20, 10}, nil)
 	}
 	for _, end := range []struct{ host, port string }{
 		{"11.9.9.9", port}, {"11.9.9.9", "1"}, // where nothing listens

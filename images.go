@@ -93,7 +93,7 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 	defer context.AfterFunc(ctx, func() { in.CloseWithError(context.Cause(ctx)) })()
 	made := make(chan string)
 	var taken atomic.Bool // all of the upload, by the engine
-	source := readerFunc(func(p []byte) (int, error) {
+	upload := readerFunc(func(p []byte) (int, error) {
 		n, err := out.Read(p)
 		if err == io.EOF {
 			taken.Store(true)
@@ -102,7 +102,7 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 	})
 	go func() { // ends with ctx; passUpload waits for it
 		// No pipe: net/http would close it when the engine answers, and the error would be that.
-		id, err := s.makeImage(ctx, entry, bufio.NewReaderSize(source, imageChunk))
+		id, err := s.makeImage(ctx, entry, bufio.NewReaderSize(upload, imageChunk))
 		if err == nil && !taken.Load() {
 			err = errShortTake
 		}

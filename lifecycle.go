@@ -119,7 +119,7 @@ func (s *server) create(asked context.Context, p serviceParams, registryAuth str
 
 // build is the part of a create that is undone if it fails.
 func (s *server) build(asked, finish context.Context, p serviceParams, birth string) error {
-	dir, err := s.binds.make(p.ID, p.owner())
+	dir, err := s.binds.ensure(p.ID, p.bindOwner())
 	if err != nil {
 		return err
 	}
@@ -180,7 +180,7 @@ func (s *server) unpackContents(asked context.Context, p serviceParams) error {
 		return err
 	}
 	defer root.Close()
-	return s.fetch.unpack(asked, p.BindContents, root, unpackLimits{s.maxBindBytes, s.maxBindFiles}, p.owner())
+	return s.fetcher.fetch(asked, p.BindContents, root, unpackLimits{s.maxBindBytes, s.maxBindFiles}, p.bindOwner())
 }
 
 // undo gives a create up as a DELETE would delete it: its commit may have failed, and come still. A
@@ -289,9 +289,9 @@ func (s *server) kill(finish context.Context, id string) error {
 	return err
 }
 
-// remove deletes a service with all that belongs to it, or the one of container and bind directory
+// removeService deletes a service with all that belongs to it, or the one of container and bind directory
 // that is left.
-func (s *server) remove(finish context.Context, id string, current, _ *listed) error {
+func (s *server) removeService(finish context.Context, id string, current, _ *listed) error {
 	if current == nil {
 		if there, err := s.binds.has(id); err != nil || !there {
 			return cmp.Or(err, noSuchService(id))

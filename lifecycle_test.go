@@ -702,7 +702,7 @@ func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
 	s.binds.root.Close() // now every look fails, with an error that is not ENOENT
 	for name, do := range map[string]func() error{
 		"settle": func() error { _, _, err := s.settle(t.Context(), "web"); return err },
-		"DELETE": func() error { return s.change(t.Context(), t.Context(), "web", s.remove) },
+		"DELETE": func() error { return s.change(t.Context(), t.Context(), "web", s.removeService) },
 		"start":  func() error { return s.changeExisting(t.Context(), "web", s.start) },
 		"create": func() error {
 			return s.create(t.Context(), serviceParams{ID: "new", Image: "img:1", BindDir: "/data"}, "")
@@ -717,7 +717,7 @@ func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
 		}
 	}
 	for name, err := range map[string]error{
-		"remove": s.remove(t.Context(), "web", nil, nil), "free": s.binds.free("web"), "discard": s.binds.discard("web"),
+		"remove": s.removeService(t.Context(), "web", nil, nil), "free": s.binds.free("web"), "discard": s.binds.discard("web"),
 		"allGone": func() error { _, err := s.binds.allGone(); return err }(),
 	} {
 		if kind, _ := describe(cmp.Or(err, errors.New("none"))); err == nil || kind.status < 500 {

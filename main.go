@@ -254,14 +254,14 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	if fs.NArg() > 0 {
 		mistakes = append(mistakes, fmt.Errorf("%q is no flag", fs.Arg(0)))
 	}
-	return c, errors.Join(append(mistakes, c.check()...)...)
+	return c, errors.Join(append(mistakes, c.mistakes()...)...)
 }
 
-// check returns what is wrong with the values themselves.
-func (c config) check() (mistakes []error) {
+// mistakes returns what is wrong with the values themselves.
+func (c config) mistakes() (all []error) {
 	refuse := func(wrong bool, text string) {
 		if wrong {
-			mistakes = append(mistakes, errors.New(text))
+			all = append(all, errors.New(text))
 		}
 	}
 	refuse(c.addr == "", "-addr: must be host:port") // net.Listen would choose a port
@@ -274,7 +274,7 @@ func (c config) check() (mistakes []error) {
 	refuse(c.maxBindBytes < 1, "-max-bind-bytes: must be at least 1")
 	refuse(c.maxBindFiles < 1, "-max-bind-files: must be at least 1")
 	refuse(c.maxImageBytes < 1, "-max-image-bytes: must be at least 1")
-	return mistakes
+	return all
 }
 
 func printHelp(fs *flag.FlagSet, out io.Writer) {

@@ -71,7 +71,7 @@ type server struct {
 	engine   *engine
 	binds    *bindRoot
 	log      *slog.Logger
-	fetch    *fetcher
+	fetcher  *fetcher
 	locks    serviceLocks // by service id
 	stdin    serviceLocks // by container id
 	stats    statsFeeds
@@ -84,7 +84,7 @@ type server struct {
 
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot, log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
-		fetch: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
+		fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
 		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {

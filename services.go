@@ -154,7 +154,7 @@ func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
 
 // deleteService answers DELETE /service/{id} when all that belonged to it is gone.
 func (s *server) deleteService(_ http.ResponseWriter, r *http.Request) error {
-	return s.change(r.Context(), r.Context(), r.PathValue("id"), s.remove)
+	return s.change(r.Context(), r.Context(), r.PathValue("id"), s.removeService)
 }
 
 // controlService answers POST /service/{id}/ctl.
@@ -430,10 +430,10 @@ func (s *server) containerSpec(p serviceParams, birth string, number int) (*cont
 	return config, host
 }
 
-// owner is who owns the bind directory and all that bind_contents puts there: the
+// bindOwner is who owns the bind directory and all that bind_contents puts there: the
 // service's user if that is a number. Nil leaves it to the archive: a name means
 // nothing on the host.
-func (p *serviceParams) owner() *owner {
+func (p *serviceParams) bindOwner() *owner {
 	user, group, _ := strings.Cut(p.User, ":")
 	uid, err := strconv.ParseInt(user, 10, 32)
 	if err != nil {

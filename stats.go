@@ -44,7 +44,7 @@ func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	}
 	seen, begun, ends := time.Now().Add(-statsAge), false, 0
 	for {
-		feed, containerID, err := s.stats.open(ctx, s, r.PathValue("id"))
+		feed, containerID, err := s.stats.watch(ctx, s, r.PathValue("id"))
 		if err != nil || feed == nil && begun {
 			return err
 		}
@@ -107,8 +107,8 @@ type statsFeed struct {
 // errOperated ends a feed whose container an operation may have stopped or replaced.
 var errOperated = errors.New("an operation ended the feed")
 
-// open returns the service's feed, or the id of its container if that does not run.
-func (f *statsFeeds) open(ctx context.Context, s *server, id string) (*statsFeed, string, error) {
+// watch returns the service's feed, or the id of its container if that does not run.
+func (f *statsFeeds) watch(ctx context.Context, s *server, id string) (*statsFeed, string, error) {
 	f.mu.Lock()
 	feed := f.byID[id]
 	f.mu.Unlock()
