@@ -5,206 +5,23 @@ import (
 	"bufio"
 	"cmp"
 	"compress/gzip"
-	"context"
 	"errors"
 	"io"
 	"io/fs"
 	"math"
-	"net"
-	"net/http"
-	"net/netip"
-	"net/url"
 	"os"
 	"path"
 	"slices"
 	"strings"
 	"syscall"
-	"time"
 )
 
 const (
-	maxRedirects = 5
 	maxEntryPath = 1024     // bytes
 	maxDepth     = 64       // directories in an entry's path
-	minFetchRate = 64 << 10 // bytes a second
 	copyChunk    = 32 << 10 // bytes of a download, or of a file, that are read at a time
 	unzipChunk   = 96 << 10 // bytes that are decompressed while those before them are laid out
 )
-
-// fetcher downloads bind_contents from servers that nobody vouches for.
-type fetcher struct {
-	client *http.Client
-	window time.Duration // of waiting, over which minFetchRate must hold
-}
-
-// newFetcher returns a fetcher that connects to public addresses and to those in allow.
-// It sends the URL and nothing else of ours.
-func newFetcher(allow []netip.Prefix) *fetcher {
-	dialer := &net.Dialer{
-		Timeout: 30 * time.Second,
-		// Called with the address of each connection before its first packet: after
-		// the name was resolved, and after each redirect.
-		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
-			return checkAddress(address, allow)
-		},
-	}
-	transport := &http.Transport{ // without a proxy: one would resolve names for us, past the check
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			conn, err := dialer.DialContext(ctx, network, address)
-			if err != nil {
-				return nil, err
-			}
-			if err := checkConnection(conn, allow); err != nil {
-				conn.Close()
-				return nil, err
-			}
-			return conn, nil
-		},
-		TLSHandshakeTimeout:    30 * time.Second,
-		ResponseHeaderTimeout:  30 * time.Second,
-		MaxResponseHeaderBytes: 64 << 10,
-		DisableKeepAlives:      true,
-		DisableCompression:     true, // or the archive would arrive as a bare tar from some servers
-	}
-	checkRedirect := func(r *http.Request, via []*http.Request) error {
-		r.Header.Del("Referer") // the whole URL that redirected, with its token
-		if len(via) > maxRedirects {
-			return failure(downloadFailed, "bind_contents: more than %d redirects", maxRedirects)
-		}
-		if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
-			return badRequest("bind_contents: redirected to something other than http or https")
-		}
-		return nil
-	}
-	return &fetcher{&http.Client{Transport: transport, CheckRedirect: checkRedirect}, time.Minute}
-}
-
-// notPublic lists what [netip.Addr.IsGlobalUnicast] counts in though it is not public,
-// from IANA's special-purpose registries (RFC 6890). 6to4 (2002::/16) and Teredo (in
-// 2001::/23) hold an IPv4 address. Of IPv6 only 2000::/3 is public at all. At
-// 168.63.129.16 Azure tells its virtual machines their secrets.
-const notPublic = "0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 198.51.100.0/24 " +
-	"203.0.113.0/24 240.0.0.0/4 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1"
-
-// checkAddress returns an error unless address, an ip:port, is public or allowed.
-func checkAddress(address string, allow []netip.Prefix) error {
-	ap, err := netip.ParseAddrPort(address)
-	if err != nil {
-		return err
-	}
-	addr := bare(ap)
-	contains := func(network netip.Prefix) bool { return network.Contains(addr) }
-	if slices.ContainsFunc(allow, contains) {
-		return nil
-	}
-	refused := badRequest("bind_contents: %s is not a public address", addr)
-	if netip.MustParsePrefix("64:ff9b::/96").Contains(addr) { // NAT64: it ends in an IPv4 address
-		b := addr.As16()
-		addr = netip.AddrFrom4([4]byte(b[12:]))
-	}
-	if !addr.IsGlobalUnicast() || addr.IsPrivate() {
-		return refused
-	}
-	ours, err := net.InterfaceAddrs()
-	if err != nil {
-		return err
-	}
-	for _, network := range ours { // what listens there may trust who comes from here
-		if own, err := netip.ParsePrefix(network.String()); err == nil && own.Addr().Unmap().WithZone("") == addr {
-			return errOwnAddress
-		}
-	}
-	for network := range strings.FieldsSeq(notPublic) {
-		if contains(netip.MustParsePrefix(network)) {
-			return refused
-		}
-	}
-	return nil
-}
-
-// bare returns the address alone: ::ffff:127.0.0.1 is 127.0.0.1.
-func bare(ap netip.AddrPort) netip.Addr { return ap.Addr().Unmap().WithZone("") }
-
-var errOwnAddress = badRequest("bind_contents: this is the host's own address")
-
-// checkConnection returns an error if a connection comes from where it goes to: this host, by a public
-// address that no interface of it has, of a network that the kernel was told is here.
-func checkConnection(conn net.Conn, allow []netip.Prefix) error {
-	local, remote := bare(conn.LocalAddr().(*net.TCPAddr).AddrPort()), bare(conn.RemoteAddr().(*net.TCPAddr).AddrPort())
-	if local != remote || slices.ContainsFunc(allow, func(network netip.Prefix) bool { return network.Contains(remote) }) {
-		return nil
-	}
-	return errOwnAddress
-}
-
-var errTooSlow = failure(downloadFailed, "bind_contents: the server sends less than %d bytes a second", minFetchRate)
-
-// fetch downloads the archive at address and lays it out in dir, at once and in
-// constant memory. After an error dir holds a part of it.
-func (f *fetcher) fetch(ctx context.Context, address string, dir *os.Root, limits unpackLimits, o *owner) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
-	if err != nil {
-		return badRequest("bind_contents: must be an http or https URL")
-	}
-	answer, err := f.client.Do(request)
-	if err != nil {
-		return fetchError(ctx, err)
-	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return failure(downloadFailed, "bind_contents: the server answered %d", answer.StatusCode)
-	}
-	return unpack(&download{body: answer.Body, window: f.window, ctx: ctx, cancel: cancel}, dir, limits, o)
-}
-
-// fetchError says why a download failed, without its URL, which may hold a token.
-func fetchError(ctx context.Context, err error) error {
-	if cause := context.Cause(ctx); cause != nil {
-		return cause
-	}
-	if isA[*apiError](err) {
-		return err
-	}
-	if in, ok := errors.AsType[*url.Error](err); ok {
-		err = in.Err
-	}
-	return failure(downloadFailed, "bind_contents: cannot download: %s", plain(err))
-}
-
-// download is the body of an answer, which ends when its server is too slow. In each window, which is
-// of waiting and not of our own work, minFetchRate has to be kept. Its errors are fetchError's.
-type download struct {
-	body   io.Reader
-	window time.Duration
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	waited time.Duration // in this window
-	got    int64         // bytes in this window
-}
-
-func (d *download) Read(p []byte) (int, error) {
-	start := time.Now()
-	late := time.AfterFunc(d.window-d.waited, func() { d.cancel(errTooSlow) })
-	n, err := d.body.Read(p)
-	late.Stop()
-	d.waited += time.Since(start)
-	d.got += int64(n)
-	if d.got >= int64(minFetchRate*d.window.Seconds()) {
-		d.waited, d.got = 0, 0
-	}
-	if err != nil && err != io.EOF {
-		err = fetchError(d.ctx, err)
-	}
-	return n, err
-}
-
-// Close ends the download, and with that a Read that waits for the server.
-func (d *download) Close() error {
-	d.cancel(nil)
-	return nil
-}
 
 // unpackLimits bound what one archive may make.
 type unpackLimits struct {
@@ -271,7 +88,7 @@ func refuse(format string, args ...any) error {
 	return failure(refusedArchive, "bind_contents: "+format, args...)
 }
 
-// limitedReader fails, other than io.LimitedReader, when there is more than it may give.
+// limitedReader fails when there is more than it may give; [io.LimitedReader] would end as if that were all.
 type limitedReader struct {
 	r     io.Reader
 	left  int64
@@ -287,8 +104,8 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// drain reads on from where a tar reader met an archive's end. It takes the end of its
-// input for that too: but then the end mark, two blocks of zeros, was cut off.
+// drain reads on from where a [tar.Reader] met an archive's end. That takes the end of its input for the
+// archive's end too: but then the end mark, two blocks of zeros, was cut off, and drain returns an error.
 func (l *limitedReader) drain(to io.Writer) error {
 	if l.ended {
 		return io.ErrUnexpectedEOF
@@ -358,9 +175,14 @@ func outside(name string) bool {
 	return name == "" || path.IsAbs(name) || slices.Contains(strings.Split(name, "/"), "..")
 }
 
-// staysInside reports whether a symbolic link in dir to target stays below the root
-// whatever other such links it passes: it may lead upwards only at its beginning, from
-// dir itself, which is no link. "link/../x" could be anywhere.
+// staysInside reports whether a symbolic link in dir, a path below the root, to target stays below the
+// root whatever other such links it passes. It may lead upwards only at its beginning, from dir itself,
+// which is no link. So in a/b:
+//
+//	c, ../c, ./../../c   stay inside, at a/b/c, a/c and c
+//	../../../c           does not: it leads above the root
+//	/etc                 does not, in a service or on the host
+//	c/../../d            may not: where c is a link to x/y/z, it means x/d and not a/d
 func staysInside(dir, target string) bool {
 	parts := strings.Split(target, "/")
 	for len(parts) > 0 && slices.Contains([]string{"", ".", ".."}, parts[0]) {

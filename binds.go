@@ -191,17 +191,16 @@ func (b *bindRoot) erase(ctx context.Context, id string) error {
 	return cmp.Or(err, b.gone.Sync(), b.dir.Sync())
 }
 
-// A level is a directory on the way down into a tree.
+// A level is a directory on the way down into a tree, kept open.
 type level struct {
 	dir   *os.Root
-	depth int
+	depth int // below the top
 }
 
 // empty removes all that is in a directory, and closes it. It follows no link, and needs neither
 // a free block, for the disk may be full, nor a descriptor for each directory on its way down: a
-// customer nests 60,000 in seconds. Of those it keeps fewer the farther they are above, and what
-// lies between one that it has kept and its work it goes down again. That takes
-// depth × log(depth) steps on the whole.
+// customer nests 60,000 in seconds. What lies between two levels that it has kept it goes down
+// again, which takes depth × log(depth) steps on the whole.
 func empty(ctx context.Context, top *os.Root) error {
 	way := []level{{top, 0}}
 	defer func() {
@@ -211,30 +210,34 @@ func empty(ctx context.Context, top *os.Root) error {
 	}()
 	for len(way) > 0 {
 		at := way[len(way)-1]
-		name, err := removeSome(ctx, at.dir)
-		if err != nil {
+		below, err := removeSome(ctx, at.dir)
+		switch {
+		case err != nil:
 			return err
-		}
-		if name == "" {
+		case below == "": // this one is empty: the level above removes it, or finds more of the way to it
 			at.dir.Close()
 			way = way[:len(way)-1]
-			continue
-		}
-		below, err := openBelow(at.dir, name)
-		if err != nil {
-			return err
-		}
-		depth := at.depth + 1
-		way = append(slices.DeleteFunc(way, func(l level) bool {
-			// Of each 2ⁿ levels, one is kept for 16·2ⁿ levels more; the top is kept.
-			drop := l.depth > 0 && depth-l.depth > 16*(l.depth&-l.depth)
-			if drop {
-				l.dir.Close()
+		default: // a directory that is not empty
+			dir, err := openBelow(at.dir, below)
+			if err != nil {
+				return err
 			}
-			return drop
-		}), level{below, depth})
+			way = append(thin(way, at.depth+1), level{dir, at.depth + 1})
+		}
 	}
 	return nil
+}
+
+// thin closes levels that are far above depth, and returns the others: the top, and of each 2ⁿ levels one
+// that is no more than 16·2ⁿ above. Those are 16 × log(depth) at most.
+func thin(way []level, depth int) []level {
+	return slices.DeleteFunc(way, func(l level) bool {
+		far := l.depth > 0 && depth-l.depth > 16*(l.depth&-l.depth) // the lowest bit of l.depth
+		if far {
+			l.dir.Close()
+		}
+		return far
+	})
 }
 
 // removeSome removes what is in a directory until it meets a directory that is not empty, whose
@@ -289,11 +292,14 @@ func readSome(root *os.Root, name string) ([]string, error) {
 	return names, err
 }
 
-// serviceLocks has a lock for each service. Who asks first gets it first; different services
-// never wait for each other.
+// serviceLocks is one first-come, first-served lock per service. Each operation that changes a service
+// holds the service's lock from before it looks what is there until it answers, so no two of them ever work on
+// one service at a time; requests for different services never wait for each other. Reads take no lock.
 type serviceLocks struct {
-	mu     sync.Mutex
-	queues map[string][]chan struct{} // by id; the first has the lock: who becomes that finds his closed
+	mu sync.Mutex // guards queues, and is never held while anybody waits
+	// queues holds, by id, a channel for each who holds the lock or waits for it, in the order in which they
+	// came. The first holds the lock. When he leaves, the next one's channel is closed.
+	queues map[string][]chan struct{}
 }
 
 func newServiceLocks() serviceLocks { return serviceLocks{queues: map[string][]chan struct{}{}} }

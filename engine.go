@@ -35,8 +35,9 @@ const (
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
 	sdk atomic.Pointer[client.Client]
-	// known: when last asked, by meet, this was a Docker Engine and took the version that sdk speaks, and no
-	// error since then says that it may be another.
+	// known is set when meet has found a Docker Engine that takes the version which sdk speaks. An error after
+	// which another engine may be at the address, such as a lost connection, resets it: the next request meets
+	// the engine again before it asks for anything.
 	known atomic.Bool
 }
 
@@ -49,8 +50,8 @@ func newEngine(host string) (*engine, error) {
 	return e, err
 }
 
-// newSDK returns the SDK's client on its own transport, without its tracing: that would
-// hide from net/http that a body writes itself.
+// newSDK returns the SDK's client on the SDK's transport, without the tracing that the SDK wraps around it:
+// the wrapped body of an upload would be copied in small pieces, since net/http no longer sees its WriteTo.
 func newSDK(host string) (*client.Client, error) {
 	var plain *http.Client
 	sdk, err := client.NewClientWithOpts(client.FromEnv, client.WithHost(host), func(sdk *client.Client) error {
@@ -68,8 +69,9 @@ func newSDK(host string) (*client.Client, error) {
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
-// send asks the engine for what the SDK is too slow for, or too patient. An answer with
-// another status, redirections too, is an error.
+// send makes one call of the engine's API without the SDK, for two reasons. To inspect and to list, the SDK
+// decodes all of an answer, of which the daemon needs little. And to attach, it waits without an end for an
+// engine that hangs. An answer with another status than the one that is wanted, redirections too, is an error.
 func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (*http.Response, error) {
 	sdk := e.api()
 	transport := sdk.HTTPClient().Transport
@@ -125,9 +127,10 @@ func demultiplex(w io.Writer, frames io.Reader) error {
 	}
 }
 
-// detachKeys is what makes the engine break off a chunk for a tty: ctrl-p ctrl-q unless it
-// is told otherwise. This cannot be foreseen, and no part of it ends the chunk: the engine
-// would keep that back as a beginning.
+// detachKeys returns a value for the parameter with which an attach says what keys detach from a tty. The
+// engine looks for them in what is written, ctrl-p ctrl-q unless it is told otherwise, and where it finds them it
+// drops the rest. These are random, so that nobody can write them, and begin with a byte that is not in the
+// chunk's end: what could be their beginning the engine would keep back until more is written.
 func detachKeys(chunk []byte) string {
 	secret := rand.Text()
 	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]

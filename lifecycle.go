@@ -62,7 +62,7 @@ const (
 	labelNumber  = "duxcore.number"  // decimal
 
 	nameTries = 3               // for a name that a late call may have taken
-	lateTime  = 5 * time.Second // that the engine may be at work on such a call
+	lateTime  = 5 * time.Second // how long the engine may still be at work on such a call
 )
 
 // journal is what the engine has of one service. A container that is not there is nil.

@@ -16,8 +16,8 @@
 //   - The engine is trusted; its availability is not.
 //
 // Read main.go, server.go (whose route table is the table of contents), auth.go, engine.go,
-// services.go, lifecycle.go, binds.go, archive.go, images.go, stats.go, console.go. Callers stand
-// above callees.
+// services.go, lifecycle.go, binds.go, fetch.go, archive.go, images.go, stats.go, console.go. Callers
+// stand above callees.
 package main
 
 import (
@@ -37,6 +37,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -203,14 +204,15 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	return err
 }
 
-// parseConfig reads the environment, then the arguments, which win. It reports all
-// mistakes in one error. For -h it writes the flags to out and returns [flag.ErrHelp].
+// parseConfig reads the environment, then the arguments, which win. Its error lists, a line for each, what is
+// wrong in the environment, the first argument that is wrong, and values that cannot be. For -h it writes
+// the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
 	c := config{strangers: strangerPlaces(), waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
-	fs.SetOutput(io.Discard)
+	fs.SetOutput(io.Discard) // main prints the error
 	fs.StringVar(&c.addr, "addr", ":8000", "TCP address to listen on")
 	fs.StringVar(&c.coreKey, "corekey", "corekey.bin", "file with the binary core key; created when missing")
 	fs.StringVar(&c.binds, "binds", "binds", "directory of the bind directories; created when missing")
@@ -243,18 +245,18 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 		}
 	})
 	fs.BoolVar(&c.version, "version", false, "print the version and exit")
-	for err := fs.Parse(args); err != nil; err = fs.Parse(args) { // goes on behind each mistake
-		if errors.Is(err, flag.ErrHelp) {
-			printHelp(fs, out)
-			return c, err
-		}
-		mistakes = append(mistakes, err)
-		args = args[max(1, len(args)-fs.NArg()):] // it stops at something like "---"
+	err := fs.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		fs.SetOutput(out)
+		fmt.Fprintln(out, "duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.")
+		fmt.Fprintln(out, "Each flag has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. A flag beats it.")
+		fs.PrintDefaults()
+		return c, err
 	}
-	if fs.NArg() > 0 {
-		mistakes = append(mistakes, fmt.Errorf("%q is no flag", fs.Arg(0)))
+	if fs.NArg() > 0 && err == nil {
+		err = fmt.Errorf("%q is no flag", fs.Arg(0))
 	}
-	return c, errors.Join(append(mistakes, c.mistakes()...)...)
+	return c, errors.Join(slices.Concat(mistakes, []error{err}, c.mistakes())...)
 }
 
 // mistakes returns what is wrong with the values themselves.
@@ -275,14 +277,6 @@ func (c config) mistakes() (all []error) {
 	refuse(c.maxBindFiles < 1, "-max-bind-files: must be at least 1")
 	refuse(c.maxImageBytes < 1, "-max-image-bytes: must be at least 1")
 	return all
-}
-
-func printHelp(fs *flag.FlagSet, out io.Writer) {
-	fmt.Fprintln(out, "duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.")
-	fmt.Fprintln(out, "Each flag has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. A flag beats it.")
-	fs.VisitAll(func(f *flag.Flag) {
-		fmt.Fprintf(out, "  -%-16s %s (default %q)\n", f.Name, f.Usage, f.DefValue)
-	})
 }
 
 // version says what the binary was built from, as the Go tool recorded it.

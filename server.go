@@ -109,31 +109,14 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 	return s
 }
 
-// ServeHTTP admits a request and logs it. Nothing but the key check sees one without the key.
+// ServeHTTP admits a request, and logs it. Nothing but the key check sees one without the key.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.waits.write}
-	w.ctl.SetWriteDeadline(start.Add(w.wait)) // the last request's may be over: "100 Continue" would fail
-	body := r.Body
-	defer func() {
-		// net/http still sends what is buffered, and reads the rest of a body: not for long.
-		w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-		if body != http.NoBody { // while an answer is sent, the deadline would end the connection's context
-			w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
-		}
-		if w.status == http.StatusUnauthorized {
-			s.refusals.add(s.log, r.RemoteAddr+": no core key, or another")
-			return
-		}
-		s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
-			"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
-		if w.status >= 400 {
-			// It does not read a long one. Closed with some unread, the connection would be
-			// reset, and the answer lost to a client that is still sending.
-			w.ctl.Flush()
-			io.Copy(io.Discard, body)
-		}
-	}()
+	// net/http leaves the connection with the write deadline of its last request. That may have passed, and
+	// then the "100 Continue" that this client waits for could not be sent.
+	w.ctl.SetWriteDeadline(start.Add(w.wait))
+	defer s.conclude(w, r, r.Body, start)
 	if len(r.TransferEncoding) > 0 {
 		// net/http drops a Content-Length beside it: RFC 9112, section 6.1, wants the end of the connection then.
 		w.Header().Set("Connection", "close")
@@ -148,6 +131,30 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
 	} else {
 		s.mux.ServeHTTP(w, r)
+	}
+}
+
+// conclude logs a request whose handler has returned or broken off, and bounds what net/http still does for
+// it. body is the request's, as it came.
+func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, start time.Time) {
+	// net/http sends what it still has of the answer, and waits for a client that does not read.
+	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
+	// It reads the rest of the body, up to 256 KiB, and waits for a client that does not send. Where there is no
+	// body it reads already what follows: a deadline that passes there ends the context of all that follows.
+	if body != http.NoBody {
+		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
+	}
+	if w.status == http.StatusUnauthorized {
+		s.refusals.add(s.log, r.RemoteAddr+": no core key, or another")
+		return
+	}
+	s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
+		"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
+	if w.status >= 400 {
+		// Of a longer body it leaves the rest unread, and closes the connection. The kernel resets that then, and
+		// the answer is lost to a client that is still sending: so what it sends is read here, for lingerTime.
+		w.ctl.Flush()
+		io.Copy(io.Discard, body)
 	}
 }
 

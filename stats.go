@@ -17,7 +17,7 @@ import (
 
 const (
 	statsAge   = 1500 * time.Millisecond // the engine sends a frame every second
-	statsTries = 3                       // containers, or feeds of one, that may end without a frame for one request
+	statsTries = 3                       // for one request: feeds that end before they have a frame for it
 	maxFrame   = 1 << 20                 // bytes
 )
 
