@@ -1,20 +1,24 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -233,4 +237,141 @@ func waitFor(t testing.TB, what string, condition func() bool) {
 			t.Fatalf("waited for 10 s: %s", what)
 		}
 	}
+}
+
+// bareServer returns a daemon's server on a root of its own, without the network and without
+// a run that would settle: a test calls its operations.
+func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
+	t.Helper()
+	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	binds, err := openBinds(tempInMemory(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(binds.close)
+	engine, err := newEngine(e.host())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := engine.meet(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { engine.api().Close() })
+	life, end := context.WithCancel(context.Background())
+	t.Cleanup(end)
+	return newServer(life, life, cfg, coreKey{}, engine, binds, slog.New(slog.DiscardHandler))
+}
+
+// bareService returns such a server with a service web.
+func bareService(t *testing.T) (*fakeEngine, *server) {
+	t.Helper()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	s := bareServer(t, e, nil)
+	if err := s.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
+		t.Fatal(err)
+	}
+	return e, s
+}
+
+// countCalls returns how many calls have the text in them.
+func countCalls(calls []string, text string) (count int) {
+	for _, call := range calls {
+		if strings.Contains(call, text) {
+			count++
+		}
+	}
+	return count
+}
+
+func wireDial(t testing.TB, d *daemon) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	return conn
+}
+
+// wireStatuses returns the status of each answer on conn until the daemon closes it.
+func wireStatuses(t testing.TB, conn net.Conn) (statuses []int) {
+	t.Helper()
+	for reader := bufio.NewReader(conn); ; {
+		response, err := http.ReadResponse(reader, nil)
+		if err != nil {
+			if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
+				t.Errorf("the connection is still open after %v", statuses)
+			}
+			return statuses
+		}
+		io.Copy(io.Discard, response.Body)
+		statuses = append(statuses, response.StatusCode)
+	}
+}
+
+func wireStatus(t testing.TB, conn net.Conn) int {
+	t.Helper()
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	return response.StatusCode
+}
+
+// wireProcess starts the daemon, built as it is shipped, as a process of its own, and
+// returns its process id.
+func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int) {
+	t.Helper()
+	program, err := shipped()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"), client: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}}
+	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
+	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+engineHost), d.log
+	if err := process.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		process.Process.Signal(syscall.SIGTERM)
+		if err := process.Wait(); err != nil {
+			t.Errorf("the daemon ended with: %v\n%s", err, d.log)
+		}
+	})
+	address := regexp.MustCompile(`msg=listening addr=(\S+)`)
+	waitFor(t, "the daemon listens", func() bool { return address.MatchString(d.log.String()) })
+	d.url = "http://" + address.FindStringSubmatch(d.log.String())[1]
+	key, err := os.ReadFile(filepath.Join(dir, "corekey.bin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.key = base64.StdEncoding.EncodeToString(key)
+	return d, process.Process.Pid
+}
+
+// wireMemory returns what the process has in memory, and the most it ever had, in bytes.
+func wireMemory(t testing.TB, pid int) (now, peak int) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for field, value := range map[string]*int{"VmRSS": &now, "VmHWM": &peak} {
+		found := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
+		if *value, err = strconv.Atoi(string(found[1])); err != nil {
+			t.Fatal(err)
+		}
+		*value <<= 10
+	}
+	return now, peak
 }

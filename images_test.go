@@ -57,8 +57,8 @@ func TestRequestAfterAnUpload(t *testing.T) {
 	t.Parallel()
 	d := startDaemon(t, newFakeEngine(t).host(), nil)
 	for range 20 { // it depends on what net/http is at
-		for _, upload := range []string{wholeTar(), "", strings.Repeat("x", 512), wholeTar()[:700]} {
-			d.do(t, "POST", "/docker/image", upload)
+		for upload, status := range map[string]int{wholeTar(): 201, "": 400, strings.Repeat("x", 512): 400, wholeTar()[:700]: 400} {
+			d.do(t, "POST", "/docker/image", upload).want(t, status)
 			d.do(t, "GET", "/service", "").want(t, 200)
 		}
 	}

@@ -1,26 +1,33 @@
 package main
 
 import (
-	"bufio"
-	"cmp"
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
-	"net"
+	mathrand "math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/docker/docker/api/types"
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/client"
 )
 
 func TestCreateOfATakenIDTouchesNothingEvenIfTheEngineCannotInspectIt(t *testing.T) {
@@ -61,121 +68,6 @@ func TestContainersWithoutANameAreNoServices(t *testing.T) {
 	if a := d.do(t, "GET", "/service", "").want(t, 200); strings.TrimSpace(a.body) != "[]" {
 		t.Errorf("services: %s", a.body)
 	}
-}
-
-func TestArgumentsThatAreNoFlagsAreMistakes(t *testing.T) {
-	t.Parallel()
-	for _, arguments := range []string{"---", "-=x", "-pids-limit x ---y -stop-timeout z"} {
-		_, err := parseConfig(strings.Fields(arguments), func(string) (string, bool) { return "", false }, io.Discard)
-		if err == nil {
-			t.Errorf("%q is accepted", arguments)
-		}
-	}
-}
-
-func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.waits.write = 100 * time.Millisecond })
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	c, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	answers := bufio.NewReader(c)
-	head := "Host: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
-	io.WriteString(c, "GET /health HTTP/1.1\r\n"+head+"\r\n")
-	first, err := http.ReadResponse(answers, nil)
-	if err != nil || first.StatusCode != http.StatusNoContent {
-		t.Fatalf("%v %v", first, err)
-	}
-	// Longer than the daemon would wait for its answer to be taken: the quiet itself is the condition.
-	c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
-	if text, err := answers.Peek(1); err == nil {
-		t.Fatalf("the daemon says %q", text)
-	}
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
-	io.WriteString(c, "PATCH /service/web/env HTTP/1.1\r\n"+head+"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
-	line, err := answers.ReadString('\n')
-	if err != nil || !strings.Contains(line, "100 Continue") {
-		t.Errorf("the daemon answers %q, %v", line, err)
-	}
-}
-
-// Whoever still writes to a tree that is deleted can put a pipe where a directory was.
-func TestPipeInThePlaceOfADirectoryIsNotWaitedFor(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	if err := syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	tree := openTree(t, dir)
-	defer tree.Close()
-	opened := make(chan error, 1)
-	go func() { // ends with the call
-		_, err := openBelow(tree, "pipe")
-		opened <- err
-	}()
-	select {
-	case err := <-opened:
-		if !errors.Is(err, syscall.ENOTDIR) {
-			t.Errorf("opening a pipe as a directory: %v", err)
-		}
-	case <-time.After(time.Minute):
-		t.Error("the pipe is waited for")
-	}
-}
-
-func openTree(t *testing.T, dir string) *os.Root {
-	t.Helper()
-	tree, err := os.OpenRoot(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tree
-}
-
-// bareServer returns a daemon's server on a root of its own, without the network and without
-// a run that would settle: a test calls its operations.
-func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
-	t.Helper()
-	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if change != nil {
-		change(&cfg)
-	}
-	binds, err := openBinds(tempInMemory(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(binds.close)
-	engine, err := newEngine(e.host())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := engine.meet(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { engine.api().Close() })
-	life, end := context.WithCancel(context.Background())
-	t.Cleanup(end)
-	return newServer(life, life, cfg, coreKey{}, engine, binds, slog.New(slog.DiscardHandler))
-}
-
-// bareService returns such a server with a service web.
-func bareService(t *testing.T) (*fakeEngine, *server) {
-	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	s := bareServer(t, e, nil)
-	if err := s.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
-		t.Fatal(err)
-	}
-	return e, s
 }
 
 // found is what settle may find of a service, and in the end leaves.
@@ -394,71 +286,6 @@ func TestContainerOfACommittedServiceIsNobodysBusiness(t *testing.T) {
 	}
 }
 
-// A root that was moved, with a link left in its place, or that has another name now.
-func TestMovedBindRootKeepsItsServices(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	dir := t.TempDir()
-	before, after := filepath.Join(dir, "binds"), filepath.Join(dir, "bigger")
-	use := func(path string) func(*config) { return func(c *config) { c.binds = path } }
-	d := startDaemon(t, e.host(), use(before))
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	d.do(t, "POST", "/service", createBodyJSON("empty", "")).want(t, 201)
-	if err := errors.Join(d.stop(), os.WriteFile(before+"/web/data", []byte("precious"), 0o600), os.Rename(before, after), os.Symlink("bigger", before)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := startError(t, func(c *config) { c.binds, c.dockerHost = after, e.host() }); err == nil || !strings.Contains(err.Error(), "-binds "+before) {
-		t.Errorf("with the new path the daemon ends with: %v", err)
-	}
-	// It cannot know before its engine is there.
-	e.close()
-	d = startDaemon(t, e.host(), use(after))
-	e.reopen()
-	for _, request := range []struct{ method, path, body string }{
-		{"GET", "/service", ""}, {"GET", "/service/web", ""}, {"DELETE", "/service/web", ""}, {"DELETE", "/service/empty", ""},
-		{"POST", "/service", createBodyJSON("empty", "")}, {"POST", "/service", createBodyJSON("new", "")},
-		{"PATCH", "/service/web/env", "{}"}, {"POST", "/service/web/ctl", `{"op":"start"}`}, {"GET", "/health", ""},
-	} {
-		d.do(t, request.method, request.path, request.body).want(t, 500)
-	}
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
-	d = startDaemon(t, e.host(), use(before))
-	if got := bindDirs(t, before); !slices.Equal(got, []string{"empty", "web"}) {
-		t.Errorf("the root holds %q", got)
-	}
-	d.do(t, "GET", "/service/web", "").want(t, 200)
-	d.do(t, "DELETE", "/service/web", "").want(t, 204)
-	d.do(t, "DELETE", "/service/empty", "").want(t, 204)
-	if got := bindDirs(t, after); len(got) > 0 || len(e.names()) > 0 {
-		t.Errorf("left: %q, %q", got, e.names())
-	}
-}
-
-// Another daemon's root may have become anything.
-func TestBindRootOfAnotherDaemonThatCannotBeLookedAtHidesNothing(t *testing.T) {
-	t.Parallel()
-	e, d := startWithService(t)
-	loop := filepath.Join(filepath.Dir(d.binds), "loop")
-	if err := os.Symlink(loop, loop); err != nil {
-		t.Fatal(err)
-	}
-	e.addForeign("theirs", map[string]string{labelService: "theirs", labelBinds: loop}, filepath.Join(loop, "theirs"))
-	e.addForeign(nameNew+"half", map[string]string{labelService: "half", labelBinds: d.binds}, filepath.Join(d.binds, "half"))
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
-	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
-	if got := e.names(); !slices.Equal(got, []string{"theirs", "web"}) {
-		t.Errorf("there are %q: nothing was settled", got)
-	}
-	d.do(t, "GET", "/service", "").want(t, 200, `"/web"`)
-	d.do(t, "DELETE", "/service/web", "").want(t, 204)
-	d.do(t, "DELETE", "/service/theirs", "").want(t, 404)
-}
-
 func TestEngineThatListsNothingForAMomentCostsNoService(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -492,26 +319,6 @@ func TestEngineThatListsNothingForAMomentCostsNoService(t *testing.T) {
 		t.Errorf("there are %q, %q", got, e.names())
 	}
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
-}
-
-// An administrator may have put a link where a bind directory is looked for.
-func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
-	t.Parallel()
-	for _, target := range []string{"web", "../web", "/etc"} { // the second leads to the first from where it is on its way out
-		e, d := startWithService(t)
-		data := filepath.Join(d.binds, "web", "data")
-		if err := errors.Join(os.WriteFile(data, []byte("precious"), 0o600), os.Symlink(target, filepath.Join(d.binds, "link"))); err != nil {
-			t.Fatal(err)
-		}
-		d.do(t, "POST", "/service", createBodyJSON("link", "")).want(t, 409)
-		d.do(t, "DELETE", "/service/link", "").want(t, 204)
-		if got := bindDirs(t, d.binds); !slices.Equal(got, []string{"web"}) || len(e.names()) != 1 {
-			t.Errorf("%s: there are %q, %q", target, got, e.names())
-		}
-		if text, err := os.ReadFile(data); err != nil || string(text) != "precious" {
-			t.Errorf("%s: the data: %q, %v", target, text, err)
-		}
-	}
 }
 
 // A create finds out at its commit that there is a service which the engine has not listed.
@@ -562,16 +369,6 @@ func TestServiceThatCannotBeSettledHidesNoOther(t *testing.T) {
 	e.setIntercept(nil)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
-}
-
-// countCalls returns how many calls have the text in them.
-func countCalls(calls []string, text string) (count int) {
-	for _, call := range calls {
-		if strings.Contains(call, text) {
-			count++
-		}
-	}
-	return count
 }
 
 func TestHungCallOfARoundHoldsUpNoOtherService(t *testing.T) {
@@ -693,101 +490,815 @@ func TestLateCallsDoNotTakeNames(t *testing.T) {
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
 }
 
-// Nothing is gone because the file system could not say that it is there.
-func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
+var exploreSizes = flag.String("explore", "3 1 1 1, 4 1 1 0, 4 0 0 1", "sizes of the histories: requests, deaths, late calls and engine errors")
+
+// TestEveryHistoryKeepsItsPromises takes the real code through every history of three requests
+// to one service, of which the first creates it, in which the daemon dies once, at one of the
+// engine's calls, before it, after it, or with the call still on its way, to be carried out at
+// any later moment; and in which the engine fails once, with or without having done what it was
+// asked for. Without some of these it takes four requests. What was answered has to be there in
+// the end, and nothing half done. The first history of each sequence that breaks that is printed.
+//
+// A death ends the request's goroutine, which runs what it has deferred: a daemon that is killed
+// does not, so that nothing that settling depends on may be deferred.
+func TestEveryHistoryKeepsItsPromises(t *testing.T) {
 	t.Parallel()
-	e, s := bareService(t)
-	e.rename("web", "duxcore.now.web") // a start that died
-	before := e.names()
-	s.binds.root.Close() // now every look fails, with an error that is not ENOENT
-	for name, do := range map[string]func() error{
-		"settle": func() error { _, _, err := s.settle(t.Context(), "web"); return err },
-		"DELETE": func() error { return s.change(t.Context(), t.Context(), "web", s.removeService) },
-		"start":  func() error { return s.changeExisting(t.Context(), "web", s.start) },
-		"create": func() error {
-			return s.create(t.Context(), serviceParams{ID: "new", Image: "img:1", BindDir: "/data"}, "")
-		},
-	} {
-		err := do()
-		if kind, _ := describe(cmp.Or(err, errors.New("none"))); err == nil || kind.status < 500 {
-			t.Errorf("%s: %v %v", name, kind, err)
-		}
-		if after := e.names(); !slices.Equal(after, before) {
-			t.Fatalf("%s made %q of %q", name, after, before)
-		}
-	}
-	for name, err := range map[string]error{
-		"remove": s.removeService(t.Context(), "web", nil, nil), "free": s.binds.free("web"), "discard": s.binds.discard("web"),
-		"allGone": func() error { _, err := s.binds.allGone(); return err }(),
-	} {
-		if kind, _ := describe(cmp.Or(err, errors.New("none"))); err == nil || kind.status < 500 {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	tree := openTree(t, t.TempDir())
-	u := &unpacker{root: tree, parent: tree, parentDir: "."}
-	tree.Close()
-	if err := u.placeLink("a", "b"); err == nil || errors.Is(err, errLinkTarget) {
-		t.Errorf("an archive's link to what cannot be looked at: %v", err)
-	}
-}
-
-// countingContext counts, now and then as empty asks whether to go on, the descriptors of a directory.
-type countingContext struct {
-	context.Context
-	dir         string
-	asked, most int
-}
-
-func (c *countingContext) Err() error {
-	if c.asked++; c.asked%100 != 0 { // to count takes longer than to remove
-		return nil
-	}
-	open, _ := os.ReadDir("/proc/self/fd")
-	count := 0
-	for _, fd := range open {
-		if path, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(path, c.dir) {
-			count++
-		}
-	}
-	c.most = max(c.most, count)
-	return nil
-}
-
-// A customer nests directories by the thousand, wide and deep.
-func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	outside := filepath.Join(dir, "outside")
-	if err := errors.Join(os.WriteFile(outside, nil, 0o600), os.Mkdir(dir+"/tree", 0o700)); err != nil {
-		t.Fatal(err)
-	}
-	below := openTree(t, dir+"/tree")
-	for depth := range 1500 {
-		err := errors.Join(below.Symlink(outside, "link"), below.WriteFile("file", nil, 0o600))
-		for i := range depth % 5 {
-			err = errors.Join(err, below.MkdirAll(fmt.Sprintf("%d/with/some/below", i), 0o700))
-		}
-		err = errors.Join(err, below.Mkdir("deeper", 0o700))
-		deeper, openErr := below.OpenRoot("deeper")
-		if err = errors.Join(err, openErr); err != nil {
+	for size := range strings.SplitSeq(*exploreSizes, ",") {
+		var requests, deaths, lates, errors int
+		if _, err := fmt.Sscan(size, &requests, &deaths, &lates, &errors); err != nil {
 			t.Fatal(err)
 		}
-		below.Close()
-		below = deeper
+		exploreAll(t, requests, deaths, lates, errors)
 	}
-	below.Close()
-	ctx := &countingContext{Context: t.Context(), dir: dir}
-	if err := empty(ctx, openTree(t, dir+"/tree")); err != nil {
-		t.Fatal(err)
+}
+
+func exploreAll(t *testing.T, requests, deaths, lates, errors int) {
+	sequences := [][]string{{"create"}}
+	for range requests - 1 {
+		var longer [][]string
+		for _, ops := range sequences {
+			for _, op := range []string{"create", "patch", "restart", "delete"} {
+				longer = append(longer, append(slices.Clone(ops), op))
+			}
+		}
+		sequences = longer
 	}
-	if left, err := os.ReadDir(dir + "/tree"); err != nil || len(left) > 0 {
-		t.Errorf("left: %v %v", left, err)
+	var histories atomic.Int64
+	t.Run(fmt.Sprint(requests, " requests"), func(t *testing.T) {
+		for _, ops := range sequences {
+			t.Run(strings.Join(ops, " "), func(t *testing.T) {
+				t.Parallel()
+				for c := new(choices); ; {
+					w := newExploration(t, c, deaths, lates, errors)
+					w.run(ops)
+					histories.Add(1)
+					if w.broken != "" {
+						t.Fatalf("%s\n%s", w.broken, strings.Join(w.trace, "\n"))
+					}
+					if !c.next() {
+						return
+					}
+				}
+			})
+		}
+	})
+	t.Logf("%d histories of %d requests, %d deaths, %d late calls, %d errors", histories.Load(), requests, deaths, lates, errors)
+}
+
+// choices are those of one history. The next one repeats them up to the last that can be made
+// otherwise: all are made, depth first.
+type choices struct {
+	made [][2]int // the choice, and of how many
+	at   int
+}
+
+func (c *choices) choose(of int) int {
+	if of == 1 {
+		return 0
 	}
-	if _, err := os.Stat(outside); err != nil {
-		t.Error(err)
+	if c.at == len(c.made) {
+		c.made = append(c.made, [2]int{0, of})
 	}
-	if ctx.most < 2 || ctx.most > 150 {
-		t.Errorf("%d descriptors were open", ctx.most)
+	c.at++
+	return c.made[c.at-1][0]
+}
+
+// next reports whether there is another history.
+func (c *choices) next() bool {
+	for len(c.made) > 0 && c.made[len(c.made)-1][0]+1 == c.made[len(c.made)-1][1] {
+		c.made = c.made[:len(c.made)-1]
 	}
+	if len(c.made) > 0 {
+		c.made[len(c.made)-1][0]++
+	}
+	c.at = 0
+	return len(c.made) > 0
+}
+
+// exploration is one history: an engine, a bind root, and one daemon after the other.
+type exploration struct {
+	*choices
+	t                     *testing.T
+	deaths, lates, errors int // that may still come
+	engine                *fakeEngine
+	dir                   string
+	daemon                *server
+	late                  []*http.Request // of a daemon that is dead
+	lateNext              []*container.Config
+	lateNow               []string // environments of the containers that were to be chosen
+	used                  string   // the birth of the service that has data in its directory
+	trace                 []string
+	broken                string // the first promise
+	died                  bool   // in a download: what asks the engine next does so no more
+}
+
+// serviceState is what a client may find: the environments of the service and of its next start.
+type serviceState struct{ current, next string }
+
+func newExploration(t *testing.T, c *choices, deaths, lates, errors int) *exploration {
+	t.Helper()
+	w := &exploration{choices: c, t: t, deaths: deaths, lates: lates, errors: errors, engine: bareFakeEngine(t)}
+	w.engine.newImage("img:1", []string{"/run"})
+	w.dir = tempInMemory(t)
+	w.start()
+	return w
+}
+
+// start starts a daemon, in place of one that is dead.
+func (w *exploration) start() {
+	if w.daemon != nil {
+		w.daemon.binds.close()
+	}
+	binds, err := openBinds(w.dir)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	sdk, err := client.NewClientWithOpts(client.WithHost("tcp://engine:1"))
+	if err == nil {
+		err = client.WithHTTPClient(&http.Client{Transport: w})(sdk)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	sdk.NegotiateAPIVersionPing(types.Ping{APIVersion: w.engine.dialect.newest})
+	e := &engine{}
+	e.sdk.Store(sdk)
+	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.daemon = newServer(context.Background(), context.Background(), cfg, coreKey{}, e, binds, slog.New(slog.DiscardHandler))
+	w.daemon.fetcher.client.Transport = exploreContents{w}
+}
+
+// exploreContents is where bind_contents come from. The daemon can die in the middle of them.
+type exploreContents struct{ w *exploration }
+
+var exploreArchive = tgz(file("first", "1"), file("second", "2"))
+
+func (c exploreContents) RoundTrip(*http.Request) (*http.Response, error) {
+	w := c.w
+	body := io.MultiReader(bytes.NewReader(exploreArchive[:len(exploreArchive)/2]), c, bytes.NewReader(exploreArchive[len(exploreArchive)/2:]))
+	w.note("   unpacks")
+	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(body)}, nil
+}
+
+// Read is where the download has come half-way. It is called on a goroutine that the request waits for.
+func (c exploreContents) Read([]byte) (int, error) {
+	if c.w.deaths > 0 && c.w.choose(2) == 1 {
+		c.w.deaths--
+		c.w.note("   dies in the middle of it")
+		c.w.died = true
+		return 0, errors.New("dead")
+	}
+	return 0, io.EOF
+}
+
+// RoundTrip is a call of the daemon's to the engine. It does not return if the daemon dies.
+func (w *exploration) RoundTrip(r *http.Request) (*http.Response, error) {
+	if w.died {
+		w.died = false
+		runtime.Goexit()
+	}
+	for len(w.late) > 0 && w.choose(2) == 1 {
+		w.carryOutLate()
+	}
+	what := exploreName(r)
+	changes := r.Method != http.MethodGet
+	if w.errors > 0 && w.choose(2) == 1 {
+		w.errors--
+		if changes && w.choose(2) == 1 {
+			w.note("   fails, though carried out: %s", what)
+			w.carryOut(r)
+		} else {
+			w.note("   fails: %s", what)
+		}
+		failed := httptest.NewRecorder()
+		reply(failed, 500, "failed")
+		return failed.Result(), nil
+	}
+	kind := 0
+	if w.deaths > 0 {
+		switch {
+		case !changes:
+			kind = w.choose(2)
+		case w.lates == 0:
+			kind = w.choose(3)
+		default:
+			kind = w.choose(4)
+		}
+	}
+	if kind != 0 {
+		w.deaths--
+	}
+	switch kind {
+	case 1:
+		w.note("   dies before %s", what)
+		runtime.Goexit()
+	case 2:
+		w.note("   dies after %s", what)
+		w.carryOut(r)
+		runtime.Goexit()
+	case 3:
+		w.lates--
+		w.note("   dies, and on its way is %s", what)
+		w.hold(r)
+		runtime.Goexit()
+	}
+	w.note("   %s", what)
+	return w.carryOut(r), nil
+}
+
+func (w *exploration) note(format string, args ...any) {
+	w.trace = append(w.trace, fmt.Sprintf(format, args...))
+}
+
+func exploreName(r *http.Request) string {
+	path := strings.Replace(versionPrefix.ReplaceAllString(r.URL.Path, ""), "/containers", "", 1)
+	for part := range strings.SplitSeq(path, "/") {
+		if len(part) == 64 {
+			path = strings.Replace(path, part, part[:6], 1)
+		}
+	}
+	return strings.TrimSpace(r.Method + " " + path + " " + r.URL.Query().Get("name"))
+}
+
+func (w *exploration) carryOut(r *http.Request) *http.Response {
+	answer := httptest.NewRecorder()
+	if r.Body == nil { // which a server never sees
+		r.Body = http.NoBody
+	}
+	w.engine.ServeHTTP(answer, r)
+	return answer.Result()
+}
+
+// hold keeps a call for later, and what it may then bring about.
+func (w *exploration) hold(r *http.Request) {
+	late := r.Clone(context.Background())
+	if r.Body != nil {
+		text, _ := io.ReadAll(r.Body)
+		late.Body = io.NopCloser(bytes.NewReader(text))
+		var config container.Config
+		json.Unmarshal(text, &config)
+		if strings.HasPrefix(r.URL.Query().Get("name"), nameNext) {
+			w.lateNext = append(w.lateNext, &config)
+		}
+	}
+	if strings.HasPrefix(r.URL.Query().Get("name"), nameNow) {
+		for _, c := range w.engine.containers {
+			if strings.Contains(r.URL.Path, c.ID) {
+				w.lateNow = append(w.lateNow, c.Config.Env[0])
+			}
+		}
+	}
+	w.late = append(w.late, late)
+}
+
+func (w *exploration) carryOutLate() {
+	w.note("   late: %s", exploreName(w.late[0]))
+	w.carryOut(w.late[0])
+	w.late = w.late[1:]
+}
+
+// do sends one request. It reports whether the daemon lived to answer it.
+func (w *exploration) do(f func() error) (answered bool, err error) {
+	over := make(chan struct{})
+	go func() { // ends with the request or the daemon
+		defer close(over)
+		err = f()
+		answered = true
+	}()
+	<-over
+	return answered, err
+}
+
+// run takes the requests in turn. may is the set of the states that the answers so far allow.
+func (w *exploration) run(ops []string) {
+	defer os.RemoveAll(w.dir)
+	defer func() { w.daemon.binds.close() }()
+	may := map[serviceState]bool{{}: true}
+	for i, op := range ops {
+		env := fmt.Sprintf("E=%d", i)
+		quiet := len(w.late) == 0
+		w.note("%s %s", op, env)
+		answered, err := w.do(func() error { return w.send(op, env) })
+		status := 0
+		if err != nil {
+			kind, _ := describe(err)
+			status = kind.status
+		}
+		switch {
+		case answered && err == nil:
+			may = exploreAfter(may, op, env)
+			w.promise(len(may) > 0, "%s is answered with success, which cannot be", op)
+			runs := slices.ContainsFunc(w.engine.containers, func(c *fakeContainer) bool { return c.Running })
+			w.promise(op != "restart" || runs, "a restart has succeeded, and the service does not run")
+			if w.broken != "" {
+				return
+			}
+		case answered:
+			w.note("   answered %d %v", status, err)
+			refused := exploreRefused(may, op, env)
+			if (status == 404 || status == 409) && len(refused) > 0 {
+				may = refused
+				break
+			}
+			w.promise(!quiet || status == 502, "%s is answered with %d %v", op, status, err)
+			maps.Copy(may, exploreDone(may, op, env))
+		default:
+			maps.Copy(may, exploreDone(may, op, env))
+			for alive := false; !alive; {
+				w.start()
+				alive, _ = w.do(func() error { _, _, err := w.daemon.settle(context.Background(), "web"); return err })
+			}
+		}
+		w.use()
+	}
+	w.deaths, w.lates, w.errors = 0, 0, 0
+	w.note("in the end")
+	for range 3 {
+		for len(w.late) > 0 {
+			w.carryOutLate()
+		}
+		w.do(func() error { _, _, err := w.daemon.settle(context.Background(), "web"); return err })
+	}
+	w.judge(w.withLate(may))
+}
+
+// send does one request, as its handler would.
+func (w *exploration) send(op, env string) error {
+	ctx := context.Background()
+	switch op {
+	case "create":
+		return w.daemon.create(ctx, serviceParams{ID: "web", Image: "img:1", BindDir: "/data", Env: []string{env},
+			BindContents: "http://contents/"}, "")
+	case "patch":
+		return w.daemon.setEnv(ctx, "web", []string{env})
+	case "restart":
+		return w.daemon.changeExisting(ctx, "web", w.daemon.restart)
+	default:
+		return w.daemon.change(ctx, ctx, "web", w.daemon.removeService)
+	}
+}
+
+// use has a service that is there write into its directory, as it would.
+func (w *exploration) use() {
+	_, gone := os.Lstat(filepath.Join(w.dir, goneDir, "web"))
+	if c := w.engine.byName("web"); c != nil && errors.Is(gone, os.ErrNotExist) {
+		w.used = c.Labels[labelBirth]
+		err := os.WriteFile(filepath.Join(w.dir, "web", "data"), []byte(w.used), 0o600)
+		w.promise(err == nil, "a service has no directory: %v", err)
+	}
+}
+
+// promise notes the first promise that does not hold.
+func (w *exploration) promise(holds bool, format string, args ...any) {
+	if !holds && w.broken == "" {
+		w.broken = fmt.Sprintf(format, args...)
+	}
+}
+
+// after returns what a request makes of a state, unless it has to be refused.
+func (s serviceState) after(op, env string) (serviceState, bool) {
+	switch {
+	case op == "create":
+		return serviceState{env, ""}, s.current == ""
+	case s.current == "":
+		return s, false
+	case op == "patch":
+		return serviceState{s.current, env}, true
+	case op == "restart" && s.next != "":
+		return serviceState{s.next, ""}, true
+	case op == "restart":
+		return s, true
+	}
+	return serviceState{}, true
+}
+
+// exploreDone returns what a request makes of the states that it can succeed in.
+func exploreDone(may map[serviceState]bool, op, env string) map[serviceState]bool {
+	done := map[serviceState]bool{}
+	for s := range may {
+		if after, ok := s.after(op, env); ok {
+			done[after] = true
+		}
+	}
+	return done
+}
+
+// exploreAfter is that for a request that has succeeded: also a DELETE of a directory that a dead
+// daemon's create has left.
+func exploreAfter(may map[serviceState]bool, op, env string) map[serviceState]bool {
+	done := exploreDone(may, op, env)
+	if op == "delete" && may[serviceState{}] {
+		done[serviceState{}] = true
+	}
+	return done
+}
+
+// exploreRefused returns the states in which a request has to be refused.
+func exploreRefused(may map[serviceState]bool, op, env string) map[serviceState]bool {
+	refused := map[serviceState]bool{}
+	for s := range may {
+		if _, ok := s.after(op, env); !ok {
+			refused[s] = true
+		}
+	}
+	return refused
+}
+
+// withLate adds what a call that came late may have brought about: what it would have if it had
+// been sent last, unless that is for an earlier service of the same id.
+func (w *exploration) withLate(may map[serviceState]bool) map[serviceState]bool {
+	all := maps.Clone(may)
+	current := w.engine.byName("web")
+	for _, late := range w.lateNext {
+		if current == nil || late.Labels[labelBirth] == current.Labels[labelBirth] {
+			for s := range may {
+				if s.current != "" && s.next == "" {
+					all[serviceState{s.current, late.Env[0]}] = true
+				}
+			}
+		}
+	}
+	for _, env := range w.lateNow {
+		for s := range maps.Clone(all) {
+			if s.next == env {
+				all[serviceState{env, ""}] = true
+			} else if s.next != "" { // by which it is outnumbered
+				all[serviceState{env, s.next}] = true
+			}
+		}
+	}
+	return all
+}
+
+// judge looks at what is left in the end.
+func (w *exploration) judge(may map[serviceState]bool) {
+	var is serviceState
+	names := w.engine.names()
+	for _, name := range names {
+		c, _ := w.engine.container(name)
+		switch {
+		case name == "web":
+			is.current = c.Config.Env[0]
+		case strings.HasPrefix(name, nameNext) && is.next == "":
+			is.next = c.Config.Env[0]
+		default:
+			w.promise(false, "left: %q", names)
+		}
+	}
+	w.promise(may[is], "the service is %+v, may be %v", is, slices.Collect(maps.Keys(may)))
+	left, err := os.ReadDir(filepath.Join(w.dir, goneDir))
+	w.promise(err == nil && len(left) == 0, "left on its way out: %v %v", left, err)
+	entries, err := os.ReadDir(filepath.Join(w.dir, "web"))
+	if is.current == "" {
+		w.promise(errors.Is(err, os.ErrNotExist) || err == nil && len(entries) == 0, "left: the directory with %v, %v", entries, err)
+		w.promise(len(names) == 0 && len(w.engine.volumes) == 0, "left: %q, volumes %v", names, w.engine.volumes)
+		return
+	}
+	w.promise(err == nil, "the directory is lost: %v", err)
+	want := ""
+	if w.used == w.engine.byName("web").Labels[labelBirth] {
+		want = w.used
+	}
+	first, _ := os.ReadFile(filepath.Join(w.dir, "web", "first"))
+	second, _ := os.ReadFile(filepath.Join(w.dir, "web", "second"))
+	w.promise(string(first)+string(second) == "12", "the contents are %q and %q", first, second)
+	data, err := os.ReadFile(filepath.Join(w.dir, "web", "data"))
+	w.promise(string(data) == want && (err == nil || want == ""), "the directory has the data %q, not %q", data, want)
+	w.promise(len(w.engine.volumes) == 1 && w.engine.volumes[w.engine.byName("web").volume], "the volumes are %v", w.engine.volumes)
+}
+
+// crowdHold has the engine hold each call that matches until release is called or its
+// client leaves. One arrives on held for each.
+func crowdHold(e *fakeEngine, matches func(call string) bool) (held <-chan struct{}, release func()) {
+	arrived, free := make(chan struct{}, 1000), make(chan struct{})
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if !matches(r.Method + " " + versionPrefix.ReplaceAllString(r.URL.RequestURI(), "")) {
+			return false
+		}
+		arrived <- struct{}{}
+		select {
+		case <-free:
+			return false
+		case <-r.Context().Done():
+			return true
+		}
+	})
+	return arrived, sync.OnceFunc(func() { close(free) })
+}
+
+// crowdSend sends a request in the background.
+func crowdSend(t *testing.T, d *daemon, method, path, body string) <-chan answer {
+	answers := make(chan answer, 1)
+	go func() {
+		defer close(answers)
+		answers <- d.do(t, method, path, body)
+	}()
+	return answers
+}
+
+func crowdRuns(e *fakeEngine, id string) bool {
+	c, _ := e.container(id)
+	return c.Running
+}
+
+func crowdDescriptors() int {
+	open, _ := os.ReadDir("/proc/self/fd")
+	return len(open)
+}
+
+// crowdLeavesNothing runs f, which stops all that it starts, and waits until there are
+// as few goroutines and descriptors as before. A test that uses it is not parallel.
+func crowdLeavesNothing(t *testing.T, f func()) {
+	t.Helper()
+	goroutines, descriptors := runtime.NumGoroutine(), crowdDescriptors()
+	f()
+	defer func() {
+		if t.Failed() {
+			stacks := make([]byte, 1<<20)
+			t.Logf("%d goroutines, then %d; %d descriptors, then %d\n%s", goroutines, runtime.NumGoroutine(),
+				descriptors, crowdDescriptors(), stacks[:runtime.Stack(stacks, true)])
+		}
+	}()
+	waitFor(t, "goroutines and descriptors as before", func() bool {
+		return runtime.NumGoroutine() <= goroutines && crowdDescriptors() <= descriptors
+	})
+}
+
+func TestOneOfTenCreatesOfOneIDWins(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, "POST /containers/create") })
+	var answers []<-chan answer
+	for i := range 10 {
+		answers = append(answers, crowdSend(t, d, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"env":["N=%d"]`, i))))
+	}
+	<-held // one is in the middle of it
+	release()
+	won := -1
+	for i, sent := range answers {
+		a := <-sent
+		if a.status == 201 && won < 0 {
+			won = i
+		} else {
+			a.want(t, 409, "web")
+		}
+	}
+	if c, _ := e.container("web"); !slices.Equal(c.Config.Env, []string{fmt.Sprintf("N=%d", won)}) {
+		t.Errorf("%d won, and the service has %q", won, c.Config.Env)
+	}
+	if got := state(t, e, d); strings.Count(got, "container:") != 1 || strings.Count(got, "dir:") != 1 {
+		t.Errorf("there is%s", got)
+	}
+}
+
+// Forty clients do ten things each, on twenty services.
+func TestCrowdLeavesAConsistentEnd(t *testing.T) { // not parallel: it counts the process's goroutines
+	source := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) { w.Write(tgz(file("hello", "world"))) })
+	crowdLeavesNothing(t, func() {
+		e := newFakeEngine(t)
+		e.addImage("img:1")
+		d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
+		var ids []string
+		for i := range 20 {
+			ids = append(ids, fmt.Sprintf("s%d", i))
+		}
+		var clients sync.WaitGroup
+		for client := range 40 {
+			clients.Go(func() { crowdClient(t, d, client, ids, fmt.Sprintf(`"bind_contents":%q`, source.URL)) })
+		}
+		clients.Wait()
+		crowdWantConsistent(t, e, d, ids)
+		for _, id := range ids {
+			if a := d.do(t, "DELETE", "/service/"+id, ""); a.status != 204 {
+				a.want(t, 404)
+			}
+		}
+		wantNothing(t, d, e)
+		d.stop()
+		e.close()
+		source.CloseClientConnections()
+	})
+}
+
+func crowdClient(t *testing.T, d *daemon, client int, ids []string, contents string) {
+	random := mathrand.New(mathrand.NewPCG(uint64(client), 0))
+	for turn := range 10 {
+		id := ids[random.IntN(len(ids))]
+		service := "/service/" + id
+		method, path, body := "GET", service, ""
+		switch (client + turn) % 12 {
+		case 0:
+			method, path, body = "POST", "/service", createBodyJSON(id, "")
+		case 1, 2:
+			method, path, body = "POST", "/service", createBodyJSON(id, contents)
+		case 3, 4:
+			method, path, body = "POST", service+"/ctl", `{"op":"start"}`
+		case 5:
+			method, path, body = "POST", service+"/ctl", `{"op":"stop"}`
+		case 6:
+			method, path, body = "POST", service+"/ctl", `{"op":"restart"}`
+		case 7:
+			method, path, body = "POST", service+"/ctl", `{"op":"kill"}`
+		case 8:
+			method, path, body = "PATCH", service+"/env", fmt.Sprintf(`{"A":"%d.%d"}`, client, turn)
+		case 9:
+			method = []string{"DELETE", "GET"}[turn%2]
+		case 10:
+			path = "/service"
+		case 11:
+			path = service + "/stats"
+		}
+		a := d.do(t, method, path, body)
+		if !slices.Contains([]int{200, 201, 204, 404, 409}, a.status) {
+			t.Errorf("%s %s %s: %d %s", method, path, body, a.status, a.body)
+		}
+	}
+}
+
+// crowdWantConsistent wants of each service all or nothing, and nothing else.
+func crowdWantConsistent(t *testing.T, e *fakeEngine, d *daemon, ids []string) {
+	t.Helper()
+	var want []string
+	for _, id := range ids {
+		_, exists := e.container(id)
+		status := 404
+		if exists {
+			want, status = append(want, id), 200
+		}
+		d.do(t, "GET", "/service/"+id, "").want(t, status)
+	}
+	slices.Sort(want)
+	waiting := func(name string) bool { // for its service's next start
+		id, _, ok := strings.Cut(strings.TrimPrefix(name, nameNext), ".")
+		return ok && slices.Contains(want, id)
+	}
+	if got := slices.DeleteFunc(e.names(), waiting); !slices.Equal(got, want) {
+		t.Errorf("the services are %q, the containers %q", want, e.names())
+	}
+	if got := bindDirs(t, d.binds); !slices.Equal(got, want) {
+		t.Errorf("the services are %q, the directories %q", want, got)
+	}
+	var list []container.Summary
+	if err := json.Unmarshal([]byte(d.do(t, "GET", "/service", "").want(t, 200).body), &list); err != nil || len(list) != len(want) {
+		t.Errorf("the services are %q, the list has %d: %v", want, len(list), err)
+	}
+}
+
+// CVE-2025-69199, CVE-2026-52857.
+func TestSlowCreateDelaysNoOtherService(t *testing.T) {
+	t.Parallel()
+	asked, free := make(chan struct{}), make(chan struct{})
+	source := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {
+		close(asked)
+		<-free
+		w.Write(tgz(file("hello", "world")))
+	})
+	d, e := startFetching(t, "127.0.0.0/8")
+	slow := crowdSend(t, d, "POST", "/service", createBodyJSON("slow", fmt.Sprintf(`"bind_contents":%q`, source.URL)))
+	<-asked
+	for _, step := range []struct {
+		method, path, body string
+		status             int
+	}{
+		{"POST", "/service", createBodyJSON("web", ""), 201},
+		{"POST", "/service/web/ctl", `{"op":"start"}`, 204},
+		{"GET", "/service/web/stats", "", 200},
+		{"PATCH", "/service/web/env", `{"A":"1"}`, 204},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`, 204},
+		{"GET", "/service/web", "", 200},
+		{"GET", "/service/slow", "", 404},
+		{"DELETE", "/service/web", "", 204},
+		{"GET", "/service", "", 200},
+		{"POST", "/docker/image", wholeTar(), 201},
+		{"GET", "/health", "", 204},
+	} {
+		d.do(t, step.method, step.path, step.body).want(t, step.status)
+	}
+	close(free)
+	(<-slow).want(t, 201)
+	if got := e.names(); !slices.Equal(got, []string{"slow"}) {
+		t.Errorf("containers %q", got)
+	}
+}
+
+func TestKillAnswersWhileAStopWaits(t *testing.T) {
+	t.Parallel()
+	for _, op := range []string{"stop", "restart"} {
+		e, d := startWithService(t)
+		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
+		held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "/stop") })
+		changed := crowdSend(t, d, "POST", "/service/web/ctl", `{"op":"`+op+`"}`)
+		<-held
+		d.do(t, "POST", "/service/web/ctl", `{"op":"kill"}`).want(t, 204)
+		if crowdRuns(e, "web") {
+			t.Error("kill has answered and the service runs")
+		}
+		release()
+		(<-changed).want(t, 204)
+		if crowdRuns(e, "web") != (op == "restart") {
+			t.Errorf("after %s: running is %v", op, crowdRuns(e, "web"))
+		}
+	}
+}
+
+func TestReadsAnswerWhileAChangeWaits(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		method, path, body string
+		at                 string // the engine's call that waits
+		status             int    // of a read of the service
+	}{
+		{"POST", "/service", createBodyJSON("new", ""), "POST /containers/create", 404},
+		{"POST", "/service", createBodyJSON("new", ""), "rename?name=new", 404},
+		{"POST", "/service/web/ctl", `{"op":"stop"}`, "/stop", 200},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`, "/start", 200},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`, "DELETE /containers/", 200},
+		{"PATCH", "/service/web/env", `{"A":"2"}`, "POST /containers/create", 200},
+		{"PATCH", "/service/web/env", `{"A":"2"}`, "DELETE /containers/", 200},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`, "rename?name=duxcore.now.web", 200},
+		{"DELETE", "/service/web", "", "DELETE /containers/", 200}, // that of the next one
+	} {
+		e, d := startWithService(t)
+		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
+		d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
+		held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, test.at) })
+		changed := crowdSend(t, d, test.method, test.path, test.body)
+		<-held
+		service := "/service/web"
+		if test.method == "POST" && test.path == "/service" {
+			service = "/service/new"
+		}
+		d.do(t, "GET", service, "").want(t, test.status)
+		d.do(t, "GET", service+"/stats", "").want(t, test.status)
+		d.do(t, "GET", "/service", "").want(t, 200)
+		d.do(t, "GET", "/health", "").want(t, 204)
+		release()
+		if a := <-changed; a.status > 204 {
+			t.Errorf("%s %s, held at %q: %d %s", test.method, test.path, test.at, a.status, a.body)
+		}
+	}
+}
+
+// Between the removal of a service's container and the renaming of its successor there
+// is none of its name.
+func TestServiceIsNeverMissingWhileItsContainerIsReplaced(t *testing.T) {
+	t.Parallel()
+	for _, path := range []string{"/service/web", "/service/web/stats", "/service"} {
+		e, d := startWithService(t)
+		d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
+		held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "rename?name=web") })
+		started := crowdSend(t, d, "POST", "/service/web/ctl", `{"op":"start"}`)
+		<-held
+		before := len(e.calls())
+		var reads []<-chan answer
+		for range 10 {
+			reads = append(reads, crowdSend(t, d, "GET", path, ""))
+		}
+		waitFor(t, "each read has asked the engine for its containers", func() bool {
+			lists := 0
+			for _, call := range e.calls()[before:] {
+				if strings.HasPrefix(call, "GET /containers/json") {
+					lists++
+				}
+			}
+			return lists >= len(reads)
+		})
+		release()
+		(<-started).want(t, 204)
+		for _, read := range reads {
+			(<-read).want(t, 200, `"/web"`)
+		}
+	}
+}
+
+func TestServiceIsFoundAtEveryMomentOfManyRestarts(t *testing.T) {
+	t.Parallel()
+	_, d := startWithService(t)
+	done := make(chan struct{})
+	var readers sync.WaitGroup
+	for _, path := range []string{"/service/web", "/service/web", "/service", "/service/web/stats"} {
+		readers.Go(func() {
+			for {
+				if a := d.do(t, "GET", path, ""); a.status != 200 || !strings.Contains(a.body, `"/web"`) {
+					t.Errorf("GET %s: %d %s", path, a.status, a.body)
+				}
+				select {
+				case <-done:
+					return
+				default:
+				}
+			}
+		})
+	}
+	for i := range 15 {
+		d.do(t, "PATCH", "/service/web/env", fmt.Sprintf(`{"A":"%d"}`, i)).want(t, 204)
+		d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
+	}
+	close(done)
+	readers.Wait()
 }

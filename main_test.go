@@ -295,3 +295,13 @@ func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 		t.Errorf("it ended with %v", err)
 	}
 }
+
+func TestArgumentsThatAreNoFlagsAreMistakes(t *testing.T) {
+	t.Parallel()
+	for _, arguments := range []string{"---", "-=x", "-pids-limit x ---y -stop-timeout z"} {
+		_, err := parseConfig(strings.Fields(arguments), func(string) (string, bool) { return "", false }, io.Discard)
+		if err == nil {
+			t.Errorf("%q is accepted", arguments)
+		}
+	}
+}

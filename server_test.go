@@ -4,23 +4,32 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
+	"errors"
+	"fmt"
 	"io"
 	"math/big"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 // wholeTar returns a tar archive with one file.
@@ -480,4 +489,482 @@ func TestSecondDaemonOnTheSameBindsRefusesToStart(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "in use by another daemon") {
 		t.Errorf("the second daemon ended with %v", err)
 	}
+}
+
+func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), func(c *config) { c.waits.write = 100 * time.Millisecond })
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	c, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	answers := bufio.NewReader(c)
+	head := "Host: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
+	io.WriteString(c, "GET /health HTTP/1.1\r\n"+head+"\r\n")
+	first, err := http.ReadResponse(answers, nil)
+	if err != nil || first.StatusCode != http.StatusNoContent {
+		t.Fatalf("%v %v", first, err)
+	}
+	// Longer than the daemon would wait for its answer to be taken: the quiet itself is the condition.
+	c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+	if text, err := answers.Peek(1); err == nil {
+		t.Fatalf("the daemon says %q", text)
+	}
+	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	io.WriteString(c, "PATCH /service/web/env HTTP/1.1\r\n"+head+"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+	line, err := answers.ReadString('\n')
+	if err != nil || !strings.Contains(line, "100 Continue") {
+		t.Errorf("the daemon answers %q, %v", line, err)
+	}
+}
+
+// errorsGo is what shows only in texts that Go or its HTTP library made for programmers.
+var errorsGo = regexp.MustCompile(`%!|0x[0-9a-f]|\bstruct\b|\b(json|http|tar|gzip|flate|main|os|fs|io|net|container|syscall): |` +
+	`\b(container|main|json|image)\.[A-Z]|\bGo (value|struct)|\bunmarshal|<nil>|nil pointer|goroutine|127\.0\.0\.1:\d+->|https?://%2F|openat|renameat`)
+
+// errorsClean fails if an error's body tells what is none of the client's business.
+func errorsClean(t testing.TB, d *daemon, body string) {
+	t.Helper()
+	var text struct{ Error struct{ Description string } }
+	if err := json.Unmarshal([]byte(body), &text); err != nil {
+		t.Errorf("no JSON: %s", body)
+	}
+	key, _ := os.ReadFile(filepath.Join(filepath.Dir(d.binds), "corekey.bin"))
+	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds, filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
+		if strings.Contains(text.Error.Description, secret) {
+			t.Errorf("%q is in %s", secret, body)
+		}
+	}
+	if found := errorsGo.FindString(text.Error.Description); found != "" {
+		t.Errorf("%q is in %s", found, body)
+	}
+}
+
+func TestErrorsTellNothingOfTheInside(t *testing.T) {
+	t.Parallel()
+	source := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/404":
+			w.WriteHeader(404)
+		case "/loop":
+			w.Header().Set("Location", "/loop?TOKEN")
+			w.WriteHeader(302)
+		case "/nowhere":
+			w.Header().Set("Location", "http://\x7f%zz/")
+			w.WriteHeader(302)
+		case "/file":
+			w.Header().Set("Location", "file:///etc/TOKEN")
+			w.WriteHeader(302)
+		case "/private":
+			w.Header().Set("Location", "http://10.0.0.1/TOKEN")
+			w.WriteHeader(302)
+		case "/port":
+			w.Header().Set("Location", "http://127.0.0.1:1/TOKEN")
+			w.WriteHeader(302)
+		case "/name":
+			w.Header().Set("Location", "http://nowhere.invalid/TOKEN")
+			w.WriteHeader(302)
+		case "/tls":
+			w.Header().Set("Location", "https://"+r.Host+"/TOKEN")
+			w.WriteHeader(302)
+		case "/cut":
+			w.Header().Set("Content-Length", "1000")
+			w.Write(tgz(file("a", "b")))
+		case "/text":
+			io.WriteString(w, "no archive")
+		case "/gzip":
+			w.Write(gzipped([]byte("no tar archive")))
+		case "/up":
+			w.Write(tgz(file("../a", "b")))
+		case "/link":
+			w.Write(tgz(symlink("a", "/etc"), file("a/b", "c")))
+		case "/over":
+			w.Write(tgz(dir("a"), file("a/b", ""), file("a", "b")))
+		case "/large":
+			w.Write(tgz(file("a", strings.Repeat("b", 2<<20))))
+		}
+	})
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), func(c *config) {
+		c.fetchAllow, c.maxBindBytes, c.maxImageBytes = networks("127.0.0.0/8"), 1<<20, 64<<10
+	})
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	if err := os.MkdirAll(filepath.Join(d.binds, "taken", "full"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	type request struct{ method, path, body string }
+	requests := []request{
+		{"GET", "/nowhere", ""}, {"PUT", "/service", ""}, {"GET", "/service/%00", ""}, {"GET", "/service/" + strings.Repeat("a", 1000), ""},
+		{"GET", "/service/nobody", ""}, {"DELETE", "/service/nobody", ""}, {"GET", "/service/nobody/stats", ""},
+		{"POST", "/service/nobody/ctl", `{"op":"kill"}`}, {"POST", "/service/web/ctl", `{"op":"explode"}`},
+		{"POST", "/service/web/ctl", `{"op":5}`}, {"POST", "/service/web/ctl", `{"ops":"start"}`}, {"GET", "/service/web/stats?stream=x", ""},
+		{"PATCH", "/service/nobody/env", `{"A":"1"}`}, {"PATCH", "/service/web/env", `{"A":1}`}, {"PATCH", "/service/web/env", `[1]`},
+		{"PATCH", "/service/web/env", `null`}, {"PATCH", "/service/web/env", `{"A=\u0000":"1"}`},
+		{"PATCH", "/service/web/env", `{"A":1e999}`}, {"PATCH", "/service/web/env", strings.Repeat(" ", 2<<20)},
+		{"POST", "/docker/image", ""}, {"POST", "/docker/image", "no tar"}, {"POST", "/docker/image", wholeTar()[:700]},
+		{"POST", "/docker/image", wholeTar() + strings.Repeat("\x00", 64<<10)}, {"POST", "/docker/image", strings.Replace(wholeTar(), "hello", "jello", 1)},
+		{"POST", "/service", createBodyJSON("web", "")}, {"POST", "/service", createBodyJSON("taken", "")},
+
+		{"POST", "/service", createBodyJSON("new", `"image":"missing:1"`)}, {"POST", "/service", createBodyJSON("new", `"image":"sha256:00"`)},
+		{"POST", "/service", createBodyJSON("new", `"max_ram":1e99`)}, {"POST", "/service", createBodyJSON("new", `"max_ram":1.5`)},
+		{"POST", "/service", createBodyJSON("new", `"port_map":{"1/tcp":{"HostPort":1}}`)},
+		{"POST", "/service", createBodyJSON("new", `"port_map":{"1/tcp":[{"Host":"1"}]}`)},
+		{"POST", "/service", createBodyJSON("new", `"port_map":{"1/tcp":5}`)}, {"POST", "/service", createBodyJSON("new", `"port_map":[]`)},
+		{"POST", "/service", createBodyJSON("new", `"cmd":"a"`)}, {"POST", "/service", createBodyJSON("new", `"tty":"a"`)},
+		{"POST", "/service", createBodyJSON("new", `"bind_contents":"http://\u007f/TOKEN"`)},
+		{"POST", "/service", createBodyJSON("new", `"bind_contents":"ftp://TOKEN@h/"`)},
+		{"POST", "/service", `{"type":"raw","params":5}`}, {"POST", "/service", `{"type":"raw","params":{"id":5}}`}, {"POST", "/service", `{`},
+		{"POST", "/service", `{"type":"cooked","params":{}}`}, {"POST", "/service", "\x00"}, {"POST", "/service", `{} {}`},
+	}
+	for _, bad := range badParams {
+		requests = append(requests, request{"POST", "/service", createBodyJSON("new", bad.extra)})
+	}
+	for _, path := range strings.Fields("404 loop nowhere file private port name tls cut text gzip up link over large") {
+		requests = append(requests, request{"POST", "/service", createBodyJSON("new", fmt.Sprintf(`"bind_contents":"%s/%s?TOKEN"`, source.URL, path))})
+	}
+	for _, r := range requests {
+		a := d.do(t, r.method, r.path, r.body)
+		if a.status < 400 {
+			t.Errorf("%s %s %.100q: status %d", r.method, r.path, r.body, a.status)
+			continue
+		}
+		a.want(t, a.status)
+		errorsClean(t, d, a.body)
+	}
+	without, _ := sendRaw(t, d, "GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+	errorsClean(t, d, without.body)
+
+	// Our own fault.
+	if err := os.RemoveAll(d.binds); err != nil {
+		t.Fatal(err)
+	}
+	a := d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 500)
+	errorsClean(t, d, a.body)
+
+	// What the engine says is passed on, for operators: as it is, but no more than they read.
+	for message, passed := range map[string]string{
+		`invalid mount config: ` + d.binds:                              `invalid mount config: ` + d.binds,
+		`open /var/lib/docker/overlay2/x/merged/y: not a directory`:     `overlay2/x/merged/y: not a directory`,
+		`denied: <html>` + strings.Repeat("é", 4000) + "the end":        "denied: <html>é",
+		strings.Repeat("\x20", 512-len("engine: ")-1) + "é, much later": "engine: ",
+	} {
+		for engines, ours := range map[int]int{200: 502, 400: 400, 404: 502, 500: 502} {
+			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.HasSuffix(r.URL.Path, "/start") && !strings.HasSuffix(r.URL.Path, "/images/create") {
+					return false
+				}
+				io.Copy(io.Discard, r.Body)
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(engines)
+				json.NewEncoder(w).Encode(map[string]string{"message": message, "error": message})
+				return true
+			})
+			answers := []answer{d.do(t, "POST", "/docker/image", wholeTar())}
+			if engines != 200 { // such an answer ends well for all but images
+				answers = append(answers, d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`))
+			}
+			for _, a := range answers {
+				a.want(t, ours, "engine: ")
+				if n := len(description(t, a)); n > 512+len("…") || !utf8.ValidString(a.body) || !strings.Contains(description(t, a), passed) {
+					t.Errorf("%d bytes: %s", n, a.body)
+				}
+			}
+		}
+	}
+	e.setIntercept(nil)
+
+	// So is what the client sent, as far as it is quoted.
+	long := strings.Repeat("\x01", 100_000)
+	quoted, _ := json.Marshal(long)
+	for _, r := range []request{
+		{"PATCH", "/service/web/env", `{` + string(quoted) + `:1}`}, {"POST", "/service", `{` + string(quoted) + `:1}`},
+		{"POST", "/service", createBodyJSON("new", `"port_map":{`+string(quoted)+`:{"HostPort":"1"}}`)},
+	} {
+		if a := d.do(t, r.method, r.path, r.body).want(t, 400); len(a.body) > 10_000 {
+			t.Errorf("an error of %d bytes", len(a.body))
+		}
+	}
+}
+
+// Neither our addresses nor our name servers' are anybody's business.
+func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	go func() { // ends with the listener
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conn.Read(make([]byte, 1))
+			conn.(*net.TCPConn).SetLinger(0) // a reset
+			conn.Close()
+		}
+	}()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
+	contents := fmt.Sprintf(`"bind_contents":"http://%s/"`, listener.Addr())
+	got := description(t, d.do(t, "POST", "/service", createBodyJSON("web", contents)).want(t, 502))
+	if want := "bind_contents: cannot download: connection reset by peer"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	for name, test := range map[string]struct {
+		err  net.DNSError
+		want string
+	}{
+		"no such name": {net.DNSError{Err: "no such host", Name: "n", Server: "10.0.0.1:53", IsNotFound: true}, "no such host"},
+		"no server":    {net.DNSError{Err: "dial udp 10.0.0.1:53: connect: connection refused", Server: "10.0.0.1:53"}, "the host's name cannot be looked up"},
+		"a silent one": {net.DNSError{Err: "read udp 10.0.0.2:3->10.0.0.1:53: i/o timeout", IsTimeout: true}, "the host's name cannot be looked up"},
+		"given up":     {net.DNSError{Err: "operation was canceled", UnwrapErr: context.Canceled}, "the host's name cannot be looked up"},
+	} {
+		err := fetchError(t.Context(), &url.Error{Op: "Get", URL: "http://n/TOKEN", Err: &net.OpError{Op: "dial", Err: &test.err}})
+		if got := err.Error(); got != "bind_contents: cannot download: "+test.want {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+}
+
+// CVE-2025-69199: a client that takes its time is sent away.
+func TestSlowClientsAreDropped(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.waits.json = 200 * time.Millisecond })
+	key := "Host: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
+	for name, test := range map[string]struct {
+		begin string
+		drip  string
+		want  string // the answer begins with it
+	}{
+		"nothing":        {"", "", ""},
+		"half a header":  {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "", ""},
+		"slow header":    {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "a", ""},
+		"no body":        {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 100\r\n\r\n", "", "HTTP/1.1 400 "},
+		"slow body":      {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 100000\r\n\r\n", " ", "HTTP/1.1 400 "},
+		"slow chunks":    {"PATCH /service/web/env HTTP/1.1\r\n" + key + "Transfer-Encoding: chunked\r\n\r\n", "1\r\n \r\n", "HTTP/1.1 400 "},
+		"unwanted body":  {"GET /nowhere HTTP/1.1\r\n" + key + "Content-Length: 100\r\n\r\n", "", "HTTP/1.1 404 "},
+		"slow, unwanted": {"DELETE /health HTTP/1.1\r\n" + key + "Content-Length: 100000\r\n\r\n", " ", "HTTP/1.1 405 "},
+		"slow, no key":   {"POST /docker/image HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n", " ", "HTTP/1.1 401 "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			conn := wireDial(t, d)
+			closed := make(chan struct{})
+			var dripping sync.WaitGroup
+			dripping.Go(func() {
+				io.WriteString(conn, test.begin)
+				for every := time.Tick(50 * time.Millisecond); test.drip != ""; {
+					select {
+					case <-every:
+						io.WriteString(conn, test.drip)
+					case <-closed:
+						return
+					}
+				}
+			})
+			answer, err := io.ReadAll(conn)
+			close(closed)
+			dripping.Wait()
+			if timeout, ok := err.(net.Error); ok && timeout.Timeout() || !strings.HasPrefix(string(answer), test.want) {
+				t.Errorf("got %q, %v", answer, err)
+			}
+		})
+	}
+}
+
+func TestHeadersAreBounded(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	for _, test := range []struct {
+		line, header string
+		status       int
+	}{
+		{"GET /health HTTP/1.1", "X-A: " + strings.Repeat("a", 11<<10), 204},
+		{"GET /health HTTP/1.1", "X-A: " + strings.Repeat("a", 16<<10), 431},
+		{"GET /health HTTP/1.1", strings.TrimSuffix(strings.Repeat("X-A: aaaaaaaaa\r\n", 1<<10), "\r\n"), 431},
+		{"GET /health HTTP/1.1", "X-A: a\r\n " + strings.Repeat("a\r\n ", 4<<10) + "b", 431},
+		{"GET /" + strings.Repeat("a", 16<<10) + " HTTP/1.1", "X-A: a", 431},
+		{"GET /health HTTP/1.1", strings.Repeat("a", 16<<10) + ": a", 431},
+	} {
+		a, closed := sendRaw(t, d, test.line+"\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+test.header+"\r\n\r\n")
+		if a.status != test.status || closed != (test.status == 431) {
+			t.Errorf("%.30q with %d bytes of header: status %d, closed %v", test.line, len(test.header), a.status, closed)
+		}
+	}
+}
+
+func TestBodyWithoutEndIsCutOff(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.maxImageBytes = 4 << 20 })
+	const chunked = "Transfer-Encoding: chunked\r\n"
+	for _, test := range []struct {
+		line, framing string
+		status        int
+	}{
+		{"POST /service", chunked, 413},
+		{"POST /service", "Content-Length: 1099511627776\r\n", 413},
+		{"POST /service/web/ctl", chunked, 413},
+		{"PATCH /service/web/env", "Content-Length: 1099511627776\r\n", 413},
+		{"GET /nowhere", chunked, 404},
+		{"GET /nowhere", "Content-Length: 1099511627776\r\n", 404},
+		{"PUT /service", "Content-Length: 1099511627776\r\n", 405},
+		{"GET /health", chunked, 413},
+		{"DELETE /service/web", "Content-Length: 1099511627776\r\n", 413},
+	} {
+		conn := wireDial(t, d)
+		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n%s\r\n", test.line, d.key, test.framing)
+		piece := strings.Repeat(" ", 32<<10)
+		if test.framing == chunked {
+			piece = fmt.Sprintf("%x\r\n%s\r\n", len(piece), piece)
+		}
+		var sent error
+		var sending sync.WaitGroup
+		sending.Go(func() {
+			for sent == nil {
+				_, sent = io.WriteString(conn, piece)
+			}
+		})
+		if status := wireStatus(t, conn); status != test.status {
+			t.Errorf("%s: status %d, want %d", test.line, status, test.status)
+		}
+		sending.Wait()
+		if errors.Is(sent, os.ErrDeadlineExceeded) { // which wireDial has set
+			t.Errorf("%s with %q: the daemon takes all", test.line, test.framing)
+		}
+	}
+}
+
+// Shapes that a proxy in front may take for another number of requests. What matters is
+// that the last line, which is a request of its own for some, is never answered.
+func TestSmugglingShapes(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	head := "POST /nowhere HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
+	smuggled := "GET /health HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n\r\n"
+	for name, test := range map[string]struct {
+		text     string
+		statuses []int // until the daemon closes the connection
+	}{
+		"two lengths":                    {head + "Content-Length: 0\r\nContent-Length: 44\r\n\r\n", []int{400}},
+		"two lengths, the first larger":  {head + "Content-Length: 44\r\nContent-Length: 0\r\n\r\n", []int{400}},
+		"a list of lengths":              {head + "Content-Length: 0, 44\r\n\r\n", []int{400}},
+		"a list of equal lengths":        {head + "Content-Length: 0, 0\r\n\r\n", []int{400}},
+		"signed length":                  {head + "Content-Length: +0\r\n\r\n", []int{400}},
+		"negative length":                {head + "Content-Length: -1\r\n\r\n", []int{400}},
+		"hexadecimal length":             {head + "Content-Length: 0x0\r\n\r\n", []int{400}},
+		"empty length":                   {head + "Content-Length:\r\n\r\n", []int{400}},
+		"huge length":                    {head + "Content-Length: 99999999999999999999\r\n\r\n", []int{400}},
+		"length and chunked":             {head + "Content-Length: 44\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{404}},
+		"chunked and length":             {head + "Transfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n0\r\n\r\n", []int{404}},
+		"bad length and chunked":         {head + "Content-Length: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		"chunked twice":                  {head + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{501}},
+		"chunked in a list":              {head + "Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n", []int{501}},
+		"chunked folded":                 {head + "Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", []int{404}},
+		"chunked, folded and more":       {head + "Transfer-Encoding: chunked\r\n , identity\r\n\r\n0\r\n\r\n", []int{501}},
+		"xchunked":                       {head + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", []int{501}},
+		"chunked with a vertical tab":    {head + "Transfer-Encoding: \vchunked\r\n\r\n0\r\n\r\n", []int{400}},
+		"chunked with a NUL":             {head + "Transfer-Encoding: chunked\x00\r\n\r\n0\r\n\r\n", []int{400}},
+		"identity":                       {head + "Transfer-Encoding: identity\r\n\r\n", []int{501}},
+		"a space before the colon":       {head + "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		"a space before the name":        {"POST /nowhere HTTP/1.1\r\n X: y\r\n" + head[len("POST /nowhere HTTP/1.1\r\n"):] + "\r\n", []int{400}},
+		"a bare CR in a value":           {head + "X: a\rTransfer-Encoding: chunked\r\n\r\n", []int{400}},
+		"a bare CR in a name":            {head + "X\rY: a\r\n\r\n", []int{400}},
+		"a chunk size with a sign":       {head + "Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n", []int{404}},
+		"a chunk size that overflows":    {head + "Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n\r\n", []int{404}},
+		"a chunk with a bare LF":         {head + "Transfer-Encoding: chunked\r\n\r\n0\n\r\n", []int{404}},
+		"a chunk extension with an LF":   {head + "Transfer-Encoding: chunked\r\n\r\n2;\nxx\r\n0\r\n\r\n", []int{404}},
+		"a length in the trailer":        {head + "Transfer-Encoding: chunked\r\nTrailer: Content-Length\r\n\r\n0\r\nContent-Length: 5\r\n\r\n", []int{400}},
+		"chunked in HTTP/1.0":            {strings.Replace(head, "1.1", "1.0", 1) + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{404}},
+		"length and chunked in HTTP/1.0": {strings.Replace(head, "1.1", "1.0", 1) + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{404}},
+		"two hosts":                      {head + "Host: other\r\n\r\n", []int{400}},
+		"no host":                        {strings.Replace(head, "Host: h\r\n", "", 1) + "\r\n", []int{400}},
+		"HTTP/2":                         {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []int{401}},
+		"an upgrade to HTTP/2":           {head + "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n", []int{404}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn := wireDial(t, d)
+			io.WriteString(conn, test.text+smuggled)
+			if got := wireStatuses(t, conn); fmt.Sprint(got) != fmt.Sprint(test.statuses) {
+				t.Errorf("statuses %v, want %v", got, test.statuses)
+			}
+		})
+	}
+	// What is unusual but means one thing to all works on.
+	for name, framing := range map[string]string{
+		"two equal lengths": "Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
+		"lines with LF":     "Content-Length: 2\n\n{}",
+		"a folded value":    "X: a\r\n b\r\nContent-Length: 2\r\n\r\n{}",
+	} {
+		conn := wireDial(t, d)
+		io.WriteString(conn, head+framing+smuggled+head+"Connection: close\r\n\r\n")
+		if got := fmt.Sprint(wireStatuses(t, conn)); got != "[404 204 404]" {
+			t.Errorf("%s: statuses %s", name, got)
+		}
+	}
+}
+
+// shipped builds the daemon as it is shipped. The file has no name any more: it goes with
+// the test's process, through whose descriptor it is executed.
+var shipped = sync.OnceValues(func() (*os.File, error) {
+	dir, err := os.MkdirTemp("", "shipped")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	if output, err := exec.Command("packaging/build", dir+"/daemon").CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("cannot build the daemon: %w\n%s", err, output)
+	}
+	return os.Open(dir + "/daemon")
+})
+
+func TestGigabytesWithoutTheKey(t *testing.T) {
+	t.Parallel()
+	d, pid := wireProcess(t, newFakeEngine(t).host())
+	before, _ := wireMemory(t, pid)
+	var clients sync.WaitGroup
+	var taken atomic.Int64
+	const count = 50
+	for i := range count {
+		clients.Go(func() {
+			conn := wireDial(t, d)
+			defer conn.Close()
+			framing := []string{"Content-Length: 1073741824\r\n", "Transfer-Encoding: chunked\r\n"}[i%2]
+			fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\n%s\r\n", framing)
+			n, _ := io.CopyN(conn, wireChunks{}, 1<<30)
+			taken.Add(n)
+		})
+	}
+	for range 20 {
+		d.do(t, "GET", "/health", "").want(t, 204)
+	}
+	clients.Wait()
+	_, peak := wireMemory(t, pid)
+	t.Logf("%d MiB of %d GiB were sent; memory %d KiB, then %d KiB at most", taken.Load()>>20, count, before>>10, peak>>10)
+	if taken.Load() > count*(32<<20) { // the kernel's buffers take some
+		t.Errorf("%d bytes were taken of %d clients without the key", taken.Load(), count)
+	}
+	if peak > before+count*(128<<10)+(16<<20) {
+		t.Errorf("memory grew from %d to %d bytes", before, peak)
+	}
+}
+
+// wireChunks is an endless chunked body.
+type wireChunks struct{}
+
+func (wireChunks) Read(p []byte) (int, error) {
+	chunk := "1000\r\n" + strings.Repeat("x", 0x1000) + "\r\n"
+	n := 0
+	for n+len(chunk) <= len(p) {
+		n += copy(p[n:], chunk)
+	}
+	return n, nil
 }
