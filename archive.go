@@ -88,7 +88,8 @@ func refuse(format string, args ...any) error {
 	return failure(refusedArchive, "bind_contents: "+format, args...)
 }
 
-// limitedReader fails when there is more than it may give; [io.LimitedReader] would end as if that were all.
+// limitedReader fails when there is more than it may give; [io.LimitedReader] would end as if that
+// were all.
 type limitedReader struct {
 	r     io.Reader
 	left  int64
@@ -104,8 +105,9 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// drain reads on from where a [tar.Reader] met an archive's end. That takes the end of its input for the
-// archive's end too: but then the end mark, two blocks of zeros, was cut off, and drain returns an error.
+// drain reads on from where a [tar.Reader] met an archive's end. That takes the end of its input
+// for the archive's end too: but then the end mark, two blocks of zeros, was cut off, and drain
+// returns an error.
 func (l *limitedReader) drain(to io.Writer) error {
 	if l.ended {
 		return io.ErrUnexpectedEOF
@@ -145,7 +147,7 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	if err == nil {
 		err = u.place(parent, name, h, content)
 	}
-	if errors.Is(err, fs.ErrExist) { // another lookup for this case alone
+	if errors.Is(err, fs.ErrExist) { // an earlier entry is there: rare enough not to look for it each time
 		if parent, err = u.enter(path.Dir(name), false); err == nil {
 			err = makeRoom(parent, path.Base(name))
 		}

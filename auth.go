@@ -132,12 +132,15 @@ const (
 	strangerTime = 250 * time.Millisecond
 )
 
-// strangers is a listener. Its connections have not shown the core key, at first, and for such there
-// are places for half of the files that the daemon may open; the rest is for the core, the engine and
-// the disk. Who comes when all are taken waits until one is left, or somebody has had his for
-// strangerTime, and so does all that came after. An address that has more than a quarter of the places
-// gets only those of its own oldest, and waits for none: what comes from it then is closed at once,
-// unless the core has its connections from there too, as behind a proxy.
+// strangers is a listener that bounds how many connections there are which have not shown the core
+// key. Such a connection has a place, until it shows the key or is closed. There are places for
+// half of the files that the daemon may open; the rest is for the core, the engine and the disk.
+//
+// When all places are taken, Accept waits, and with it whoever comes later, until somebody leaves or the
+// oldest has had his for strangerTime: he is closed then. So that no address takes the places of the
+// others, one that has more than a quarter of them gets only those of its own oldest, and is not waited
+// for: what comes from it meanwhile is closed at once. But behind a proxy the core has the same address
+// as all strangers: what comes from where the core came from last is waited for.
 type strangers struct {
 	net.Listener
 	places int

@@ -292,9 +292,10 @@ func readSome(root *os.Root, name string) ([]string, error) {
 	return names, err
 }
 
-// serviceLocks is one first-come, first-served lock per service. Each operation that changes a service
-// holds the service's lock from before it looks what is there until it answers, so no two of them ever work on
-// one service at a time; requests for different services never wait for each other. Reads take no lock.
+// serviceLocks is one first-come, first-served lock per service. Each operation that changes a
+// service holds the service's lock from before it looks what is there until it answers, so no two
+// of them ever work on one service at a time; requests for different services never wait for each
+// other. Reads take no lock.
 type serviceLocks struct {
 	mu sync.Mutex // guards queues, and is never held while anybody waits
 	// queues holds, by id, a channel for each who holds the lock or waits for it, in the order in which they

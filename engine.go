@@ -50,8 +50,9 @@ func newEngine(host string) (*engine, error) {
 	return e, err
 }
 
-// newSDK returns the SDK's client on the SDK's transport, without the tracing that the SDK wraps around it:
-// the wrapped body of an upload would be copied in small pieces, since net/http no longer sees its WriteTo.
+// newSDK returns the SDK's client on the SDK's transport, without the tracing that the SDK wraps
+// around it: the wrapped body of an upload would be copied in small pieces, since net/http no
+// longer sees its WriteTo.
 func newSDK(host string) (*client.Client, error) {
 	var plain *http.Client
 	sdk, err := client.NewClientWithOpts(client.FromEnv, client.WithHost(host), func(sdk *client.Client) error {
@@ -69,9 +70,10 @@ func newSDK(host string) (*client.Client, error) {
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
-// send makes one call of the engine's API without the SDK, for two reasons. To inspect and to list, the SDK
-// decodes all of an answer, of which the daemon needs little. And to attach, it waits without an end for an
-// engine that hangs. An answer with another status than the one that is wanted, redirections too, is an error.
+// send makes one call of the engine's API without the SDK, for two reasons. To inspect and to list,
+// the SDK decodes all of an answer, of which the daemon needs little. And to attach, it waits
+// without an end for an engine that hangs. An answer with another status than the one that is
+// wanted, redirections too, is an error.
 func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (*http.Response, error) {
 	sdk := e.api()
 	transport := sdk.HTTPClient().Transport
@@ -127,10 +129,11 @@ func demultiplex(w io.Writer, frames io.Reader) error {
 	}
 }
 
-// detachKeys returns a value for the parameter with which an attach says what keys detach from a tty. The
-// engine looks for them in what is written, ctrl-p ctrl-q unless it is told otherwise, and where it finds them it
-// drops the rest. These are random, so that nobody can write them, and begin with a byte that is not in the
-// chunk's end: what could be their beginning the engine would keep back until more is written.
+// detachKeys returns a value for the parameter with which an attach says what keys detach from a
+// tty. The engine looks for them in what is written, ctrl-p ctrl-q unless it is told otherwise, and
+// where it finds them it drops the rest. These are random, so that nobody can write them, and begin
+// with a byte that is not in the chunk's end: what could be their beginning the engine would keep
+// back until more is written.
 func detachKeys(chunk []byte) string {
 	secret := rand.Text()
 	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]

@@ -72,8 +72,9 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 
 // notPublic lists what [netip.Addr.IsGlobalUnicast] counts in though it is not public, from IANA's
-// special-purpose registries (RFC 6890). 6to4 (2002::/16) and Teredo (in 2001::/23) hold an IPv4 address.
-// Of IPv6 only 2000::/3 is public at all. At 168.63.129.16 Azure tells its virtual machines their secrets.
+// special-purpose registries (RFC 6890). 6to4 (2002::/16) and Teredo (in 2001::/23) hold an IPv4
+// address. Of IPv6 only 2000::/3 is public at all. At 168.63.129.16 Azure tells its virtual
+// machines their secrets.
 var notPublic = prefixes("0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 198.51.100.0/24 " +
 	"203.0.113.0/24 240.0.0.0/4 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1")
 
@@ -166,9 +167,9 @@ func fetchError(ctx context.Context, err error) error {
 	return failure(downloadFailed, "bind_contents: cannot download: %s", plain(err))
 }
 
-// download is the body of an answer. It gives a server up that is too slow: one that, in the time that the
-// daemon waits for it and up to the length of a window, has not sent what minFetchRate asks for. How long
-// the daemon itself takes does not count. Its errors are fetchError's.
+// download is the body of an answer. It gives a server up that is too slow: one that, in the time
+// that the daemon waits for it and up to the length of a window, has not sent what minFetchRate
+// asks for. How long the daemon itself takes does not count. Its errors are fetchError's.
 type download struct {
 	body   io.Reader
 	window time.Duration

@@ -204,9 +204,9 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	return err
 }
 
-// parseConfig reads the environment, then the arguments, which win. Its error lists, a line for each, what is
-// wrong in the environment, the first argument that is wrong, and values that cannot be. For -h it writes
-// the flags to out and returns [flag.ErrHelp].
+// parseConfig reads the environment, then the arguments, which win. Its error lists, a line for
+// each, what is wrong in the environment, the first argument that is wrong, and values that cannot
+// be. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
 	c := config{strangers: strangerPlaces(), waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}

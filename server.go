@@ -76,7 +76,7 @@ type server struct {
 	stdin    serviceLocks // by container id
 	stats    statsFeeds
 	refusals refusals
-	met      atomic.Bool // the engine, and it has no services that know the bind root by another path
+	met      atomic.Bool // an engine was met that has no services which know the bind root by another path
 	mux      *http.ServeMux
 	life     context.Context // ends when changes under way must end
 	serving  context.Context // ends when the daemon starts to shut down: streams end with it
@@ -220,7 +220,7 @@ var (
 	invalid        = kind{400, "bad_request"}        // ask for something else
 	refusedArchive = kind{400, "archive_refused"}    // mend the archive of bind_contents, or of the image
 	unauthorized   = kind{401, "unauthorized"}       // find the right core key
-	unknownPath    = kind{404, "no_such_path"}       // of the API
+	unknownPath    = kind{404, "no_such_path"}       // look it up in the API's document
 	unknownService = kind{404, "no_such_service"}    // it is gone, or has yet to be created
 	unknownImage   = kind{404, "no_such_image"}      // import it, or give the registry's credentials
 	wrongMethod    = kind{405, "method_not_allowed"} // the header Allow lists those that are
@@ -231,10 +231,10 @@ var (
 	withoutStdin   = kind{409, "no_stdin"}           // create it with open_stdin
 	withoutTTY     = kind{409, "no_tty"}             // create it with tty
 	engineConflict = kind{409, "engine_conflict"}    // such as a paused container: its words say which
-	tooLarge       = kind{413, "too_large"}          // the body, or what an archive unpacks to, or there should be none
+	tooLarge       = kind{413, "too_large"}          // send less, or no body where none belongs
 	internal       = kind{500, "internal"}           // somebody has to read the daemon's log
-	engineFailed   = kind{502, "engine_failed"}      // it refused, or could not do it
-	downloadFailed = kind{502, "download_failed"}    // of bind_contents, by its server
+	engineFailed   = kind{502, "engine_failed"}      // the engine refused, or could not: its words say why
+	downloadFailed = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
 	unavailable    = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
 	timedOut       = kind{504, "timeout"}            // look what there is, or ask again
 )
@@ -339,7 +339,7 @@ func describe(err error) (k kind, description string) {
 		return api.kind, api.description
 	}
 	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
-	// These three are the client library's, not the engine's.
+	// The SDK puts words of its own around the engine's, in these three places.
 	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
 	message, _, _ = strings.Cut(goPrefix.ReplaceAllString(message, ""), " for API route and version ")
 	message = quote(message)
@@ -407,9 +407,9 @@ func decodeJSON(text []byte, v any) error {
 	return nil
 }
 
-// checkMembers reads a JSON value, which is well formed, and returns a problem that package json takes
-// in silence, and in which field it is: a null for a field that is not there, so that a null limit
-// would be none, and of two fields of one name the last.
+// checkMembers reads a well-formed JSON value, and returns what is wrong with it though package json
+// would decode it without an error, and in which field: a null, which decodes as if the field were not
+// there, so that a null limit would be no limit; or a second field of one name, of which the last counts.
 func checkMembers(d *json.Decoder) (field, problem string) {
 	token, _ := d.Token()
 	if token == nil {

@@ -279,9 +279,9 @@ func mounts(all []container.MountPoint, dir string) bool {
 	return slices.ContainsFunc(all, func(m container.MountPoint) bool { return m.Source == dir })
 }
 
-// nameTaken reports whether a container has a service's name. One that the engine does not list as
-// that service's is somebody else's, or the engine lists nothing for a moment, as when it starts. It
-// cannot tell if the engine cannot, such as of a name that is also a prefix of several ids.
+// nameTaken reports whether any container has a service's name: somebody else's, or the service's
+// own, which an engine that has just started may not list yet. Of a name that is also the beginning
+// of several containers' ids the engine cannot say it, and answers with an error.
 func (s *server) nameTaken(ctx context.Context, name string) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
 	defer cancel()

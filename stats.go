@@ -17,7 +17,7 @@ import (
 
 const (
 	statsAge   = 1500 * time.Millisecond // the engine sends a frame every second
-	statsTries = 3                       // for one request: feeds that end before they have a frame for it
+	statsTries = 3                       // feeds that may end without a frame before one request gives up
 	maxFrame   = 1 << 20                 // bytes
 )
 
