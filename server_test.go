@@ -249,6 +249,7 @@ func TestJSONBodies(t *testing.T) {
 			{"<service/>", 400, "malformed JSON"},
 			{strings.Replace(body, ":", "=", 1), 400, "malformed JSON"},
 			{strings.Repeat("[", 20_000), 400, ""},
+			{`{"more":1,` + body[1:], 400, "more"},
 			{"{" + body[1:len(body)-1] + "," + body[1:], 400, "twice"},
 			{strings.Repeat(" ", maxJSON) + body, 413, "1048576"},
 			{body + strings.Repeat(" ", maxJSON-len(body)+1), 413, "1048576"},
