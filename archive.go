@@ -5,6 +5,7 @@ import (
 	"bufio"
 	"cmp"
 	"compress/gzip"
+	"context"
 	"errors"
 	"io"
 	"io/fs"
@@ -35,7 +36,7 @@ type unpackLimits struct {
 func unpack(r io.ReadCloser, dir *os.Root, limits unpackLimits, o *owner) error {
 	unzipped, unzip := io.Pipe()
 	ended := make(chan struct{})
-	go func() { // decompresses the next chunk while this one's files are written; ends before unpack does
+	go func() { // decompresses the next chunk while this one's files are written; unpack waits for its end
 		defer close(ended)
 		ahead := bufio.NewWriterSize(unzip, unzipChunk)
 		zipped, err := gzip.NewReader(bufio.NewReaderSize(r, copyChunk))
@@ -75,9 +76,9 @@ func unpack(r io.ReadCloser, dir *os.Root, limits unpackLimits, o *owner) error 
 	}
 }
 
-// broken says why an archive cannot be read on.
+// broken says why an archive cannot be read on, unless that is said already or the download was given up.
 func broken(err error) error {
-	if err == nil || isA[*apiError](err) {
+	if err == nil || isA[*apiError](err) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	return refuse("the archive is broken: %s", plain(err))

@@ -293,9 +293,10 @@ func readSome(root *os.Root, name string) ([]string, error) {
 }
 
 // serviceLocks is one first-come, first-served lock per service. Each operation that changes a
-// service holds the service's lock from before it looks what is there until it answers, so no two
-// of them ever work on one service at a time; requests for different services never wait for each
-// other. Reads take no lock.
+// service holds its lock from before it looks what is there until it answers, but for kill, which
+// must not wait behind the stop that it is to cut short. A read takes it only to wait for a start that
+// is between its two renames. Different services never wait for each other. The same locks serve
+// writers to a container's stdin, by its id, and imports, by their entry in the journal.
 type serviceLocks struct {
 	mu sync.Mutex // guards queues, and is never held while anybody waits
 	// queues holds, by id, a channel for each who holds the lock or waits for it, in the order in which they

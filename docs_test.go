@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"encoding/json"
+	"encoding/xml"
 	"fmt"
 	"maps"
 	"math"
@@ -615,7 +616,14 @@ func TestDocumentsNameWhatIsThere(t *testing.T) {
 		}
 		return all.String()
 	}
-	code := read("*.go")
+	code, program := read("*.go"), ""
+	var files []string // of the program
+	names, _ := filepath.Glob("*.go")
+	for _, name := range names {
+		if !strings.HasSuffix(name, "_test.go") {
+			files, program = append(files, name), program+read(name)
+		}
+	}
 	documents := []string{"README.md"}
 	for _, pattern := range []string{"docs/*.md", "packaging/*.md"} {
 		names, _ := filepath.Glob(pattern)
@@ -629,7 +637,7 @@ func TestDocumentsNameWhatIsThere(t *testing.T) {
 			}
 		}
 		for _, found := range regexp.MustCompile("`([A-Za-z0-9]+)\\(\\)`").FindAllStringSubmatch(text, -1) {
-			if !regexp.MustCompile(`\nfunc (\([^)]*\) )?` + found[1] + `\(`).MatchString(code) {
+			if !regexp.MustCompile(`\nfunc (\([^)]*\) )?` + found[1] + `\(`).MatchString(program) {
 				t.Errorf("%s: there is no function %s", name, found[1])
 			}
 		}
@@ -670,10 +678,18 @@ func TestDocumentsNameWhatIsThere(t *testing.T) {
 			}
 		}
 	}
-	files, _ := filepath.Glob("*.go")
+	rooms := read("docs/rooms.svg")
 	for _, name := range files {
-		if !strings.HasSuffix(name, "_test.go") && !strings.Contains(guide, "| `"+name+"` |") {
+		if !strings.Contains(guide, "| `"+name+"` |") {
 			t.Errorf("the guide does not say what to be certain of in %s", name)
+		}
+		if !strings.Contains(rooms, ">"+name+"<") {
+			t.Errorf("the picture of the rooms has no %s", name)
+		}
+	}
+	for _, name := range []string{"docs/rooms.svg", "docs/lifecycle.svg"} {
+		if err := xml.Unmarshal([]byte(read(name)), new(struct{})); err != nil {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

@@ -104,16 +104,23 @@ func checkAddress(address string, allow []netip.Prefix) error {
 		b := addr.As16()
 		end = netip.AddrFrom4([4]byte(b[12:]))
 	}
-	if !end.IsGlobalUnicast() || end.IsPrivate() || isIn(end, notPublic) {
-		return badRequest("bind_contents: %s is not a public address", addr)
+	refused := badRequest("bind_contents: %s is not a public address", addr)
+	if !end.IsGlobalUnicast() || end.IsPrivate() {
+		return refused
 	}
 	ours, err := net.InterfaceAddrs()
+	if err != nil {
+		return err
+	}
 	for _, network := range ours { // what listens there may trust who comes from here
 		if own, err := netip.ParsePrefix(network.String()); err == nil && own.Addr().Unmap().WithZone("") == end {
 			return errOwnAddress
 		}
 	}
-	return err
+	if isIn(end, notPublic) {
+		return refused
+	}
+	return nil
 }
 
 // bare returns the address alone: ::ffff:127.0.0.1 is 127.0.0.1.

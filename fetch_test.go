@@ -496,6 +496,35 @@ func TestSlowServersAreGivenUp(t *testing.T) {
 	}
 }
 
+type transportFunc func(*http.Request) (*http.Response, error)
+
+func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// Wherever in an archive the time ends, or the client leaves, that is the error, and not the archive.
+func TestDownloadThatIsGivenUpIsNoBrokenArchive(t *testing.T) {
+	t.Parallel()
+	archive := tgz(file("a", strings.Repeat("some text", 1000)), file("b", "2"))
+	for _, sent := range []int{0, 5, len(archive) / 2, len(archive) - 3} {
+		for cause, want := range map[error]kind{context.DeadlineExceeded: timedOut, context.Canceled: unavailable} {
+			ctx, giveUp := context.WithCancelCause(t.Context())
+			f := newFetcher(loopback)
+			f.client.Transport = transportFunc(func(r *http.Request) (*http.Response, error) {
+				rest := readerFunc(func([]byte) (int, error) { giveUp(cause); return 0, r.Context().Err() })
+				body := io.NopCloser(io.MultiReader(bytes.NewReader(archive[:sent]), rest))
+				return &http.Response{StatusCode: 200, Header: http.Header{}, Body: body}, nil
+			})
+			root := openTree(t, t.TempDir())
+			err := f.fetch(ctx, "http://host/", root, unpackLimits{bytes: 1 << 20, entries: 10}, nil)
+			if err == nil {
+				t.Fatal("it was unpacked")
+			}
+			if got, text := describe(err); got != want {
+				t.Errorf("%v after %d bytes: %v %s", cause, sent, got, text)
+			}
+		}
+	}
+}
+
 // The rest of a refused archive is not waited for: it may have no end.
 func TestDownloadOfARefusedArchiveEnds(t *testing.T) {
 	t.Parallel()

@@ -37,7 +37,6 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -204,9 +203,9 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	return err
 }
 
-// parseConfig reads the environment, then the arguments, which win. Its error lists, a line for
-// each, what is wrong in the environment, the first argument that is wrong, and values that cannot
-// be. For -h it writes the flags to out and returns [flag.ErrHelp].
+// parseConfig reads the environment, then the arguments, which win. Its error lists, a line for each,
+// what is wrong in the environment, and the first argument that is wrong or else all values that
+// cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
 	c := config{strangers: strangerPlaces(), waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
@@ -249,14 +248,17 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	if errors.Is(err, flag.ErrHelp) {
 		fs.SetOutput(out)
 		fmt.Fprintln(out, "duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.")
-		fmt.Fprintln(out, "Each flag has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. A flag beats it.")
+		fmt.Fprintln(out, "Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. A flag beats it.")
 		fs.PrintDefaults()
 		return c, err
 	}
 	if fs.NArg() > 0 && err == nil {
 		err = fmt.Errorf("%q is no flag", fs.Arg(0))
 	}
-	return c, errors.Join(slices.Concat(mistakes, []error{err}, c.mistakes())...)
+	if err == nil { // else there are arguments that were not read
+		mistakes = append(mistakes, c.mistakes()...)
+	}
+	return c, errors.Join(append(mistakes, err)...)
 }
 
 // mistakes returns what is wrong with the values themselves.

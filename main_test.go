@@ -136,7 +136,7 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		{
 			[]string{"-network", "host", "-pids-limit", "x"},
 			map[string]string{"DUXCORE_FETCH_ALLOW": "y"},
-			[]string{"-network", "-pids-limit", "DUXCORE_FETCH_ALLOW"},
+			[]string{"-pids-limit", "DUXCORE_FETCH_ALLOW"},
 		},
 	} {
 		_, err := parseConfig(test.args, environment(test.env), io.Discard)

@@ -113,9 +113,6 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.waits.write}
-	// net/http leaves the connection with the write deadline of its last request. That may have passed, and
-	// then the "100 Continue" that this client waits for could not be sent.
-	w.ctl.SetWriteDeadline(start.Add(w.wait))
 	defer s.conclude(w, r, r.Body, start)
 	if len(r.TransferEncoding) > 0 {
 		// net/http drops a Content-Length beside it: RFC 9112, section 6.1, wants the end of the connection then.
