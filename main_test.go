@@ -129,9 +129,9 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		{[]string{"-addr"}, nil, []string{"addr"}},
 		{[]string{"serve"}, nil, []string{`"serve"`}},
 		{
-			[]string{"-network", "host", "-tls-cert", "a", "-max-bind-files", "0", "serve"},
+			[]string{"-network", "host", "-tls-cert", "a", "-max-bind-files", "0"},
 			map[string]string{"DUXCORE_FETCH_ALLOW": "y", "DUXCORE_CREATE_TIMEOUT": "z"},
-			[]string{"-network", "-tls-cert", "-max-bind-files", "serve", "DUXCORE_FETCH_ALLOW", "DUXCORE_CREATE_TIMEOUT"},
+			[]string{"-network", "-tls-cert", "-max-bind-files", "DUXCORE_FETCH_ALLOW", "DUXCORE_CREATE_TIMEOUT"},
 		},
 		{
 			[]string{"-network", "host", "-pids-limit", "x"},
