@@ -2,10 +2,8 @@ package main
 
 import (
 	"archive/tar"
-	"bufio"
 	"cmp"
 	"compress/gzip"
-	"context"
 	"errors"
 	"io"
 	"io/fs"
@@ -18,10 +16,10 @@ import (
 )
 
 const (
-	maxEntryPath = 1024     // bytes
-	maxDepth     = 64       // directories in an entry's path
-	copyChunk    = 32 << 10 // bytes of a download, or of a file, that are read at a time
-	unzipChunk   = 96 << 10 // bytes that are decompressed while those before them are laid out
+	maxEntryPath = 1024      // bytes
+	maxDepth     = 64        // directories in an entry's path
+	readChunk    = 64 << 10  // bytes of a download that are read at a time
+	writeChunk   = 128 << 10 // bytes of a file that are written at a time
 )
 
 // unpackLimits bound what one archive may make.
@@ -32,28 +30,19 @@ type unpackLimits struct {
 
 // unpack lays out a gzipped tar stream in dir: directories, regular files, symbolic and
 // hard links, as tar would, but nothing outside dir and nothing that is more than data.
-// Owners are the archive's, or all o if that is given; only root can give files away. It closes r.
-func unpack(r io.ReadCloser, dir *os.Root, limits unpackLimits, o *owner) error {
-	unzipped, unzip := io.Pipe()
-	ended := make(chan struct{})
-	go func() { // decompresses the next chunk while this one's files are written; unpack waits for its end
-		defer close(ended)
-		ahead := bufio.NewWriterSize(unzip, unzipChunk)
-		zipped, err := gzip.NewReader(bufio.NewReaderSize(r, copyChunk))
-		if err == nil {
-			_, err = ahead.ReadFrom(zipped)
-		}
-		ahead.Flush() // what comes before an error counts
-		unzip.CloseWithError(err)
-	}()
-	defer func() { unzipped.Close(); r.Close(); <-ended }()
-	stream := &limitedReader{r: bufio.NewReaderSize(unzipped, unzipChunk), left: limits.bytes}
+// Owners are the archive's, or all o if that is given; only root can give files away.
+func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
+	zipped, err := gzip.NewReader(r)
+	if err != nil {
+		return broken(err)
+	}
+	stream := &limitedReader{r: zipped, left: limits.bytes}
 	archive := tar.NewReader(stream)
 	parent, err := dir.OpenRoot(".")
 	if err != nil {
 		return err
 	}
-	u := &unpacker{root: dir, ownedBy: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, copyChunk), parent: parent, parentDir: "."}
+	u := &unpacker{root: dir, ownedBy: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk), parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
 	size := int64(0) // of the files: a sparse one can have any size in a short stream
 	for entries := int64(1); ; entries++ {
@@ -76,9 +65,9 @@ func unpack(r io.ReadCloser, dir *os.Root, limits unpackLimits, o *owner) error 
 	}
 }
 
-// broken says why an archive cannot be read on, unless that is said already or the download was given up.
+// broken says why an archive cannot be read on.
 func broken(err error) error {
-	if err == nil || isA[*apiError](err) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || isA[*apiError](err) {
 		return err
 	}
 	return refuse("the archive is broken: %s", plain(err))

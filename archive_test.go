@@ -714,7 +714,7 @@ func TestUnpackingNeedsNoMemoryForContents(t *testing.T) { // not parallel: it m
 			parts = append(parts, bytes.NewReader(gzipped(tarEnd)))
 			stream := bufio.NewReader(io.MultiReader(parts...))
 			allocated := allocatedBy(func() {
-				err = unpack(io.NopCloser(stream), root, unpackLimits{bytes: math.MaxInt64, entries: math.MaxInt64}, nil)
+				err = unpack(stream, root, unpackLimits{bytes: math.MaxInt64, entries: math.MaxInt64}, nil)
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -781,7 +781,7 @@ func FuzzUnpack(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer root.Close()
-		allocated := allocatedBy(func() { err = unpack(io.NopCloser(bytes.NewReader(archive)), root, limits, nil) })
+		allocated := allocatedBy(func() { err = unpack(bytes.NewReader(archive), root, limits, nil) })
 		if allocated > maxAllocated {
 			t.Errorf("it allocated %d bytes, want at most %d", allocated, maxAllocated)
 		}

@@ -132,9 +132,7 @@ func TestNothingWithoutTheCoreKey(t *testing.T) {
 			}
 		}
 	}
-	if after := e.calls()[before:]; len(after) > 0 {
-		t.Errorf("the engine was asked %q", after)
-	}
+	e.wantAskedNothing(t, before)
 	d.do(t, "GET", "/service/web", "").want(t, 200)
 }
 
@@ -149,9 +147,7 @@ func TestBodyWithoutTheCoreKeyIsNotRead(t *testing.T) {
 			t.Errorf("%q: status %d, closed %v", framing, a.status, closed)
 		}
 	}
-	if after := e.calls()[before:]; len(after) > 0 {
-		t.Errorf("the engine was asked %q", after)
-	}
+	e.wantAskedNothing(t, before)
 }
 
 func TestMissingCoreKeyIsCreated(t *testing.T) {

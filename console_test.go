@@ -243,9 +243,7 @@ func TestBadLogsQueriesAreNamedAndReachNothing(t *testing.T) {
 	if len(long.body) > 1000 {
 		t.Errorf("the answer to a long name has %d bytes", len(long.body))
 	}
-	if calls := e.calls()[before:]; len(calls) > 0 {
-		t.Errorf("the engine was asked %q", calls)
-	}
+	e.wantAskedNothing(t, before)
 }
 
 func TestFollowSendsWhatIsPrintedAsItIs(t *testing.T) {
@@ -1074,9 +1072,7 @@ func TestSizeOfTheTTY(t *testing.T) {
 		`{"rows":24,"cols":80}{}`, `{"rows":24,"cols":80`, `{"rows":18446744073709551640,"cols":80}`} {
 		d.do(t, "POST", "/service/web/tty", body).want(t, 400)
 	}
-	if calls := e.calls()[before:]; len(calls) > 0 {
-		t.Errorf("the engine was asked %q", calls)
-	}
+	e.wantAskedNothing(t, before)
 }
 
 func TestSizeOfATTYThatIsNotThere(t *testing.T) {

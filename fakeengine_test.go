@@ -193,6 +193,27 @@ func (e *fakeEngine) setIntercept(f func(http.ResponseWriter, *http.Request) boo
 	e.intercept = f
 }
 
+// answerWith has each call whose path has an end answered with a text, which is JSON if it is whole.
+func (e *fakeEngine) answerWith(end string, status int, text string) {
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, end) {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(status)
+		io.WriteString(w, text)
+		return true
+	})
+}
+
+// wantAskedNothing fails unless all that was asked so far had been asked before.
+func (e *fakeEngine) wantAskedNothing(t testing.TB, before int) {
+	t.Helper()
+	if asked := e.calls()[before:]; len(asked) > 0 {
+		t.Errorf("the engine was asked %q", asked)
+	}
+}
+
 // setDialect has another engine take this one's place, with all that it has.
 func (e *fakeEngine) setDialect(d dialect) {
 	e.mu.Lock()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"io"
@@ -157,7 +158,12 @@ func (f *fetcher) fetch(ctx context.Context, address string, dir *os.Root, limit
 	if answer.StatusCode != http.StatusOK {
 		return failure(downloadFailed, "bind_contents: the server answered %d", answer.StatusCode)
 	}
-	return unpack(&download{body: answer.Body, window: f.window, ctx: ctx, cancel: cancel}, dir, limits, o)
+	body := &download{body: answer.Body, window: f.window, cancel: cancel}
+	err = unpack(bufio.NewReaderSize(body, readChunk), dir, limits, o)
+	if body.err != nil { // whatever unpack made of it
+		return fetchError(ctx, body.err)
+	}
+	return err
 }
 
 // fetchError says why a download failed, without its URL, which may hold a token.
@@ -176,14 +182,14 @@ func fetchError(ctx context.Context, err error) error {
 
 // download is the body of an answer. It gives a server up that is too slow: one that, in the time
 // that the daemon waits for it and up to the length of a window, has not sent what minFetchRate
-// asks for. How long the daemon itself takes does not count. Its errors are fetchError's.
+// asks for. How long the daemon itself takes does not count. It remembers its error.
 type download struct {
 	body   io.Reader
 	window time.Duration
-	ctx    context.Context
 	cancel context.CancelCauseFunc
 	waited time.Duration // in this window
 	got    int64         // bytes in this window
+	err    error         // other than io.EOF
 }
 
 func (d *download) Read(p []byte) (int, error) {
@@ -197,13 +203,7 @@ func (d *download) Read(p []byte) (int, error) {
 		d.waited, d.got = 0, 0
 	}
 	if err != nil && err != io.EOF {
-		err = fetchError(d.ctx, err)
+		d.err = err
 	}
 	return n, err
-}
-
-// Close ends the download, and with that a Read that waits for the server.
-func (d *download) Close() error {
-	d.cancel(nil)
-	return nil
 }

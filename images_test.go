@@ -150,15 +150,7 @@ func TestFailedPullLeavesNothing(t *testing.T) {
 		e := newFakeEngine(t)
 		d := startDaemon(t, e.host(), nil)
 		before := state(t, e, d)
-		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-			if !strings.HasSuffix(r.URL.Path, "/images/create") {
-				return false
-			}
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(test.engineStatus)
-			io.WriteString(w, test.engineBody)
-			return true
-		})
+		e.answerWith("/images/create", test.engineStatus, test.engineBody)
 		d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, test.status, test.text)
 		if after := state(t, e, d); after != before {
 			t.Errorf("%d %s left %s", test.engineStatus, test.engineBody, after)

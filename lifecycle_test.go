@@ -58,13 +58,7 @@ func TestContainersWithoutANameAreNoServices(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), nil)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasSuffix(r.URL.Path, "/containers/json") {
-			return false
-		}
-		io.WriteString(w, `[{"Id":"1","Names":[""],"Labels":{"duxcore.service":"web"}},{"Id":"2","Labels":{"duxcore.service":"a/b"}}]`)
-		return true
-	})
+	e.answerWith("/containers/json", 200, `[{"Id":"1","Names":[""],"Labels":{"duxcore.service":"web"}},{"Id":"2","Labels":{"duxcore.service":"a/b"}}]`)
 	if a := d.do(t, "GET", "/service", "").want(t, 200); strings.TrimSpace(a.body) != "[]" {
 		t.Errorf("services: %s", a.body)
 	}
@@ -289,13 +283,7 @@ func TestContainerOfACommittedServiceIsNobodysBusiness(t *testing.T) {
 func TestEngineThatListsNothingForAMomentCostsNoService(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		lists := strings.HasSuffix(r.URL.Path, "/containers/json")
-		if lists {
-			io.WriteString(w, "[]")
-		}
-		return lists
-	})
+	e.answerWith("/containers/json", 200, "[]")
 	if err := d.stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -430,13 +418,7 @@ func TestEnginesAnswerEndsAnOperation(t *testing.T) {
 	for _, status := range []int{404, 409} {
 		for _, op := range []string{"start", "restart"} {
 			e, d := startWithService(t)
-			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-				starts := strings.HasSuffix(r.URL.Path, "/start")
-				if starts {
-					reply(w, status, "cannot start a paused container, try unpause instead")
-				}
-				return starts
-			})
+			e.answerWith("/start", status, `{"message":"cannot start a paused container, try unpause instead"}`)
 			before := len(e.calls())
 			d.do(t, "POST", "/service/web/ctl", `{"op":"`+op+`"}`).want(t, map[int]int{404: 502, 409: 409}[status], "unpause")
 			calls := e.calls()[before:]
@@ -589,7 +571,6 @@ type exploration struct {
 	used                  string   // the birth of the service that has data in its directory
 	trace                 []string
 	broken                string // the first promise
-	died                  bool   // in a download: what asks the engine next does so no more
 }
 
 // serviceState is what a client may find: the environments of the service and of its next start.
@@ -643,23 +624,18 @@ func (c exploreContents) RoundTrip(*http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(body)}, nil
 }
 
-// Read is where the download has come half-way. It is called on a goroutine that the request waits for.
+// Read is where the download has come half-way.
 func (c exploreContents) Read([]byte) (int, error) {
 	if c.w.deaths > 0 && c.w.choose(2) == 1 {
 		c.w.deaths--
 		c.w.note("   dies in the middle of it")
-		c.w.died = true
-		return 0, errors.New("dead")
+		runtime.Goexit()
 	}
 	return 0, io.EOF
 }
 
 // RoundTrip is a call of the daemon's to the engine. It does not return if the daemon dies.
 func (w *exploration) RoundTrip(r *http.Request) (*http.Response, error) {
-	if w.died {
-		w.died = false
-		runtime.Goexit()
-	}
 	for len(w.late) > 0 && w.choose(2) == 1 {
 		w.carryOutLate()
 	}

@@ -291,15 +291,7 @@ func TestEngineFailuresReachTheClient(t *testing.T) {
 		{500, ``, 502, ""},
 	} {
 		e, d := startWithService(t)
-		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-			if !strings.HasSuffix(r.URL.Path, "/start") {
-				return false
-			}
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(test.engineStatus)
-			io.WriteString(w, test.engineBody)
-			return true
-		})
+		e.answerWith("/start", test.engineStatus, test.engineBody)
 		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, test.status, test.text)
 	}
 }
