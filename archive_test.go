@@ -12,12 +12,9 @@ import (
 	"io/fs"
 	"maps"
 	"math"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,29 +22,6 @@ import (
 	"testing"
 	"time"
 )
-
-// An entry is one of a tar file, written by hand: archive/tar writes no broken ones.
-type entry struct {
-	name, link         string
-	kind               byte // of the typeflags; 0 for a regular file
-	mode               int64
-	uid, gid           int64
-	size               int64 // that the header claims; 0 for the body's own
-	mtime              int64
-	body               string
-	realSize           int64 // of an old GNU sparse file without data
-	checksumOff, noPad bool
-}
-
-func file(name, body string) entry { return entry{name: name, body: body} }
-
-func dir(name string) entry { return entry{name: name, kind: '5', mode: 0o755} }
-
-func symlink(name, target string) entry { return entry{name: name, kind: '2', link: target} }
-
-func hardLink(name, to string) entry { return entry{name: name, kind: '1', link: to} }
-
-func global(records ...string) entry { e := pax(records...); e.kind = 'g'; return e }
 
 // pax is an extended header for the next entry. Its records are KEY=VALUE.
 func pax(records ...string) entry {
@@ -62,51 +36,6 @@ func pax(records ...string) entry {
 	return entry{name: "pax", kind: 'x', body: body}
 }
 
-// bytes returns the header and the padded body.
-func (e entry) bytes() []byte {
-	block := make([]byte, 512)
-	if e.kind == 0 {
-		e.kind = '0'
-	}
-	if e.mode == 0 {
-		e.mode = 0o644
-	}
-	if e.size == 0 {
-		e.size = int64(len(e.body))
-	}
-	copy(block[:100], e.name)
-	tarNumber(block[100:108], e.mode)
-	tarNumber(block[108:116], e.uid)
-	tarNumber(block[116:124], e.gid)
-	tarNumber(block[124:136], e.size)
-	tarNumber(block[136:148], e.mtime)
-	block[156] = e.kind
-	copy(block[157:257], e.link)
-	copy(block[257:], "ustar\x0000")
-	if e.kind == 'S' {
-		copy(block[257:], "ustar  \x00")
-		tarNumber(block[483:495], e.realSize)
-	}
-	sealHeader(block)
-	if e.checksumOff {
-		block[150] ^= 1
-	}
-	all := append(block, e.body...)
-	if !e.noPad {
-		all = append(all, make([]byte, -len(e.body)&511)...)
-	}
-	return all
-}
-
-func sealHeader(block []byte) {
-	copy(block[148:156], "        ")
-	sum := 0
-	for _, b := range block {
-		sum += int(b)
-	}
-	copy(block[148:], fmt.Sprintf("%06o\x00", sum))
-}
-
 // tarNumber writes octal digits, or where they do not do, base 256.
 func tarNumber(field []byte, v int64) {
 	if text := fmt.Sprintf("%0*o", len(field)-1, v); v >= 0 && len(text) < len(field) {
@@ -119,27 +48,6 @@ func tarNumber(field []byte, v int64) {
 	}
 	field[0] |= 0x80
 }
-
-var tarEnd = make([]byte, 1024)
-
-func tarOf(entries ...entry) (all []byte) {
-	for _, e := range entries {
-		all = append(all, e.bytes()...)
-	}
-	return all
-}
-
-func gzipped(parts ...[]byte) []byte {
-	var b bytes.Buffer
-	w := gzip.NewWriter(&b)
-	for _, part := range parts {
-		w.Write(part)
-	}
-	w.Close()
-	return b.Bytes()
-}
-
-func tgz(entries ...entry) []byte { return gzipped(tarOf(entries...), tarEnd) }
 
 // The corpus's archives are made for these limits.
 const (
@@ -356,59 +264,6 @@ func hostileArchives(outside string) []hostile {
 	return rows
 }
 
-// A node is all there is to know about a file. Atime is 0 where reading a tree changes it.
-type node struct {
-	mode         fs.FileMode
-	uid, gid     uint32
-	mtime, atime int64
-	content      string // or a link's target
-	twin         string // the first path of the same file
-	capability   string
-	inode        uint64
-}
-
-// readTree reads all below dir but what is below skip. It leaves no trace in the times.
-func readTree(t testing.TB, dir, skip string) map[string]node {
-	t.Helper()
-	nodes, first := map[string]node{}, map[uint64]string{}
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if path == skip {
-			return fs.SkipDir
-		}
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		stat := info.Sys().(*syscall.Stat_t)
-		name, _ := filepath.Rel(dir, path)
-		n := node{mode: info.Mode(), uid: stat.Uid, gid: stat.Gid, mtime: info.ModTime().UnixNano(), inode: stat.Ino}
-		switch {
-		case d.Type() == fs.ModeSymlink:
-			n.content, err = os.Readlink(path)
-		case d.Type().IsRegular():
-			n.atime = stat.Atim.Nano()
-			n.content, err = readQuietly(path)
-			value := make([]byte, 64)
-			if size, err := syscall.Getxattr(path, "security.capability", value); err == nil {
-				n.capability = string(value[:size])
-			}
-			if first[stat.Ino] == "" {
-				first[stat.Ino] = name
-			}
-			n.twin = first[stat.Ino]
-		}
-		nodes[name] = n
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return nodes
-}
-
 // readQuietly reads a file without a change of its access time.
 func readQuietly(path string) (string, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOATIME, 0)
@@ -493,21 +348,6 @@ func description(t testing.TB, a answer) string {
 		t.Fatalf("body %q: %v", a.body, err)
 	}
 	return body.Error.Description
-}
-
-var loopback = networks("127.0.0.0/8")
-
-// serveArchives serves archives by path until the test ends, and returns its URL.
-func serveArchives(t *testing.T, archives map[string][]byte) string {
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		archive, ok := archives[r.URL.Path]
-		if !ok {
-			t.Errorf("the archive server was asked for %s", r.URL.Path)
-		}
-		w.Write(archive)
-	}))
-	t.Cleanup(s.Close)
-	return s.URL
 }
 
 func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
@@ -726,15 +566,6 @@ func TestUnpackingNeedsNoMemoryForContents(t *testing.T) { // not parallel: it m
 	}
 }
 
-// allocatedBy returns how many bytes the process allocates, freed or not, while f runs.
-func allocatedBy(f func()) uint64 {
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	f()
-	runtime.ReadMemStats(&after)
-	return after.TotalAlloc - before.TotalAlloc
-}
-
 // FuzzUnpack unpacks any bytes, or any tar file with its headers' checksums put right,
 // which no fuzzer would guess. Memory is measured as all that unpack ever allocates.
 func FuzzUnpack(f *testing.F) {
@@ -803,16 +634,4 @@ func FuzzUnpack(f *testing.F) {
 		}
 		wantSameTree(t, "the host", outside(t), before)
 	})
-}
-
-// withChecksums returns a copy of a tar file with the right checksum in all that looks
-// like a header.
-func withChecksums(plain []byte) []byte {
-	plain = slices.Clone(plain)
-	for block := range slices.Chunk(plain, 512) {
-		if len(block) == 512 && string(block[257:262]) == "ustar" {
-			sealHeader(block)
-		}
-	}
-	return plain
 }

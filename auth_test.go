@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/base64"
@@ -10,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -25,35 +23,6 @@ import (
 	"testing"
 	"time"
 )
-
-const unauthorizedBody = `{"error":{"code":401,"reason":"Unauthorized",` +
-	`"description":"Accessing this daemon requires core authorization.","kind":"unauthorized"}}`
-
-// plusSlashKey has + and / in its base64 form, and padding.
-var plusSlashKey = []byte("\xfb\xff\xbf\xfe secret of the core \x00\x01\x02\x03\x04\x05\x06\x07")
-
-// startError runs a daemon that is to fail, and returns its log and its error, or nil if it serves.
-func startError(t *testing.T, change func(*config)) (log string, err error) {
-	t.Helper()
-	dir := t.TempDir()
-	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir + "/binds"},
-		func(string) (string, bool) { return "", false }, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.dockerHost = "unix://" + dir + "/no-engine"
-	change(&cfg)
-	// A daemon that serves all the same is stopped, and returns nil.
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	buffer := &syncBuffer{}
-	err = run(ctx, cfg, slog.New(slog.NewTextHandler(buffer, nil)), func(net.Addr) {
-		if cfg.tlsCert == "" { // those are read after this
-			cancel()
-		}
-	})
-	return buffer.String(), err
-}
 
 // wrongKeys are values of the header, each as its lines, that are not the one good key.
 func wrongKeys(key []byte) map[string]string {

@@ -38,15 +38,6 @@ func TestPipeInThePlaceOfADirectoryIsNotWaitedFor(t *testing.T) {
 	}
 }
 
-func openTree(t *testing.T, dir string) *os.Root {
-	t.Helper()
-	tree, err := os.OpenRoot(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tree
-}
-
 // An administrator may have put a link where a bind directory is looked for.
 func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	t.Parallel()

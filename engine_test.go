@@ -19,7 +19,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 )
 
 // engineReplace puts something else behind the engine's socket until restore is called.
@@ -98,22 +97,6 @@ var engineRequests = []struct{ method, path, body string }{
 	{"PATCH", "/service/web/env", `{"A":"1"}`},
 	{"DELETE", "/service/web", ""},
 	{"POST", "/docker/image", wholeTar()},
-}
-
-// engineImpatient makes every deadline short.
-func engineImpatient(c *config) {
-	c.createTimeout, c.stopTimeout = time.Second, time.Second
-	c.waits.read, c.waits.frame = time.Second, 300*time.Millisecond
-}
-
-func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {
-	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), change)
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
-	return e, d
 }
 
 // eachKindOfRequest are requests that all need the engine.

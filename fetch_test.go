@@ -10,7 +10,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/http/httputil"
 	"net/netip"
 	"os"
@@ -22,13 +21,6 @@ import (
 	"testing"
 	"time"
 )
-
-func networks(texts ...string) (list []netip.Prefix) {
-	for _, text := range texts {
-		list = append(list, netip.MustParsePrefix(text))
-	}
-	return list
-}
 
 func TestOnlyPublicAddressesAreFetchedFrom(t *testing.T) {
 	t.Parallel()
@@ -154,44 +146,6 @@ func (l trap) wantUntouched(t *testing.T) {
 	defer own.Close()
 	if first := <-l.callers; first != own.LocalAddr().(*net.TCPAddr).Port {
 		t.Errorf("there was a connection from port %d", first)
-	}
-}
-
-// serveOn serves at one address of the loopback network.
-func serveOn(t *testing.T, ip string, handler http.HandlerFunc) *httptest.Server {
-	t.Helper()
-	listener, err := net.Listen("tcp", ip+":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := httptest.NewUnstartedServer(handler)
-	s.Listener.Close()
-	s.Listener = listener
-	s.Start()
-	t.Cleanup(s.Close)
-	return s
-}
-
-// startFetching starts a daemon that may fetch from the networks.
-func startFetching(t *testing.T, allow ...string) (*daemon, *fakeEngine) {
-	t.Helper()
-	engine := newFakeEngine(t)
-	engine.addImage("img:1")
-	return startDaemon(t, engine.host(), func(c *config) { c.fetchAllow = networks(allow...) }), engine
-}
-
-func createFrom(t *testing.T, d *daemon, id, address string) answer {
-	t.Helper()
-	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id, fmt.Sprintf(`"bind_contents":%q`, address))))
-	r.Header.Set("X-Registry-Auth", "cmVnaXN0cnk=")
-	return d.send(t, r)
-}
-
-// wantNothing fails if a create has left anything.
-func wantNothing(t *testing.T, d *daemon, engine *fakeEngine) {
-	t.Helper()
-	if left := bindDirs(t, d.binds); len(left) > 0 || len(engine.names()) > 0 || len(engine.volumes) > 0 {
-		t.Errorf("there are the directories %q, the containers %q, the volumes %v", left, engine.names(), engine.volumes)
 	}
 }
 
@@ -541,20 +495,6 @@ func TestDownloadOfARefusedArchiveEnds(t *testing.T) {
 	createFrom(t, d, "svc", server.URL).want(t, 400, `../x`)
 	<-left
 	wantNothing(t, d, engine)
-}
-
-// between is a connection between two addresses.
-type between struct {
-	net.Conn
-	local, remote string
-}
-
-func (b between) LocalAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.local))
-}
-
-func (b between) RemoteAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.remote))
 }
 
 // The host's own public address leads to what trusts the host.

@@ -1,20 +1,33 @@
 package main
 
 import (
+	"archive/tar"
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -374,4 +387,520 @@ func wireMemory(t testing.TB, pid int) (now, peak int) {
 		*value <<= 10
 	}
 	return now, peak
+}
+
+// allocatedBy returns how many bytes the process allocates, freed or not, while f runs.
+func allocatedBy(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// An entry is one of a tar file, written by hand: archive/tar writes no broken ones.
+type entry struct {
+	name, link         string
+	kind               byte // of the typeflags; 0 for a regular file
+	mode               int64
+	uid, gid           int64
+	size               int64 // that the header claims; 0 for the body's own
+	mtime              int64
+	body               string
+	realSize           int64 // of an old GNU sparse file without data
+	checksumOff, noPad bool
+}
+
+// bytes returns the header and the padded body.
+func (e entry) bytes() []byte {
+	block := make([]byte, 512)
+	if e.kind == 0 {
+		e.kind = '0'
+	}
+	if e.mode == 0 {
+		e.mode = 0o644
+	}
+	if e.size == 0 {
+		e.size = int64(len(e.body))
+	}
+	copy(block[:100], e.name)
+	tarNumber(block[100:108], e.mode)
+	tarNumber(block[108:116], e.uid)
+	tarNumber(block[116:124], e.gid)
+	tarNumber(block[124:136], e.size)
+	tarNumber(block[136:148], e.mtime)
+	block[156] = e.kind
+	copy(block[157:257], e.link)
+	copy(block[257:], "ustar\x0000")
+	if e.kind == 'S' {
+		copy(block[257:], "ustar  \x00")
+		tarNumber(block[483:495], e.realSize)
+	}
+	sealHeader(block)
+	if e.checksumOff {
+		block[150] ^= 1
+	}
+	all := append(block, e.body...)
+	if !e.noPad {
+		all = append(all, make([]byte, -len(e.body)&511)...)
+	}
+	return all
+}
+
+func file(name, body string) entry { return entry{name: name, body: body} }
+
+func dir(name string) entry { return entry{name: name, kind: '5', mode: 0o755} }
+
+func global(records ...string) entry { e := pax(records...); e.kind = 'g'; return e }
+
+func hardLink(name, to string) entry { return entry{name: name, kind: '1', link: to} }
+
+func symlink(name, target string) entry { return entry{name: name, kind: '2', link: target} }
+
+func gzipped(parts ...[]byte) []byte {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	for _, part := range parts {
+		w.Write(part)
+	}
+	w.Close()
+	return b.Bytes()
+}
+
+func tgz(entries ...entry) []byte { return gzipped(tarOf(entries...), tarEnd) }
+
+func tarOf(entries ...entry) (all []byte) {
+	for _, e := range entries {
+		all = append(all, e.bytes()...)
+	}
+	return all
+}
+
+var tarEnd = make([]byte, 1024)
+
+var loopback = networks("127.0.0.0/8")
+
+// A node is all there is to know about a file. Atime is 0 where reading a tree changes it.
+type node struct {
+	mode         fs.FileMode
+	uid, gid     uint32
+	mtime, atime int64
+	content      string // or a link's target
+	twin         string // the first path of the same file
+	capability   string
+	inode        uint64
+}
+
+// readTree reads all below dir but what is below skip. It leaves no trace in the times.
+func readTree(t testing.TB, dir, skip string) map[string]node {
+	t.Helper()
+	nodes, first := map[string]node{}, map[uint64]string{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if path == skip {
+			return fs.SkipDir
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		stat := info.Sys().(*syscall.Stat_t)
+		name, _ := filepath.Rel(dir, path)
+		n := node{mode: info.Mode(), uid: stat.Uid, gid: stat.Gid, mtime: info.ModTime().UnixNano(), inode: stat.Ino}
+		switch {
+		case d.Type() == fs.ModeSymlink:
+			n.content, err = os.Readlink(path)
+		case d.Type().IsRegular():
+			n.atime = stat.Atim.Nano()
+			n.content, err = readQuietly(path)
+			value := make([]byte, 64)
+			if size, err := syscall.Getxattr(path, "security.capability", value); err == nil {
+				n.capability = string(value[:size])
+			}
+			if first[stat.Ino] == "" {
+				first[stat.Ino] = name
+			}
+			n.twin = first[stat.Ino]
+		}
+		nodes[name] = n
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return nodes
+}
+
+// serveArchives serves archives by path until the test ends, and returns its URL.
+func serveArchives(t *testing.T, archives map[string][]byte) string {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		archive, ok := archives[r.URL.Path]
+		if !ok {
+			t.Errorf("the archive server was asked for %s", r.URL.Path)
+		}
+		w.Write(archive)
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+func sealHeader(block []byte) {
+	copy(block[148:156], "        ")
+	sum := 0
+	for _, b := range block {
+		sum += int(b)
+	}
+	copy(block[148:], fmt.Sprintf("%06o\x00", sum))
+}
+
+// withChecksums returns a copy of a tar file with the right checksum in all that looks
+// like a header.
+func withChecksums(plain []byte) []byte {
+	plain = slices.Clone(plain)
+	for block := range slices.Chunk(plain, 512) {
+		if len(block) == 512 && string(block[257:262]) == "ustar" {
+			sealHeader(block)
+		}
+	}
+	return plain
+}
+
+const unauthorizedBody = `{"error":{"code":401,"reason":"Unauthorized",` +
+	`"description":"Accessing this daemon requires core authorization.","kind":"unauthorized"}}`
+
+// plusSlashKey has + and / in its base64 form, and padding.
+var plusSlashKey = []byte("\xfb\xff\xbf\xfe secret of the core \x00\x01\x02\x03\x04\x05\x06\x07")
+
+// startError runs a daemon that is to fail, and returns its log and its error, or nil if it serves.
+func startError(t *testing.T, change func(*config)) (log string, err error) {
+	t.Helper()
+	dir := t.TempDir()
+	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir + "/binds"},
+		func(string) (string, bool) { return "", false }, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.dockerHost = "unix://" + dir + "/no-engine"
+	change(&cfg)
+	// A daemon that serves all the same is stopped, and returns nil.
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	buffer := &syncBuffer{}
+	err = run(ctx, cfg, slog.New(slog.NewTextHandler(buffer, nil)), func(net.Addr) {
+		if cfg.tlsCert == "" { // those are read after this
+			cancel()
+		}
+	})
+	return buffer.String(), err
+}
+
+func openTree(t *testing.T, dir string) *os.Root {
+	t.Helper()
+	tree, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tree
+}
+
+// engineImpatient makes every deadline short.
+func engineImpatient(c *config) {
+	c.createTimeout, c.stopTimeout = time.Second, time.Second
+	c.waits.read, c.waits.frame = time.Second, 300*time.Millisecond
+}
+
+func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {
+	t.Helper()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), change)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
+	return e, d
+}
+
+// between is a connection between two addresses.
+type between struct {
+	net.Conn
+	local, remote string
+}
+
+func (b between) LocalAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.local))
+}
+
+func (b between) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.remote))
+}
+
+func networks(texts ...string) (list []netip.Prefix) {
+	for _, text := range texts {
+		list = append(list, netip.MustParsePrefix(text))
+	}
+	return list
+}
+
+// serveOn serves at one address of the loopback network.
+func serveOn(t *testing.T, ip string, handler http.HandlerFunc) *httptest.Server {
+	t.Helper()
+	listener, err := net.Listen("tcp", ip+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewUnstartedServer(handler)
+	s.Listener.Close()
+	s.Listener = listener
+	s.Start()
+	t.Cleanup(s.Close)
+	return s
+}
+
+// startFetching starts a daemon that may fetch from the networks.
+func startFetching(t *testing.T, allow ...string) (*daemon, *fakeEngine) {
+	t.Helper()
+	engine := newFakeEngine(t)
+	engine.addImage("img:1")
+	return startDaemon(t, engine.host(), func(c *config) { c.fetchAllow = networks(allow...) }), engine
+}
+
+func createFrom(t *testing.T, d *daemon, id, address string) answer {
+	t.Helper()
+	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id, fmt.Sprintf(`"bind_contents":%q`, address))))
+	r.Header.Set("X-Registry-Auth", "cmVnaXN0cnk=")
+	return d.send(t, r)
+}
+
+// wantNothing fails if a create has left anything.
+func wantNothing(t *testing.T, d *daemon, engine *fakeEngine) {
+	t.Helper()
+	if left := bindDirs(t, d.binds); len(left) > 0 || len(engine.names()) > 0 || len(engine.volumes) > 0 {
+		t.Errorf("there are the directories %q, the containers %q, the volumes %v", left, engine.names(), engine.volumes)
+	}
+}
+
+// crowdHold has the engine hold each call that matches until release is called or its
+// client leaves. One arrives on held for each.
+func crowdHold(e *fakeEngine, matches func(call string) bool) (held <-chan struct{}, release func()) {
+	arrived, free := make(chan struct{}, 1000), make(chan struct{})
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if !matches(r.Method + " " + versionPrefix.ReplaceAllString(r.URL.RequestURI(), "")) {
+			return false
+		}
+		arrived <- struct{}{}
+		select {
+		case <-free:
+			return false
+		case <-r.Context().Done():
+			return true
+		}
+	})
+	return arrived, sync.OnceFunc(func() { close(free) })
+}
+
+// crowdLeavesNothing runs f, which stops all that it starts, and waits until there are
+// as few goroutines and descriptors as before. A test that uses it is not parallel.
+func crowdLeavesNothing(t *testing.T, f func()) {
+	t.Helper()
+	goroutines, descriptors := runtime.NumGoroutine(), crowdDescriptors()
+	f()
+	defer func() {
+		if t.Failed() {
+			stacks := make([]byte, 1<<20)
+			t.Logf("%d goroutines, then %d; %d descriptors, then %d\n%s", goroutines, runtime.NumGoroutine(),
+				descriptors, crowdDescriptors(), stacks[:runtime.Stack(stacks, true)])
+		}
+	}()
+	waitFor(t, "goroutines and descriptors as before", func() bool {
+		return runtime.NumGoroutine() <= goroutines && crowdDescriptors() <= descriptors
+	})
+}
+
+// crowdSend sends a request in the background.
+func crowdSend(t *testing.T, d *daemon, method, path, body string) <-chan answer {
+	answers := make(chan answer, 1)
+	go func() {
+		defer close(answers)
+		answers <- d.do(t, method, path, body)
+	}()
+	return answers
+}
+
+func environment(values map[string]string) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		value, ok := values[name]
+		return value, ok
+	}
+}
+
+// errorsGo is what shows only in texts that Go or its HTTP library made for programmers.
+var errorsGo = regexp.MustCompile(`%!|0x[0-9a-f]|\bstruct\b|\b(json|http|tar|gzip|flate|main|os|fs|io|net|container|syscall): |` +
+	`\b(container|main|json|image)\.[A-Z]|\bGo (value|struct)|\bunmarshal|<nil>|nil pointer|goroutine|127\.0\.0\.1:\d+->|https?://%2F|openat|renameat`)
+
+// errorsClean fails if an error's body tells what is none of the client's business.
+func errorsClean(t testing.TB, d *daemon, body string) {
+	t.Helper()
+	var text struct{ Error struct{ Description string } }
+	if err := json.Unmarshal([]byte(body), &text); err != nil {
+		t.Errorf("no JSON: %s", body)
+	}
+	key, _ := os.ReadFile(filepath.Join(filepath.Dir(d.binds), "corekey.bin"))
+	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds, filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
+		if strings.Contains(text.Error.Description, secret) {
+			t.Errorf("%q is in %s", secret, body)
+		}
+	}
+	if found := errorsGo.FindString(text.Error.Description); found != "" {
+		t.Errorf("%q is in %s", found, body)
+	}
+}
+
+// selfSigned writes a certificate for 127.0.0.1 and its key, and returns their paths and
+// a pool that trusts it.
+func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, kind string, der []byte) string {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	trusted = x509.NewCertPool()
+	parsed, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	trusted.AddCert(parsed)
+	return write("cert.pem", "CERTIFICATE", der), write("key.pem", "PRIVATE KEY", keyDER), trusted
+}
+
+// sendRaw sends text on a connection of its own and returns the answer, and whether
+// the daemon closes the connection after it.
+func sendRaw(t testing.TB, d *daemon, text string) (a answer, closed bool) {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.WriteString(conn, text); err != nil {
+		t.Fatal(err)
+	}
+	method, _, _ := strings.Cut(text, " ")
+	reader := bufio.NewReader(conn)
+	response, err := http.ReadResponse(reader, &http.Request{Method: method})
+	if err != nil {
+		t.Fatalf("%q: %v", text, err)
+	}
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatalf("%q: %v", text, err)
+	}
+	if response.Close {
+		_, err := reader.ReadByte()
+		closed = err == io.EOF
+	}
+	return answer{response.StatusCode, response.Header, string(body)}, closed
+}
+
+// shipped builds the daemon as it is shipped. The file has no name any more: it goes with
+// the test's process, through whose descriptor it is executed.
+var shipped = sync.OnceValues(func() (*os.File, error) {
+	dir, err := os.MkdirTemp("", "shipped")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	if output, err := exec.Command("packaging/build", dir+"/daemon").CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("cannot build the daemon: %w\n%s", err, output)
+	}
+	return os.Open(dir + "/daemon")
+})
+
+// startWithService starts a daemon that has the one service "web", stopped.
+func startWithService(t testing.TB) (*fakeEngine, *daemon) {
+	t.Helper()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	return e, d
+}
+
+// wholeTar returns a tar archive with one file.
+func wholeTar() string {
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	w.WriteHeader(&tar.Header{Name: "hello", Mode: 0o755, Size: 5})
+	w.Write([]byte("world"))
+	w.Close()
+	return archive.String()
+}
+
+// statsEnds are what ends a service's stream.
+var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
+	"stop": func(t *testing.T, e *fakeEngine, d *daemon) {
+		d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
+	},
+	"kill": func(t *testing.T, e *fakeEngine, d *daemon) {
+		d.do(t, "POST", "/service/web/ctl", `{"op":"kill"}`).want(t, 204)
+	},
+	"delete": func(t *testing.T, e *fakeEngine, d *daemon) { d.do(t, "DELETE", "/service/web", "").want(t, 204) },
+	"the daemon's end": func(t *testing.T, e *fakeEngine, d *daemon) {
+		if err := d.stop(); err != nil {
+			t.Error(err)
+		}
+	},
+	"its process's end": func(t *testing.T, e *fakeEngine, d *daemon) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.byName("web").Running = false
+	},
+}
+
+func statsOpen(t testing.TB, d *daemon, id string) statsStream {
+	t.Helper()
+	response, err := d.client.Do(d.request(t, "GET", "/service/"+id+"/stats?stream=true", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if response.StatusCode != 200 {
+		t.Fatalf("status %d", response.StatusCode)
+	}
+	lines, left := make(chan string), make(chan struct{})
+	leave := sync.OnceFunc(func() { close(left); response.Body.Close() })
+	t.Cleanup(leave)
+	go func() { // ends with the stream, or when the test leaves it
+		defer close(lines)
+		for reader := bufio.NewReader(response.Body); ; {
+			line, err := reader.ReadString('\n')
+			if err == nil {
+				select {
+				case lines <- line:
+					continue
+				case <-left:
+				}
+			} else if err == io.EOF && line != "" {
+				t.Errorf("the stream ended within the line %q", line)
+			}
+			return
+		}
+	}()
+	return statsStream{response.Header, lines, leave}
 }

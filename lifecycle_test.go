@@ -946,35 +946,6 @@ func (w *exploration) judge(may map[serviceState]bool) {
 	w.promise(len(w.engine.volumes) == 1 && w.engine.volumes[w.engine.byName("web").volume], "the volumes are %v", w.engine.volumes)
 }
 
-// crowdHold has the engine hold each call that matches until release is called or its
-// client leaves. One arrives on held for each.
-func crowdHold(e *fakeEngine, matches func(call string) bool) (held <-chan struct{}, release func()) {
-	arrived, free := make(chan struct{}, 1000), make(chan struct{})
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if !matches(r.Method + " " + versionPrefix.ReplaceAllString(r.URL.RequestURI(), "")) {
-			return false
-		}
-		arrived <- struct{}{}
-		select {
-		case <-free:
-			return false
-		case <-r.Context().Done():
-			return true
-		}
-	})
-	return arrived, sync.OnceFunc(func() { close(free) })
-}
-
-// crowdSend sends a request in the background.
-func crowdSend(t *testing.T, d *daemon, method, path, body string) <-chan answer {
-	answers := make(chan answer, 1)
-	go func() {
-		defer close(answers)
-		answers <- d.do(t, method, path, body)
-	}()
-	return answers
-}
-
 func crowdRuns(e *fakeEngine, id string) bool {
 	c, _ := e.container(id)
 	return c.Running
@@ -983,24 +954,6 @@ func crowdRuns(e *fakeEngine, id string) bool {
 func crowdDescriptors() int {
 	open, _ := os.ReadDir("/proc/self/fd")
 	return len(open)
-}
-
-// crowdLeavesNothing runs f, which stops all that it starts, and waits until there are
-// as few goroutines and descriptors as before. A test that uses it is not parallel.
-func crowdLeavesNothing(t *testing.T, f func()) {
-	t.Helper()
-	goroutines, descriptors := runtime.NumGoroutine(), crowdDescriptors()
-	f()
-	defer func() {
-		if t.Failed() {
-			stacks := make([]byte, 1<<20)
-			t.Logf("%d goroutines, then %d; %d descriptors, then %d\n%s", goroutines, runtime.NumGoroutine(),
-				descriptors, crowdDescriptors(), stacks[:runtime.Stack(stacks, true)])
-		}
-	}()
-	waitFor(t, "goroutines and descriptors as before", func() bool {
-		return runtime.NumGoroutine() <= goroutines && crowdDescriptors() <= descriptors
-	})
 }
 
 func TestOneOfTenCreatesOfOneIDWins(t *testing.T) {

@@ -17,13 +17,6 @@ import (
 	"time"
 )
 
-func environment(values map[string]string) func(string) (string, bool) {
-	return func(name string) (string, bool) {
-		value, ok := values[name]
-		return value, ok
-	}
-}
-
 // flagTest is a flag with two values that are not its default, and where they arrive.
 type flagTest struct {
 	name, env, fallback string

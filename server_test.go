@@ -1,26 +1,17 @@
 package main
 
 import (
-	"archive/tar"
 	"bufio"
-	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -31,56 +22,6 @@ import (
 	"time"
 	"unicode/utf8"
 )
-
-// wholeTar returns a tar archive with one file.
-func wholeTar() string {
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	w.WriteHeader(&tar.Header{Name: "hello", Mode: 0o755, Size: 5})
-	w.Write([]byte("world"))
-	w.Close()
-	return archive.String()
-}
-
-// startWithService starts a daemon that has the one service "web", stopped.
-func startWithService(t testing.TB) (*fakeEngine, *daemon) {
-	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	return e, d
-}
-
-// sendRaw sends text on a connection of its own and returns the answer, and whether
-// the daemon closes the connection after it.
-func sendRaw(t testing.TB, d *daemon, text string) (a answer, closed bool) {
-	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := io.WriteString(conn, text); err != nil {
-		t.Fatal(err)
-	}
-	method, _, _ := strings.Cut(text, " ")
-	reader := bufio.NewReader(conn)
-	response, err := http.ReadResponse(reader, &http.Request{Method: method})
-	if err != nil {
-		t.Fatalf("%q: %v", text, err)
-	}
-	body, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatalf("%q: %v", text, err)
-	}
-	if response.Close {
-		_, err := reader.ReadByte()
-		closed = err == io.EOF
-	}
-	return answer{response.StatusCode, response.Header, string(body)}, closed
-}
 
 // A service's whole life, in the order of the API page.
 func TestServiceLivesAndDies(t *testing.T) {
@@ -401,39 +342,6 @@ func TestOneLogLineForEachRequest(t *testing.T) {
 	}
 }
 
-// selfSigned writes a certificate for 127.0.0.1 and its key, and returns their paths and
-// a pool that trusts it.
-func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
-	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write := func(name, kind string, der []byte) string {
-		path := filepath.Join(t.TempDir(), name)
-		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	trusted = x509.NewCertPool()
-	parsed, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	trusted.AddCert(parsed)
-	return write("cert.pem", "CERTIFICATE", der), write("key.pem", "PRIVATE KEY", keyDER), trusted
-}
-
 func TestServesTLS(t *testing.T) {
 	t.Parallel()
 	cert, key, trusted := selfSigned(t)
@@ -512,28 +420,6 @@ func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	line, err := answers.ReadString('\n')
 	if err != nil || !strings.Contains(line, "100 Continue") {
 		t.Errorf("the daemon answers %q, %v", line, err)
-	}
-}
-
-// errorsGo is what shows only in texts that Go or its HTTP library made for programmers.
-var errorsGo = regexp.MustCompile(`%!|0x[0-9a-f]|\bstruct\b|\b(json|http|tar|gzip|flate|main|os|fs|io|net|container|syscall): |` +
-	`\b(container|main|json|image)\.[A-Z]|\bGo (value|struct)|\bunmarshal|<nil>|nil pointer|goroutine|127\.0\.0\.1:\d+->|https?://%2F|openat|renameat`)
-
-// errorsClean fails if an error's body tells what is none of the client's business.
-func errorsClean(t testing.TB, d *daemon, body string) {
-	t.Helper()
-	var text struct{ Error struct{ Description string } }
-	if err := json.Unmarshal([]byte(body), &text); err != nil {
-		t.Errorf("no JSON: %s", body)
-	}
-	key, _ := os.ReadFile(filepath.Join(filepath.Dir(d.binds), "corekey.bin"))
-	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds, filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
-		if strings.Contains(text.Error.Description, secret) {
-			t.Errorf("%q is in %s", secret, body)
-		}
-	}
-	if found := errorsGo.FindString(text.Error.Description); found != "" {
-		t.Errorf("%q is in %s", found, body)
 	}
 }
 
@@ -904,20 +790,6 @@ func TestSmugglingShapes(t *testing.T) {
 		}
 	}
 }
-
-// shipped builds the daemon as it is shipped. The file has no name any more: it goes with
-// the test's process, through whose descriptor it is executed.
-var shipped = sync.OnceValues(func() (*os.File, error) {
-	dir, err := os.MkdirTemp("", "shipped")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(dir)
-	if output, err := exec.Command("packaging/build", dir+"/daemon").CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("cannot build the daemon: %w\n%s", err, output)
-	}
-	return os.Open(dir + "/daemon")
-})
 
 func TestGigabytesWithoutTheKey(t *testing.T) {
 	t.Parallel()

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
 	"io"
 	"net"
@@ -18,37 +17,6 @@ type statsStream struct {
 	header http.Header
 	lines  <-chan string // closed at the stream's end
 	leave  func()
-}
-
-func statsOpen(t testing.TB, d *daemon, id string) statsStream {
-	t.Helper()
-	response, err := d.client.Do(d.request(t, "GET", "/service/"+id+"/stats?stream=true", nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if response.StatusCode != 200 {
-		t.Fatalf("status %d", response.StatusCode)
-	}
-	lines, left := make(chan string), make(chan struct{})
-	leave := sync.OnceFunc(func() { close(left); response.Body.Close() })
-	t.Cleanup(leave)
-	go func() { // ends with the stream, or when the test leaves it
-		defer close(lines)
-		for reader := bufio.NewReader(response.Body); ; {
-			line, err := reader.ReadString('\n')
-			if err == nil {
-				select {
-				case lines <- line:
-					continue
-				case <-left:
-				}
-			} else if err == io.EOF && line != "" {
-				t.Errorf("the stream ended within the line %q", line)
-			}
-			return
-		}
-	}()
-	return statsStream{response.Header, lines, leave}
 }
 
 func (s statsStream) next(t testing.TB) string {
@@ -246,27 +214,6 @@ func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	if streams, _ := statsCalls(e); streams != 1 {
 		t.Errorf("the engine was asked for %d streams", streams)
 	}
-}
-
-// statsEnds are what ends a service's stream.
-var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
-	"stop": func(t *testing.T, e *fakeEngine, d *daemon) {
-		d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
-	},
-	"kill": func(t *testing.T, e *fakeEngine, d *daemon) {
-		d.do(t, "POST", "/service/web/ctl", `{"op":"kill"}`).want(t, 204)
-	},
-	"delete": func(t *testing.T, e *fakeEngine, d *daemon) { d.do(t, "DELETE", "/service/web", "").want(t, 204) },
-	"the daemon's end": func(t *testing.T, e *fakeEngine, d *daemon) {
-		if err := d.stop(); err != nil {
-			t.Error(err)
-		}
-	},
-	"its process's end": func(t *testing.T, e *fakeEngine, d *daemon) {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		e.byName("web").Running = false
-	},
 }
 
 func TestStreamEndsWithItsService(t *testing.T) {
