@@ -351,6 +351,19 @@ var serviceCalls = []struct{ method, path, body string }{
 	{"POST", "/ctl", `{"op":"kill"}`}, {"PATCH", "/env", `{"A":"1"}`}, {"DELETE", "", ""},
 }
 
+// A container that lacks nothing but the name is no service by the beginning of its id.
+func TestContainerOfAnotherNameIsNoService(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	labels := map[string]string{"duxcore.binds": d.binds}
+	short := e.addForeign("renamed", labels, d.binds)[:12]
+	e.mu.Lock()
+	labels["duxcore.service"] = short
+	e.byName("renamed").mounts[0].Source += "/" + short
+	e.mu.Unlock()
+	d.do(t, "GET", "/service/"+short, "").want(t, 404, short)
+}
+
 func TestContainersOfOthersAreNotServices(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -358,12 +371,13 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 		return map[string]string{"duxcore.service": id, "duxcore.binds": binds, "duxcore.params": createBodyJSON(id, "")}
 	}
 	ids := []string{"unlabelled", "other-daemon", "other-id", "committed", "no-service", "longer"}
-	full := e.addForeign("unlabelled", nil)
-	e.addForeign("other-daemon", labels("other-daemon", d.binds+"2"))
-	e.addForeign("other-id", labels("web", d.binds))
+	// Each of these lacks one thing alone that a service has.
+	full := e.addForeign("unlabelled", nil, d.binds+"/unlabelled")
+	e.addForeign("other-daemon", labels("other-daemon", d.binds+"2"), d.binds+"/other-daemon")
+	e.addForeign("other-id", labels("web", d.binds), d.binds+"/other-id")
 	e.addForeign("committed", labels("committed", d.binds)) // of an image that a docker commit of a service made
-	e.addForeign("no-service", map[string]string{"duxcore.binds": d.binds})
-	e.addForeign("longer", labels("longe", d.binds))
+	e.addForeign("no-service", map[string]string{"duxcore.binds": d.binds}, d.binds+"/no-service")
+	e.addForeign("longer", labels("longe", d.binds), d.binds+"/longer")
 	e.addForeign("duxcore.new.half", labels("half", d.binds+"2"))
 	e.addForeign("duxcore.gone.dead", nil)
 	// The engine answers to this one's id, and its labels speak of that.
