@@ -18,7 +18,6 @@ import (
 const (
 	maxEntryPath = 1024      // bytes
 	maxDepth     = 64        // directories in an entry's path
-	readChunk    = 64 << 10  // bytes of a download that are read at a time
 	writeChunk   = 128 << 10 // bytes of a file that are written at a time
 )
 

@@ -19,6 +19,7 @@ import (
 const (
 	maxRedirects = 5
 	minFetchRate = 64 << 10 // bytes a second
+	readChunk    = 64 << 10 // bytes that are read at a time
 )
 
 // fetcher downloads bind_contents from servers that nobody vouches for.
