@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -286,7 +287,7 @@ func BenchmarkCreate(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-var growth = flag.Int("growth", 100, "how many services BenchmarkGrowth runs at the end")
+var growth = flag.Int("growth", 100, "how many services BenchmarkGrowth runs at most")
 
 // These benchmarks watch the daemon as a process of its own, as it is shipped.
 
@@ -428,17 +429,20 @@ func BenchmarkGrowth(b *testing.B) {
 	m, pid := newProcess(b)
 	engine := direct(b)
 	var ids []string
-	for _, count := range []int{1, 10, 100, *growth} {
+	proxy := throughProxy(b, engine)
+	for _, count := range []int{1, 10, 100, 500, 1000} {
+		if count > *growth {
+			break
+		}
 		for len(ids) < count {
 			ids = append(ids, m.create(b, ""))
 			m.ctl(b, ids[len(ids)-1], "start")
 		}
-		b.Run(fmt.Sprint(len(ids)), func(b *testing.B) { growthOf(b, m, pid, engine, ids) })
+		b.Run(fmt.Sprint(len(ids)), func(b *testing.B) { growthOf(b, m, pid, engine, proxy, ids) })
 	}
 }
 
-func growthOf(b *testing.B, m *machine, pid int, engine *http.Client, ids []string) {
-	allStats := func(clients int) { pollStats(b, m.daemon, ids, clients) }
+func growthOf(b *testing.B, m *machine, pid int, engine *http.Client, proxy string, ids []string) {
 	median := func(c *http.Client, request func() *http.Request) float64 {
 		each, _ := latencies(1, 20, func() { fetchAll(b, c, request()) })
 		return float64(each[len(each)/2].Microseconds())
@@ -452,35 +456,57 @@ func growthOf(b *testing.B, m *machine, pid int, engine *http.Client, ids []stri
 	for b.Loop() {
 		b.ReportMetric(ask("/service"), "µs-list")
 		b.ReportMetric(askEngine("/containers/json?all=1"), "µs-engine-list")
+		b.ReportMetric(median(m.client, func() *http.Request {
+			r, _ := http.NewRequest("GET", proxy+"/containers/json?all=1", nil)
+			return r
+		}), "µs-proxy-list")
 		b.ReportMetric(ask("/service/"+ids[0]), "µs-inspect")
 		b.ReportMetric(askEngine("/containers/"+ids[0]+"/json"), "µs-engine-inspect")
-		allStats(len(ids)) // opens the engine's streams
+		late := pollStats(b, m.daemon, ids, len(ids)) // opens the engine's streams
 		b.ReportMetric(ask("/service/"+ids[0]+"/stats"), "µs-stats")
 		daemonBefore, engineBefore, begin := processorTime(b, pid), processorTime(b, enginePID(b)), time.Now()
 		rounds := 0.0 // fewer than ten where the engine cannot keep up
 		for second := time.Tick(time.Second); rounds == 0 || time.Since(begin) < 10*time.Second; rounds++ {
-			allStats(16)
+			late += pollStats(b, m.daemon, ids, 16)
 			<-second
 		}
 		elapsed := time.Since(begin).Seconds()
 		b.ReportMetric((processorTime(b, pid)-daemonBefore).Seconds()/elapsed, "cores")
 		b.ReportMetric((processorTime(b, enginePID(b))-engineBefore).Seconds()/elapsed, "engine-cores")
 		b.ReportMetric(elapsed/rounds, "s-a-round")
+		b.ReportMetric(float64(late), "late")
 		now, _ := wireMemory(b, pid)
 		b.ReportMetric(float64(now)/(1<<20), "MiB-resident")
 	}
 	b.ReportMetric(0, "ns/op")
 }
 
-// pollStats asks for the statistics of each service, by so many clients at a time.
-func pollStats(b *testing.B, d *daemon, ids []string, clients int) {
+// pollStats asks for the statistics of each service, by so many clients at a time, and returns how
+// many the engine did not have in time.
+func pollStats(b *testing.B, d *daemon, ids []string, clients int) (late int64) {
 	var group sync.WaitGroup
+	var count atomic.Int64
 	turn := make(chan struct{}, clients)
 	for _, id := range ids {
 		turn <- struct{}{}
-		group.Go(func() { fetchAll(b, d.client, d.request(b, "GET", "/service/"+id+"/stats", nil)); <-turn })
+		group.Go(func() {
+			defer func() { <-turn }()
+			response, err := d.client.Do(d.request(b, "GET", "/service/"+id+"/stats", nil))
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			defer response.Body.Close()
+			switch body, err := io.ReadAll(response.Body); {
+			case response.StatusCode == http.StatusGatewayTimeout:
+				count.Add(1)
+			case response.StatusCode != http.StatusOK || err != nil:
+				b.Errorf("%d %s %v", response.StatusCode, body, err)
+			}
+		})
 	}
 	group.Wait()
+	return count.Load()
 }
 
 // BenchmarkWatched polls the statistics of many services once a second. Their engine is

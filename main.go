@@ -152,8 +152,27 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 		log.Warn("listening on more than loopback without TLS: the core key can be read on the wire")
 	}
 	log.Info("listening", "addr", listener.Addr(), "binds", binds.path, "version", version())
+	if err := notifyReady(); err != nil {
+		log.Warn("cannot tell systemd that the daemon is ready", "err", err)
+	}
 	listening(listener.Addr())
 	return s.serve(serving, stop, listener)
+}
+
+// notifyReady tells systemd that the daemon has settled and listens: sd_notify(3). It is one datagram
+// to the socket that a unit of Type=notify puts into the environment; without one nobody waits for it.
+func notifyReady() error {
+	socket := os.Getenv("NOTIFY_SOCKET")
+	if socket == "" {
+		return nil
+	}
+	conn, err := net.Dial("unixgram", socket)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = conn.Write([]byte("READY=1"))
+	return err
 }
 
 // serve answers requests until serving ends or the listener fails, which ends serving. It closes
@@ -281,11 +300,14 @@ func (c config) mistakes() (all []error) {
 	return all
 }
 
-// version says what the binary was built from, as the Go tool recorded it.
+// stamp is the version that packaging/build was given. A plain go build leaves it empty.
+var stamp string
+
+// version says what the binary was built from: without a stamp, what the Go tool recorded of the checkout.
 func version() string {
 	build, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "duxcore-daemon, built without module information"
 	}
-	return fmt.Sprintf("duxcore-daemon %s %s %s/%s", build.Main.Version, build.GoVersion, runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("duxcore-daemon %s %s %s/%s", cmp.Or(stamp, build.Main.Version), build.GoVersion, runtime.GOOS, runtime.GOARCH)
 }

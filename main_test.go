@@ -160,6 +160,34 @@ func TestVersionIsAFlagAlone(t *testing.T) {
 	}
 }
 
+func TestSystemdIsToldWhenTheDaemonIsReady(t *testing.T) {
+	socket := t.TempDir() + "/notify"
+	systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer systemd.Close()
+	systemd.SetReadDeadline(time.Now().Add(10 * time.Second))
+	t.Setenv("NOTIFY_SOCKET", socket)
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	text := make([]byte, 64)
+	n, err := systemd.Read(text)
+	if string(text[:n]) != "READY=1" || err != nil {
+		t.Errorf("%q, %v", text[:n], err)
+	}
+	if log := d.log.String(); strings.Contains(log, "WARN") {
+		t.Error(log)
+	}
+
+	t.Setenv("NOTIFY_SOCKET", socket+"-missing")
+	d = startDaemon(t, e.host(), nil)
+	d.do(t, "GET", "/health", "").want(t, 204)
+	if log := d.log.String(); !strings.Contains(log, "cannot tell systemd") {
+		t.Error(log)
+	}
+}
+
 func TestPlainHTTPBeyondLoopbackIsOneWarning(t *testing.T) {
 	t.Parallel()
 	const warning = "without TLS"
