@@ -41,7 +41,8 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	if err != nil {
 		return err
 	}
-	u := &unpacker{root: dir, ownedBy: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk), parent: parent, parentDir: "."}
+	u := &unpacker{root: dir, ownedBy: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk),
+		parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
 	size := int64(0) // of the files: a sparse one can have any size in a short stream
 	for entries := int64(1); ; entries++ {
@@ -179,7 +180,8 @@ func staysInside(dir, target string) bool {
 	for len(parts) > 0 && slices.Contains([]string{"", ".", ".."}, parts[0]) {
 		parts = parts[1:]
 	}
-	return target != "" && !path.IsAbs(target) && !slices.Contains(parts, "..") && !outside(path.Join(dir, target))
+	return target != "" && !path.IsAbs(target) && !slices.Contains(parts, "..") &&
+		!outside(path.Join(dir, target))
 }
 
 // makeRoom removes an earlier entry that is no directory.

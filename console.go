@@ -62,7 +62,8 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 }
 
 // openLogs returns the engine's answer, and the container that it is about.
-func (s *server) openLogs(ctx context.Context, id string, options container.LogsOptions) (inspected, io.ReadCloser, error) {
+func (s *server) openLogs(ctx context.Context, id string, options container.LogsOptions) (
+	inspected, io.ReadCloser, error) {
 	for try := 1; ; try++ {
 		current, err := s.lookup(ctx, id)
 		if err != nil {
@@ -80,9 +81,15 @@ func logsOptions(r *http.Request) container.LogsOptions {
 	on := func(name, otherwise string) bool {
 		return slices.Contains([]string{"true", "1"}, cmp.Or(query.Get(name), otherwise))
 	}
-	return container.LogsOptions{Follow: on("follow", "false") && r.Method == http.MethodGet, // HEAD would not end
-		Timestamps: on("timestamps", "false"), ShowStdout: on("stdout", "true"), ShowStderr: on("stderr", "true"),
-		Tail: query.Get("tail"), Since: query.Get("since"), Until: query.Get("until")}
+	return container.LogsOptions{
+		Follow:     on("follow", "false") && r.Method == http.MethodGet, // HEAD would not end
+		Timestamps: on("timestamps", "false"),
+		ShowStdout: on("stdout", "true"),
+		ShowStderr: on("stderr", "true"),
+		Tail:       query.Get("tail"),
+		Since:      query.Get("since"),
+		Until:      query.Get("until"),
+	}
 }
 
 // serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of

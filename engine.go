@@ -74,7 +74,8 @@ func (e *engine) api() *client.Client { return e.sdk.Load() }
 // the SDK decodes all of an answer, of which the daemon needs little. And to attach, it waits
 // without an end for an engine that hangs. An answer with another status than the one that is
 // wanted, redirections too, is an error.
-func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (*http.Response, error) {
+func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (
+	*http.Response, error) {
 	sdk := e.api()
 	transport := sdk.HTTPClient().Transport
 	at, _ := client.ParseHostURL(sdk.DaemonHost()) // what newSDK has parsed too

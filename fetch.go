@@ -77,8 +77,9 @@ var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 // special-purpose registries (RFC 6890). 6to4 (2002::/16) and Teredo (in 2001::/23) hold an IPv4
 // address. Of IPv6 only 2000::/3 is public at all. At 168.63.129.16 Azure tells its virtual
 // machines their secrets.
-var notPublic = prefixes("0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 198.51.100.0/24 " +
-	"203.0.113.0/24 240.0.0.0/4 168.63.129.16/32 2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1")
+var notPublic = prefixes("0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 " +
+	"198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 168.63.129.16/32 " +
+	"2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1")
 
 func prefixes(list string) (all []netip.Prefix) {
 	for text := range strings.FieldsSeq(list) {
@@ -133,18 +134,21 @@ var errOwnAddress = badRequest("bind_contents: this is the host's own address")
 // checkConnection returns an error if a connection comes from where it goes to: this host, by a public
 // address that no interface of it has, of a network that the kernel was told is here.
 func checkConnection(conn net.Conn, allow []netip.Prefix) error {
-	local, remote := bare(conn.LocalAddr().(*net.TCPAddr).AddrPort()), bare(conn.RemoteAddr().(*net.TCPAddr).AddrPort())
+	local := bare(conn.LocalAddr().(*net.TCPAddr).AddrPort())
+	remote := bare(conn.RemoteAddr().(*net.TCPAddr).AddrPort())
 	if local != remote || isIn(remote, allow) {
 		return nil
 	}
 	return errOwnAddress
 }
 
-var errTooSlow = failure(downloadFailed, "bind_contents: the server sends less than %d bytes a second", minFetchRate)
+var errTooSlow = failure(downloadFailed,
+	"bind_contents: the server sends less than %d bytes a second", minFetchRate)
 
 // fetch downloads the archive at address and lays it out in dir, at once and in
 // constant memory. After an error dir holds a part of it.
-func (f *fetcher) fetch(ctx context.Context, address string, dir *os.Root, limits unpackLimits, o *owner) error {
+func (f *fetcher) fetch(
+	ctx context.Context, address string, dir *os.Root, limits unpackLimits, o *owner) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)

@@ -183,7 +183,8 @@ func (s *server) unfinishedImports() (entries []string, err error) {
 
 // compressed lists how gzip, bzip2, xz, zstd and lz4 streams begin. The engine decompresses them,
 // even one that is a tar archive as well, whose first entry has such a name.
-var compressed = []string{"\x1f\x8b", "BZh", "\xfd7zXZ", "\x28\xb5\x2f\xfd", "\x04\x22\x4d\x18", "\x02\x21\x4c\x18"}
+var compressed = []string{
+	"\x1f\x8b", "BZh", "\xfd7zXZ", "\x28\xb5\x2f\xfd", "\x04\x22\x4d\x18", "\x02\x21\x4c\x18"}
 
 // skippable is how a frame for users of zstd and lz4 begins, behind its first byte.
 const skippable = "\x2a\x4d\x18"
@@ -246,7 +247,8 @@ func checkEntry(h *tar.Header) error {
 	switch h.Typeflag {
 	case tar.TypeReg:
 		return nil
-	case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo, tar.TypeXGlobalHeader:
+	case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo,
+		tar.TypeXGlobalHeader:
 		if h.Size != 0 { // what follows would be its content, or the next entry
 			return errors.New("only a file can have a size")
 		}

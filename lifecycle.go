@@ -180,7 +180,8 @@ func (s *server) unpackContents(asked context.Context, p serviceParams) error {
 		return err
 	}
 	defer root.Close()
-	return s.fetcher.fetch(asked, p.BindContents, root, unpackLimits{s.maxBindBytes, s.maxBindFiles}, p.bindOwner())
+	limits := unpackLimits{s.maxBindBytes, s.maxBindFiles}
+	return s.fetcher.fetch(asked, p.BindContents, root, limits, p.bindOwner())
 }
 
 // undo gives a create up as a DELETE would delete it: its commit may have failed, and come still. A

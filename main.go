@@ -226,7 +226,8 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // what is wrong in the environment, and the first argument that is wrong or else all values that
 // cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
-	c := config{strangers: strangerPlaces(), waits: waits{json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
+	c := config{strangers: strangerPlaces(), waits: waits{
+		json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
@@ -236,11 +237,15 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	fs.StringVar(&c.binds, "binds", "binds", "directory of the bind directories; created when missing")
 	fs.StringVar(&c.tlsCert, "tls-cert", "", "PEM file with the certificate chain; needs -tls-key")
 	fs.StringVar(&c.tlsKey, "tls-key", "", "PEM file with the certificate's key; needs -tls-cert")
-	fs.StringVar(&c.network, "network", "", "engine network that services join; empty for the engine's default bridge")
+	fs.StringVar(&c.network, "network", "",
+		"engine network that services join; empty for the engine's default bridge")
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
-	fs.DurationVar(&c.stopTimeout, "stop-timeout", 30*time.Second, "time between SIGTERM and SIGKILL when a service stops")
-	fs.DurationVar(&c.createTimeout, "create-timeout", 30*time.Minute, "time for one create, its pull and its download, and for one delete")
-	fs.Func("fetch-allow", "networks (CIDR, comma-separated) that bind_contents may come from though not public", func(text string) error {
+	fs.DurationVar(&c.stopTimeout, "stop-timeout", 30*time.Second,
+		"time between SIGTERM and SIGKILL when a service stops")
+	fs.DurationVar(&c.createTimeout, "create-timeout", 30*time.Minute,
+		"time for one create, its pull and its download, and for one delete")
+	const fetchAllow = "networks (CIDR, comma-separated) that bind_contents may come from though not public"
+	fs.Func("fetch-allow", fetchAllow, func(text string) error {
 		c.fetchAllow = nil
 		for field := range strings.FieldsFuncSeq(text, func(r rune) bool { return r == ',' }) {
 			prefix, err := netip.ParsePrefix(strings.TrimSpace(field))
@@ -266,8 +271,10 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	err := fs.Parse(args)
 	if errors.Is(err, flag.ErrHelp) {
 		fs.SetOutput(out)
-		fmt.Fprintln(out, "duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.")
-		fmt.Fprintln(out, "Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. A flag beats it.")
+		fmt.Fprintln(out,
+			"duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.\n"+
+				"Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. "+
+				"A flag beats it.")
 		fs.PrintDefaults()
 		return c, err
 	}
@@ -309,5 +316,6 @@ func version() string {
 	if !ok {
 		return "duxcore-daemon, built without module information"
 	}
-	return fmt.Sprintf("duxcore-daemon %s %s %s/%s", cmp.Or(stamp, build.Main.Version), build.GoVersion, runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("duxcore-daemon %s %s %s/%s",
+		cmp.Or(stamp, build.Main.Version), build.GoVersion, runtime.GOOS, runtime.GOARCH)
 }

@@ -82,7 +82,8 @@ type server struct {
 	serving  context.Context // ends when the daemon starts to shut down: streams end with it
 }
 
-func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot, log *slog.Logger) *server {
+func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot,
+	log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
 		fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
 		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
@@ -357,7 +358,8 @@ func describe(err error) (k kind, description string) {
 		return unavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return invalid, message
-	case isA[syscall.Errno](err), errors.Is(err, errMoved): // the file system's: all other errors are the engine's
+	case isA[syscall.Errno](err), errors.Is(err, errMoved):
+		// The file system's. All other errors are the engine's.
 		return internal, "internal error; the daemon's log has the details"
 	}
 	return engineFailed, message

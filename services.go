@@ -35,11 +35,13 @@ var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
 const imagePath = `[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*`
 
 var (
-	imageName = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?` + imagePath + `(/` + imagePath + `)*` +
-		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
-	userName  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
-	imageID   = regexp.MustCompile(`^(sha256:)?[0-9a-f]{64}$`)
-	partOfID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)                    // the engine takes it for an id that it begins
+	imageName = regexp.MustCompile(
+		`^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?` + imagePath + `(/` + imagePath + `)*` +
+			`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
+	userName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+	imageID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{64}$`)
+	// partOfID is what the engine takes for an id that it begins.
+	partOfID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
 
@@ -302,28 +304,35 @@ func (p *serviceParams) check() error {
 		broken bool
 		text   string
 	}{
-		{!serviceID.MatchString(p.ID), "id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit"},
+		{!serviceID.MatchString(p.ID),
+			"id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit"},
 		// A name such as ../containers/x would reach another path of the engine's API.
 		{!imageName.MatchString(p.Image) || len(p.Image) > 512, "image: must be an image's name or id"},
-		{partOfID.MatchString(p.Image), "image: could be the beginning of an id: must be an id in full, or a name with its tag"},
+		{partOfID.MatchString(p.Image),
+			"image: could be the beginning of an id: must be an id in full, or a name with its tag"},
 		{p.BindDir == "" || target == "/" || within(target, "/proc", "/sys", "/dev") || hasControl(target),
 			"bind_dir: must be a path in the container, not / and not under /proc, /sys or /dev"},
-		{p.BindContents != "" && (contentsErr != nil || contents.Host == "" || contents.Scheme != "http" && contents.Scheme != "https"),
+		{p.BindContents != "" && (contentsErr != nil || contents.Host == "" ||
+			contents.Scheme != "http" && contents.Scheme != "https"),
 			"bind_contents: must be an http or https URL"},
 		{slices.ContainsFunc(p.Cmd, hasNUL), "cmd: must not hold NUL"},
 		{slices.ContainsFunc(p.Shell, hasNUL), "shell: must not hold NUL"},
 		{slices.ContainsFunc(p.Env, hasNUL), "env: must not hold NUL"},
-		{slices.ContainsFunc(p.Env, func(e string) bool { return e == "" || e[0] == '=' }), "env: must be NAME=VALUE or NAME each"},
+		{slices.ContainsFunc(p.Env, func(e string) bool { return e == "" || e[0] == '=' }),
+			"env: must be NAME=VALUE or NAME each"},
 		// A number that does not fit an int32 becomes root in some runtimes: CVE-2024-40635.
-		{p.User != "" && !validUser(p.User), "user: must be a user or user:group, by name or by number up to 2147483647"},
+		{p.User != "" && !validUser(p.User),
+			"user: must be a user or user:group, by name or by number up to 2147483647"},
 		// One under /proc can be a file descriptor of the runtime's: CVE-2024-21626.
 		{p.WorkingDir != "" && (!path.IsAbs(workingDir) || within(workingDir, "/proc") || hasControl(workingDir)),
 			"working_dir: must be an absolute path, not under /proc"},
 		{p.Hostname != "" && !hostLabel.MatchString(p.Hostname),
 			"hostname: must be 1 to 63 letters, digits or -, and begin and end with a letter or digit"},
-		{p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU), "max_cpu: must be 1000 to 100000000 microseconds per 100000"},
+		{p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU),
+			"max_cpu: must be 1000 to 100000000 microseconds per 100000"},
 		{p.NetworkDisabled && len(p.PortMap) > 0, "port_map: must be empty with network_disabled"},
-		{p.MaxRAM != nil && (*p.MaxRAM < minRAM || *p.MaxRAM > maxRAM), "max_ram: must be 6291456 to 1125899906842624 bytes"},
+		{p.MaxRAM != nil && (*p.MaxRAM < minRAM || *p.MaxRAM > maxRAM),
+			"max_ram: must be 6291456 to 1125899906842624 bytes"},
 	} {
 		if rule.broken {
 			return badRequest("%s", rule.text)
@@ -362,7 +371,8 @@ func (p *serviceParams) checkPorts() error {
 		for _, host := range p.PortMap[key] {
 			ip, err := netip.ParseAddr(host.HostIP)
 			if !validPort(host.HostPort, 0) || host.HostIP != "" && (err != nil || ip.Zone() != "") {
-				return badRequest("port_map: %q: HostPort must be a number from 0 to 65535 as a string, HostIp an IP address", key)
+				return badRequest(
+					"port_map: %q: HostPort must be a number from 0 to 65535 as a string, HostIp an IP address", key)
 			}
 		}
 	}
@@ -378,7 +388,8 @@ func validPort(text string, least int) bool {
 // containerSpec is all that a service's container may do. The bind directory is a
 // mount.Mount: as a Binds string, a bind_dir of x:/etc:ro would be parsed. What is not
 // here is the engine's default: its seccomp profile, its masked paths, no devices.
-func (s *server) containerSpec(p serviceParams, birth string, number int) (*container.Config, *container.HostConfig) {
+func (s *server) containerSpec(p serviceParams, birth string, number int) (
+	*container.Config, *container.HostConfig) {
 	p.BindContents = ""          // it may hold a token, and is of no use again
 	params, _ := json.Marshal(p) // always has a JSON form
 	stopTimeout := int(s.stopTimeout / time.Second)
@@ -400,7 +411,8 @@ func (s *server) containerSpec(p serviceParams, birth string, number int) (*cont
 		Healthcheck:     &container.HealthConfig{Test: []string{"NONE"}}, // an image's own runs beside all limits
 	}
 	host := &container.HostConfig{
-		Mounts:        []mount.Mount{{Type: mount.TypeBind, Source: filepath.Join(s.binds.path, p.ID), Target: bindTarget(p.BindDir)}},
+		Mounts: []mount.Mount{{Type: mount.TypeBind,
+			Source: filepath.Join(s.binds.path, p.ID), Target: bindTarget(p.BindDir)}},
 		SecurityOpt:   []string{"no-new-privileges"},
 		CapDrop:       []string{"AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP"},
 		CgroupnsMode:  container.CgroupnsModePrivate,
