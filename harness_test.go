@@ -588,11 +588,7 @@ func startError(t *testing.T, change func(*config)) (log string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	buffer := &syncBuffer{}
-	err = run(ctx, cfg, slog.New(slog.NewTextHandler(buffer, nil)), func(net.Addr) {
-		if cfg.tlsCert == "" { // those are read after this
-			cancel()
-		}
-	})
+	err = run(ctx, cfg, slog.New(slog.NewTextHandler(buffer, nil)), func(net.Addr) { cancel() })
 	return buffer.String(), err
 }
 

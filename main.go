@@ -104,6 +104,10 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	if err != nil {
 		return err
 	}
+	tlsConfig, err := cfg.tlsConfig()
+	if err != nil {
+		return fmt.Errorf("cannot use the certificate: %w", err)
+	}
 	engine, err := newEngine(cfg.dockerHost)
 	if err != nil {
 		return fmt.Errorf("cannot use the engine's address: %w", err)
@@ -156,7 +160,16 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 		log.Warn("cannot tell systemd that the daemon is ready", "err", err)
 	}
 	listening(listener.Addr())
-	return s.serve(serving, stop, listener)
+	return s.serve(serving, stop, listener, tlsConfig)
+}
+
+// tlsConfig returns how to serve with TLS; nil is plain HTTP.
+func (c config) tlsConfig() (*tls.Config, error) {
+	if c.tlsCert == "" {
+		return nil, nil
+	}
+	pair, err := tls.LoadX509KeyPair(c.tlsCert, c.tlsKey)
+	return &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}, err
 }
 
 // notifyReady tells systemd that the daemon has settled and listens: sd_notify(3). It is one datagram
@@ -177,7 +190,8 @@ func notifyReady() error {
 
 // serve answers requests until serving ends or the listener fails, which ends serving. It closes
 // the listener, and waits for requests under way.
-func (s *server) serve(serving context.Context, stop func(), listener net.Listener) (err error) {
+func (s *server) serve(serving context.Context, stop func(), listener net.Listener, tlsConfig *tls.Config) (
+	err error) {
 	strangers := newStrangers(listener, s.strangers)
 	srv := &http.Server{
 		Handler:                      s,
@@ -186,7 +200,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 		IdleTimeout:                  2 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // net/http allows 4 KiB on top
 		DisableGeneralOptionsHandler: true,     // it would answer "OPTIONS *" without the key
-		TLSConfig:                    &tls.Config{MinVersion: tls.VersionTLS12},
+		TLSConfig:                    tlsConfig,
 		Protocols:                    new(http.Protocols),
 		ErrorLog:                     stdlog.New(serverLog{s}, "", 0),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
@@ -200,11 +214,10 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	}
 	srv.Protocols.SetHTTP1(true)
 	defer srv.Close()
-	defer listener.Close() // which srv does not know if its certificate cannot be loaded
 	failed := make(chan error, 1)
 	go func() { // ends with srv
-		if s.tlsCert != "" {
-			failed <- srv.ServeTLS(strangers, s.tlsCert, s.tlsKey)
+		if tlsConfig != nil {
+			failed <- srv.ServeTLS(strangers, "", "")
 		} else {
 			failed <- srv.Serve(strangers)
 		}

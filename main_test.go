@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -167,17 +168,47 @@ func TestSystemdIsToldWhenTheDaemonIsReady(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer systemd.Close()
-	systemd.SetReadDeadline(time.Now().Add(10 * time.Second))
+	raw, err := systemd.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := func() (said string) { // without waiting: what was sent is there
+		text := make([]byte, 64)
+		raw.Read(func(fd uintptr) bool {
+			if n, _, err := syscall.Recvfrom(int(fd), text, syscall.MSG_DONTWAIT); err == nil {
+				said = string(text[:n])
+			}
+			return true
+		})
+		return said
+	}
 	t.Setenv("NOTIFY_SOCKET", socket)
 	e := newFakeEngine(t)
+	held, release := crowdHold(e, func(string) bool { return true })
+	early := make(chan string, 1)
+	go func() { // ends with the start
+		<-held
+		early <- told()
+		release()
+	}()
 	d := startDaemon(t, e.host(), nil)
-	text := make([]byte, 64)
-	n, err := systemd.Read(text)
-	if string(text[:n]) != "READY=1" || err != nil {
-		t.Errorf("%q, %v", text[:n], err)
+	if said := <-early; said != "" {
+		t.Errorf("before it has settled: %q", said)
+	}
+	if said := told(); said != "READY=1" {
+		t.Errorf("%q", said)
 	}
 	if log := d.log.String(); strings.Contains(log, "WARN") {
 		t.Error(log)
+	}
+
+	for _, change := range []func(c *config){
+		func(c *config) { c.addr = strings.TrimPrefix(d.url, "http://") }, // in use
+		func(c *config) { c.tlsCert, c.tlsKey = "/missing", "/missing" },
+	} {
+		if _, err := startError(t, change); err == nil || told() != "" {
+			t.Errorf("%v, and systemd was told that it is ready", err)
+		}
 	}
 
 	t.Setenv("NOTIFY_SOCKET", socket+"-missing")
@@ -297,7 +328,7 @@ func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 	served := make(chan error, 1)
 	serving, stop := context.WithCancel(t.Context())
 	defer stop()
-	go func() { served <- s.serve(serving, stop, failing) }() // ends with the listener
+	go func() { served <- s.serve(serving, stop, failing, nil) }() // ends with the listener
 	d := &daemon{url: "http://" + listener.Addr().String(), client: &http.Client{Transport: &http.Transport{}}}
 	sum := sha256.Sum256([]byte("key"))
 	s.key, d.key = sum, "key"

@@ -9,10 +9,11 @@
 package main
 
 import (
+	"crypto/sha256"
 	"debug/buildinfo"
 	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"log"
 	"net/url"
 	"os"
@@ -52,22 +53,28 @@ func main() {
 	for _, module := range program.Deps {
 		c := describe("library", module.Path, module.Version, licenseOf(copyright, "vendor/"+module.Path+"/"))
 		// The SHA-256 of a list of the module's files and theirs: golang.org/x/mod/sumdb/dirhash.
-		_, sum, _ := strings.Cut(sums, "\n"+module.Path+" "+module.Version+" h1:")
+		_, sum, _ := strings.Cut("\n"+sums, "\n"+module.Path+" "+module.Version+" h1:")
 		sum, _, _ = strings.Cut(sum, "\n")
 		bytes, err := base64.StdEncoding.DecodeString(sum)
 		if len(bytes) == 0 || err != nil {
 			log.Fatalf("go.sum has no sum of %s %s", module.Path, module.Version)
 		}
-		c.Hashes = []hash{{"SHA-256", hex.EncodeToString(bytes)}}
+		c.Hashes = []hash{{"SHA-256", fmt.Sprintf("%x", bytes)}}
 		list = append(list, c)
+	}
+	root := describe("application", program.Main.Path, os.Args[2], licenseOf(copyright, "main.go"))
+	root.Hashes = []hash{{"SHA-256", fmt.Sprintf("%x", sha256.Sum256([]byte(read(os.Args[1]))))}}
+	var all []string
+	for _, c := range list {
+		all = append(all, c.Ref)
 	}
 	out := json.NewEncoder(os.Stdout)
 	out.SetIndent("", "  ")
 	err = out.Encode(map[string]any{
 		"bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1,
-		"metadata": map[string]any{
-			"component": describe("application", program.Main.Path, os.Args[2], licenseOf(copyright, "main.go"))},
-		"components": list,
+		"metadata":     map[string]any{"component": root},
+		"components":   list,
+		"dependencies": []any{map[string]any{"ref": root.Ref, "dependsOn": all}},
 	})
 	if err != nil {
 		log.Fatal(err)
@@ -110,5 +117,5 @@ func read(name string) string {
 	if err != nil {
 		log.Fatal(err)
 	}
-	return "\n" + string(text)
+	return string(text)
 }
