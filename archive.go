@@ -86,6 +86,7 @@ type limitedReader struct {
 	ended bool // a read met the end
 }
 
+// Read counts what was read, not what was asked for: a stream that ends just at the limit is whole.
 func (l *limitedReader) Read(p []byte) (int, error) {
 	n, err := l.r.Read(p)
 	l.ended = l.ended || err == io.EOF && n == 0

@@ -150,6 +150,7 @@ type strangers struct {
 	core   netip.Addr // where the last one to show the key came from
 }
 
+// stranger is one connection that has not shown the key.
 type stranger struct {
 	conn net.Conn
 	from netip.Addr
@@ -267,6 +268,7 @@ type refusals struct {
 	last  string
 }
 
+// add counts a refusal. The first starts a second, at whose end all that came in it are one line.
 func (r *refusals) add(log *slog.Logger, what string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -285,6 +287,8 @@ func (r *refusals) add(log *slog.Logger, what string) {
 // serverLog takes net/http's own log: of each TLS handshake that fails it has a line.
 type serverLog struct{ s *server }
 
+// Write takes one line, as log.Logger calls it. A stranger can make as many failed handshakes as he likes,
+// so those are counted with what is refused.
 func (l serverLog) Write(line []byte) (int, error) {
 	if text := strings.TrimSpace(string(line)); strings.HasPrefix(text, "http: TLS handshake error") {
 		l.s.refusals.add(l.s.log, text)

@@ -69,12 +69,15 @@ func openBinds(path string) (*bindRoot, error) {
 	return b, nil
 }
 
+// close gives the root up, and with it the lock that keeps a second daemon out.
 func (b *bindRoot) close() {
 	b.root.Close()
 	b.dir.Close()  // which a nil *os.File can be asked for
 	b.gone.Close() // too
 }
 
+// errMoved ends a daemon that starts. If the engine was down then, each request that meets it has this
+// for its error, a 500, until somebody starts the daemon with the other path.
 var errMoved = errors.New("the bind directories belong to services that know them by another path")
 
 // checkMoved returns an error if another path leads to this root too: by a link, say, that was left

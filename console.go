@@ -76,6 +76,7 @@ func (s *server) openLogs(ctx context.Context, id string, options container.Logs
 	}
 }
 
+// logsOptions reads the parameters of the logs. A switch is on with true or 1, and off with all else.
 func logsOptions(r *http.Request) container.LogsOptions {
 	query := r.URL.Query()
 	on := func(name, otherwise string) bool {

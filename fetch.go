@@ -88,6 +88,8 @@ func prefixes(list string) (all []netip.Prefix) {
 	return all
 }
 
+// isIn reports whether an address is in one of the networks. One of IPv4 that is written as IPv6
+// is in none of IPv4: see bare.
 func isIn(addr netip.Addr, networks []netip.Prefix) bool {
 	return slices.ContainsFunc(networks, func(network netip.Prefix) bool { return network.Contains(addr) })
 }
@@ -129,6 +131,7 @@ func checkAddress(address string, allow []netip.Prefix) error {
 // bare returns the address alone: ::ffff:127.0.0.1 is 127.0.0.1.
 func bare(ap netip.AddrPort) netip.Addr { return ap.Addr().Unmap().WithZone("") }
 
+// errOwnAddress keeps an archive from coming from what listens on this host, such as the daemon itself.
 var errOwnAddress = badRequest("bind_contents: this is the host's own address")
 
 // checkConnection returns an error if a connection comes from where it goes to: this host, by a public
@@ -197,6 +200,8 @@ type download struct {
 	err    error         // other than io.EOF
 }
 
+// Read starts the clock and stops it: only the time in which the server could have sent counts. The
+// request's context is ended from the timer, since nothing else ends a read that hangs.
 func (d *download) Read(p []byte) (int, error) {
 	start := time.Now()
 	late := time.AfterFunc(d.window-d.waited, func() { d.cancel(errTooSlow) })

@@ -136,6 +136,7 @@ func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string
 	return id, err
 }
 
+// readerFunc and writerFunc are functions as an io.Reader and an io.Writer.
 type (
 	readerFunc func([]byte) (int, error)
 	writerFunc func([]byte) (int, error)

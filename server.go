@@ -82,6 +82,8 @@ type server struct {
 	serving  context.Context // ends when the daemon starts to shut down: streams end with it
 }
 
+// newServer registers each route twice, bare and under /v1, and each path once more for all other methods:
+// net/http's own 405 never comes where there is a pattern for every path, as "/" is one.
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
@@ -251,6 +253,8 @@ func isA[E error](err error) bool {
 	return ok
 }
 
+// failure returns an error of the API, whose text goes to the client as it is. A string among args may be
+// somebody else's, of any length: it is cut.
 func failure(k kind, format string, args ...any) error {
 	for i, arg := range args {
 		if text, ok := arg.(string); ok {
@@ -468,11 +472,14 @@ type response struct {
 
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// WriteHeader remembers the status for the log.
 func (w *response) WriteHeader(status int) {
 	w.status = status
 	w.ResponseWriter.WriteHeader(status)
 }
 
+// Write gives the client w.wait for each piece, so that a stream may last for ever,
+// and a client that reads nothing may not.
 func (w *response) Write(p []byte) (int, error) {
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
 	w.status = cmp.Or(w.status, http.StatusOK)

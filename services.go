@@ -351,6 +351,8 @@ func within(p string, dirs ...string) bool {
 
 func hasControl(text string) bool { return strings.ContainsFunc(text, unicode.IsControl) }
 
+// validUser accepts names and numbers, alone or with a group. What looks like a number has to
+// fit an int32.
 func validUser(user string) bool {
 	parts := strings.Split(user, ":")
 	return len(parts) <= 2 && !slices.ContainsFunc(parts, func(part string) bool {
@@ -359,6 +361,7 @@ func validUser(user string) bool {
 	})
 }
 
+// checkPorts goes through the ports in the order of their keys, so that the same body gets the same error.
 func (p *serviceParams) checkPorts() error {
 	for _, key := range slices.Sorted(maps.Keys(p.PortMap)) {
 		port, protocol, _ := strings.Cut(key, "/")

@@ -21,6 +21,7 @@ const (
 	maxFrame   = 1 << 20                 // bytes
 )
 
+// statsParameter is what the query of a request for statistics may hold: anything else is a 400.
 var statsParameter = regexp.MustCompile(`^stream=(true|false|1|0)$`)
 
 // What the engine writes where it has no sample: for a container that does not run,
