@@ -368,7 +368,7 @@ func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
 	url := serveArchives(t, archives)
 	everything := func() map[string]node {
 		nodes := readTree(t, filepath.Dir(d.binds), filepath.Join(d.binds, "svc"))
-		for _, name := range []string{"binds", "binds/.gone"} { // where the service's directory comes and goes
+		for _, name := range []string{"binds", "binds/" + recordDir, "binds/" + markDir} { // where the service's directory comes and goes
 			n := nodes[name]
 			n.mtime = 0
 			nodes[name] = n

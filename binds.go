@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,34 +12,38 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"sync"
 	"syscall"
 )
 
-// goneDir holds, by their services' ids, the bind directories that are on their way out. On a
-// full disk the root, with many entries, may have no room for one name more. This directory
-// has: it is almost empty, and a directory keeps the block that it was made with.
-const goneDir = ".gone"
+const (
+	recordDir = ".services"   // one record per service, named by its id
+	markDir   = ".incomplete" // one mark per service that is being created or deleted, named by its id
+	// markSource is what every mark is a hard link to: then a mark needs neither a free block nor an inode, and
+	// a service can be deleted on a full disk.
+	markSource = markDir + "/.mark"
+)
 
-// bindRoot is the directory that holds the bind directories, each named by its service's id.
-// Every access to it and to what is below goes through os.Root, because customers write there.
+// bindRoot is the directory that holds the bind directories, each named by its service's id, and the records
+// and marks (see services). All access to it and to what is below goes through os.Root, because customers
+// write there. Every method that changes something has synced the change when it returns.
 type bindRoot struct {
 	root *os.Root
-	path string   // absolute, as it was given: so it stands in the containers' labels and mounts
-	dir  *os.File // the root: its lock keeps other daemons out, its sync makes its entries durable
-	gone *os.File // goneDir, for its sync
+	path string   // absolute, as it was given, links not resolved: so it appears in labels and mounts
+	dir  *os.File // the root itself: its lock keeps other daemons out
+
+	beforeSync func() // set by tests: a daemon may be killed after any change
 }
 
 // owner is a numeric user and group.
 type owner struct{ uid, gid int }
 
-// openBinds opens the root, makes it if it is missing, and keeps other daemons out of it.
+// openBinds opens the root, creating it if it is missing, and locks it against other daemons.
 func openBinds(path string) (*bindRoot, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(filepath.Join(path, goneDir), 0o700); err != nil {
+	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, err
 	}
 	root, err := os.OpenRoot(path)
@@ -46,55 +51,87 @@ func openBinds(path string) (*bindRoot, error) {
 		return nil, err
 	}
 	b := &bindRoot{root: root, path: path}
-	if b.dir, err = root.Open("."); err == nil {
-		err = syscall.Flock(int(b.dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	}
-	if err == syscall.EWOULDBLOCK {
-		err = errors.New("in use by another daemon")
-	}
-	if err == nil {
-		// Other users of the host must not reach the setuid programs that a service may have.
-		err = b.dir.Chmod(0o700)
-	}
-	if err == nil {
-		b.gone, err = root.Open(goneDir)
-	}
-	if err == nil { // what was made just now, or by a start that died, has to survive a power cut
-		err = syncFilesystem(b.dir)
-	}
-	if err != nil {
+	if err := b.prepare(); err != nil {
 		b.close()
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return b, nil
 }
 
-// close gives the root up, and with it the lock that keeps a second daemon out.
+// prepare locks the root, creates the directory of marks, and removes records that were never finished.
+func (b *bindRoot) prepare() (err error) {
+	if b.dir, err = b.root.Open("."); err != nil {
+		return err
+	}
+	err = syscall.Flock(int(b.dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == syscall.EWOULDBLOCK {
+		return errors.New("in use by another daemon")
+	}
+	if err != nil {
+		return err
+	}
+	// Other users of the host must not reach the setuid programs that a service may have.
+	if err := b.dir.Chmod(0o700); err != nil {
+		return err
+	}
+	if err := b.root.MkdirAll(markDir, 0o700); err != nil {
+		return err
+	}
+	mark, err := b.root.OpenFile(markSource, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	mark.Close()
+	drafts, err := fs.Glob(b.root.FS(), recordDir+"/.*")
+	if err != nil {
+		return err
+	}
+	for _, draft := range drafts {
+		if err := b.root.Remove(draft); err != nil {
+			return err
+		}
+	}
+	return syncFilesystem(b.dir) // also what an earlier daemon created and did not sync
+}
+
+// close releases the root and its lock.
 func (b *bindRoot) close() {
 	b.root.Close()
-	b.dir.Close()  // which a nil *os.File can be asked for
-	b.gone.Close() // too
+	b.dir.Close() // a nil *os.File may be closed
 }
 
-// errMoved ends a daemon that starts. If the engine was down then, each request that meets it has this
-// for its error, a 500, until somebody starts the daemon with the other path.
-var errMoved = errors.New("the bind directories belong to services that know them by another path")
+var errMoved = failure(bindRootMoved, "the bind root was moved, or something was mounted over it, "+
+	"since the daemon started: restart the daemon")
 
-// checkMoved returns an error if another path leads to this root too: by a link, say, that was left
-// where it was before.
-func (b *bindRoot) checkMoved(path string) error {
-	there, err := os.Stat(path)
+// check returns errMoved unless the root's path still leads to the directory that this daemon has open. The
+// engine resolves the path at each start of a service: if the two differ, one customer could read another's data.
+func (b *bindRoot) check() error {
+	there, err := os.Stat(b.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return errMoved
 	}
-	here, hereErr := b.dir.Stat()
-	if err = cmp.Or(err, hereErr); err == nil && os.SameFile(here, there) {
-		err = fmt.Errorf("%w: start it with -binds %s", errMoved, path)
+	if err != nil {
+		return err
 	}
-	return err
+	here, err := b.dir.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(here, there) {
+		return errMoved
+	}
+	return nil
 }
 
-// has reports whether the root has an entry. No other error than ENOENT says that it has not.
+// adopt creates the directory of records, without which checkRoot lets nothing be done.
+func (b *bindRoot) adopt() error {
+	if err := b.root.Mkdir(recordDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return b.sync(".")
+}
+
+// has reports whether the root has an entry.
 func (b *bindRoot) has(name string) (bool, error) {
 	_, err := b.root.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -103,9 +140,127 @@ func (b *bindRoot) has(name string) (bool, error) {
 	return err == nil, err
 }
 
-// allGone returns the ids of the services that have a directory on its way out.
-func (b *bindRoot) allGone() (ids []string, err error) {
-	entries, err := fs.ReadDir(b.root.FS(), goneDir)
+// hasAny reports whether the root has at least one of these entries.
+func (b *bindRoot) hasAny(names ...string) (bool, error) {
+	for _, name := range names {
+		if there, err := b.has(name); err != nil || there {
+			return there, err
+		}
+	}
+	return false, nil
+}
+
+// sync makes the names in a directory durable.
+func (b *bindRoot) sync(dir string) error {
+	if b.beforeSync != nil {
+		b.beforeSync()
+	}
+	f, err := b.root.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// exists reports whether there is a service: it has a record, and no mark.
+func (b *bindRoot) exists(id string) (bool, error) {
+	marked, err := b.marked(id)
+	if err != nil || marked {
+		return false, err
+	}
+	return b.has(recordDir + "/" + id)
+}
+
+// marked reports whether a service is being created or deleted.
+func (b *bindRoot) marked(id string) (bool, error) { return b.has(markDir + "/" + id) }
+
+// mark says that there is no such service, and that what belongs to it has to be removed.
+func (b *bindRoot) mark(id string) error {
+	err := b.root.Link(markSource, markDir+"/"+id)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return b.sync(markDir)
+}
+
+// unmark removes the mark. After that the service exists if it has a record.
+func (b *bindRoot) unmark(id string) error { return b.remove(markDir, id) }
+
+// remove removes an entry of a directory, if it is there.
+func (b *bindRoot) remove(dir, name string) error {
+	err := b.root.Remove(dir + "/" + name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return b.sync(dir)
+}
+
+// record returns the record of a service, or nil if there is none.
+func (b *bindRoot) record(id string) (*serviceRecord, error) {
+	text, err := b.root.ReadFile(recordDir + "/" + id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	r := &serviceRecord{}
+	if err := json.Unmarshal(text, r); err != nil || r.Params.ID != id || r.Revision == "" {
+		return nil, fmt.Errorf("%w: %s/%s: %w", errBadRecord, recordDir, id, cmp.Or(err, errors.New("not this service's")))
+	}
+	return r, nil
+}
+
+// errBadRecord is wrapped by the error for a record that cannot be read: only an administrator can help.
+var errBadRecord = errors.New("the record is damaged")
+
+// writeRecord replaces the record of a service: a crash leaves the old one or the new one.
+func (b *bindRoot) writeRecord(id string, r serviceRecord) error {
+	r.Params.BindContents = "" // it may hold a token, and is not needed again
+	draft, name := recordDir+"/."+id, recordDir+"/"+id
+	err := b.writeSynced(draft, encodeJSON(r))
+	if err == nil {
+		err = b.root.Rename(draft, name)
+	}
+	if err != nil {
+		return cmp.Or(err, b.root.Remove(draft))
+	}
+	return b.sync(recordDir)
+}
+
+// writeSynced writes a file, and syncs its contents.
+func (b *bindRoot) writeSynced(name string, text []byte) error {
+	f, err := b.root.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(text); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// removeRecord removes the record of a service.
+func (b *bindRoot) removeRecord(id string) error { return b.remove(recordDir, id) }
+
+// existing returns the ids of all services, sorted: those with a record and without a mark.
+func (b *bindRoot) existing() ([]string, error) {
+	recorded, err := b.ids(recordDir)
+	if err != nil {
+		return nil, err
+	}
+	marked, err := b.ids(markDir)
+	return slices.DeleteFunc(recorded, func(id string) bool { return slices.Contains(marked, id) }), err
+}
+
+// ids returns the entries of a directory that are services' ids, sorted.
+func (b *bindRoot) ids(dir string) (ids []string, err error) {
+	entries, err := fs.ReadDir(b.root.FS(), dir)
+	if errors.Is(err, fs.ErrNotExist) { // not adopted yet
+		return nil, nil
+	}
 	for _, entry := range entries {
 		if serviceID.MatchString(entry.Name()) {
 			ids = append(ids, entry.Name())
@@ -114,25 +269,28 @@ func (b *bindRoot) allGone() (ids []string, err error) {
 	return ids, err
 }
 
-// free returns a conflict if the service has a bind directory with something in it: to use that
+// checkUnused returns a conflict if the service has a bind directory with something in it: using that
 // would mix the data of two services.
-func (b *bindRoot) free(id string) error {
+func (b *bindRoot) checkUnused(id string) error {
 	info, err := b.root.Lstat(id)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	isDir, names := err == nil && info.IsDir(), []string(nil)
-	if isDir {
+	if err != nil {
+		return err
+	}
+	var names []string
+	if info.IsDir() {
 		names, err = readSome(b.root, id)
 	}
-	if err == nil && (!isDir || len(names) > 0) {
+	if err == nil && (!info.IsDir() || len(names) > 0) {
 		err = failure(fullDirectory, "the bind directory of %q exists and is not empty", id)
 	}
 	return err
 }
 
-// ensure makes the service's bind directory, or takes one that is there. The caller closes it.
-func (b *bindRoot) ensure(id string, o *owner) (*os.File, error) {
+// create makes the service's bind directory, or uses an empty one that exists. The caller closes it.
+func (b *bindRoot) create(id string, o *owner) (*os.File, error) {
 	if err := b.root.Mkdir(id, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
@@ -151,47 +309,28 @@ func (b *bindRoot) ensure(id string, o *owner) (*os.File, error) {
 	return dir, nil
 }
 
-// syncFilesystem makes all durable that was written to the file system that f is on. It returns
-// an error if any of that was lost since f was opened: syncfs(2), which package syscall lacks on
-// amd64. Where its number is not known here all file systems are synced, without such errors.
-func syncFilesystem(f *os.File) error {
-	number, known := map[string]uintptr{"amd64": 306, "arm64": 267}[runtime.GOARCH]
-	if !known {
-		syscall.Sync()
-		return nil
-	}
-	if _, _, errno := syscall.Syscall(number, f.Fd(), 0, 0); errno != 0 {
-		return fmt.Errorf("cannot sync the bind directories: %w", errno)
-	}
-	return nil
-}
-
-// discard puts the service's bind directory among those on their way out, for good: that survives
-// a power cut, and no late call of a dead daemon undoes it. A service without one gets an empty
-// file there, for which a full disk has room.
-func (b *bindRoot) discard(id string) error {
-	err := b.root.Rename(id, goneDir+"/"+id)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = b.root.WriteFile(goneDir+"/"+id, nil, 0o600)
-	}
-	return cmp.Or(err, b.gone.Sync(), b.dir.Sync())
-}
-
-// erase removes what discard has put away, with all that is in it, for good. A daemon that died may
-// not have synced either directory.
+// erase removes a service's bind directory with all that is in it.
 func (b *bindRoot) erase(ctx context.Context, id string) error {
-	name := goneDir + "/" + id
-	err := b.root.Remove(name)
-	if isNotEmpty(err) { // and so a directory, not a link that somebody has put there
-		var dir *os.Root
-		if dir, err = openBelow(b.root, name); err == nil {
-			err = empty(ctx, dir)
-		}
-		if err == nil {
-			err = b.root.Remove(name)
-		}
+	err := b.root.Remove(id)
+	if isNotEmpty(err) { // so it is a directory, and not a link
+		err = b.eraseTree(ctx, id)
 	}
-	return cmp.Or(err, b.gone.Sync(), b.dir.Sync())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return b.sync(".")
+}
+
+// eraseTree removes a directory that is not empty.
+func (b *bindRoot) eraseTree(ctx context.Context, id string) error {
+	dir, err := openBelow(b.root, id)
+	if err != nil {
+		return err
+	}
+	if err := empty(ctx, dir); err != nil {
+		return err
+	}
+	return b.root.Remove(id)
 }
 
 // A level is a directory on the way down into a tree, kept open.
@@ -295,49 +434,17 @@ func readSome(root *os.Root, name string) ([]string, error) {
 	return names, err
 }
 
-// serviceLocks is one first-come, first-served lock per service. Each operation that changes a
-// service holds its lock from before it looks what is there until it answers, but for kill, which
-// must not wait behind the stop that it is to cut short. A read takes it only to wait for a start that
-// is between its two renames. Different services never wait for each other. The same locks serve
-// writers to a container's stdin, by its id, and imports, by their entry in the journal.
-type serviceLocks struct {
-	mu sync.Mutex // guards queues, and is never held while anybody waits
-	// queues holds, by id, a channel for each who holds the lock or waits for it, in the order in which they
-	// came. The first holds the lock. When he leaves, the next one's channel is closed.
-	queues map[string][]chan struct{}
-}
-
-func newServiceLocks() serviceLocks { return serviceLocks{queues: map[string][]chan struct{}{}} }
-
-// lock waits for the service's lock until ctx ends. With a ctx that has ended it only tries.
-func (l *serviceLocks) lock(ctx context.Context, id string) (unlock func(), err error) {
-	turn := make(chan struct{})
-	l.mu.Lock()
-	first := len(l.queues[id]) == 0
-	l.queues[id] = append(l.queues[id], turn)
-	l.mu.Unlock()
-	leave := func() { l.leave(id, turn) }
-	if first {
-		return leave, nil
+// syncFilesystem makes all durable that was written to the file system that f is on. It returns
+// an error if any of that was lost since f was opened: syncfs(2), which package syscall lacks on
+// amd64. Where its number is not known here all file systems are synced, without such errors.
+func syncFilesystem(f *os.File) error {
+	number, known := map[string]uintptr{"amd64": 306, "arm64": 267}[runtime.GOARCH]
+	if !known {
+		syscall.Sync()
+		return nil
 	}
-	select {
-	case <-turn:
-		return leave, nil
-	case <-ctx.Done():
-		leave()
-		return nil, errUnderWay
+	if _, _, errno := syscall.Syscall(number, f.Fd(), 0, 0); errno != 0 {
+		return fmt.Errorf("cannot sync the bind directories: %w", errno)
 	}
-}
-
-// leave gives up a place in a queue. If that was the first, the next has the lock.
-func (l *serviceLocks) leave(id string, turn chan struct{}) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	at := slices.Index(l.queues[id], turn)
-	l.queues[id] = slices.Delete(l.queues[id], at, at+1)
-	if len(l.queues[id]) == 0 {
-		delete(l.queues, id)
-	} else if at == 0 {
-		close(l.queues[id][0])
-	}
+	return nil
 }

@@ -41,7 +41,7 @@ func TestPipeInThePlaceOfADirectoryIsNotWaitedFor(t *testing.T) {
 // An administrator may have put a link where a bind directory is looked for.
 func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	t.Parallel()
-	for _, target := range []string{"web", "../web", "/etc"} { // the second leads to the first from where it is on its way out
+	for _, target := range []string{"web", "../web", "/etc"} {
 		e, d := startWithService(t)
 		data := filepath.Join(d.binds, "web", "data")
 		if err := errors.Join(os.WriteFile(data, []byte("precious"), 0o600), os.Symlink(target, filepath.Join(d.binds, "link"))); err != nil {
@@ -58,85 +58,123 @@ func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	}
 }
 
-// A root that was moved, with a link left in its place, or that has another name now.
-func TestMovedBindRootKeepsItsServices(t *testing.T) {
+// The bind root is moved to another disk and a link is left, or a disk is mounted over it, while the daemon runs.
+// The engine resolves the path at each start, so it would mount a directory that the daemon cannot delete.
+func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	dir := t.TempDir()
-	before, after := filepath.Join(dir, "binds"), filepath.Join(dir, "bigger")
-	use := func(path string) func(*config) { return func(c *config) { c.binds = path } }
-	d := startDaemon(t, e.host(), use(before))
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	d.do(t, "POST", "/service", createBodyJSON("empty", "")).want(t, 201)
-	if err := errors.Join(d.stop(), os.WriteFile(before+"/web/data", []byte("precious"), 0o600), os.Rename(before, after), os.Symlink("bigger", before)); err != nil {
+	e, d := startWithService(t)
+	before := state(t, e, d)
+	moved := d.binds + "-moved"
+	if err := errors.Join(os.Rename(d.binds, moved), os.Mkdir(d.binds, 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := startError(t, func(c *config) { c.binds, c.dockerHost = after, e.host() }); err == nil || !strings.Contains(err.Error(), "-binds "+before) {
-		t.Errorf("with the new path the daemon ends with: %v", err)
-	}
-	// It cannot know before its engine is there.
-	e.close()
-	d = startDaemon(t, e.host(), use(after))
-	e.reopen()
+	asked := len(e.calls())
 	for _, request := range []struct{ method, path, body string }{
-		{"GET", "/service", ""}, {"GET", "/service/web", ""}, {"DELETE", "/service/web", ""}, {"DELETE", "/service/empty", ""},
-		{"POST", "/service", createBodyJSON("empty", "")}, {"POST", "/service", createBodyJSON("new", "")},
-		{"PATCH", "/service/web/env", "{}"}, {"POST", "/service/web/ctl", `{"op":"start"}`}, {"GET", "/health", ""},
+		{"DELETE", "/service/web", ""}, {"POST", "/service", createBodyJSON("new", "")}, {"POST", "/service", createBodyJSON("web", "")},
+		{"PUT", "/service/web", createBodyJSON("web", "")}, {"PATCH", "/service/web/env", "{}"}, {"GET", "/health", ""},
+		{"POST", "/service/web/ctl", `{"op":"start"}`}, {"POST", "/service/web/ctl", `{"op":"stop"}`},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`}, {"POST", "/service/web/ctl", `{"op":"kill"}`},
 	} {
-		d.do(t, request.method, request.path, request.body).want(t, 500)
+		d.do(t, request.method, request.path, request.body).want(t, 503, "bind_root_moved")
 	}
+	for _, call := range e.calls()[asked:] {
+		if !strings.HasPrefix(call, "GET ") {
+			t.Errorf("the engine was asked %s", call)
+		}
+	}
+	// Renamed on its own disk, with a link in its place, it is still the same directory.
+	if err := errors.Join(os.Remove(d.binds), os.Symlink(moved, d.binds)); err != nil {
+		t.Fatal(err)
+	}
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
+	}
+	d.do(t, "GET", "/health", "").want(t, 204)
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	wantNothing(t, d, e)
+}
+
+// A daemon that was started before the disk of its bind root was mounted sees an empty root.
+func TestRootWithoutRecordsCostsNoContainer(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
 	if err := d.stop(); err != nil {
 		t.Fatal(err)
 	}
-	d = startDaemon(t, e.host(), use(before))
-	if got := bindDirs(t, before); !slices.Equal(got, []string{"empty", "web"}) {
-		t.Errorf("the root holds %q", got)
-	}
-	d.do(t, "GET", "/service/web", "").want(t, 200)
-	d.do(t, "DELETE", "/service/web", "").want(t, 204)
-	d.do(t, "DELETE", "/service/empty", "").want(t, 204)
-	if got := bindDirs(t, after); len(got) > 0 || len(e.names()) > 0 {
-		t.Errorf("left: %q, %q", got, e.names())
-	}
-}
-
-// Another daemon's root may have become anything.
-func TestBindRootOfAnotherDaemonThatCannotBeLookedAtHidesNothing(t *testing.T) {
-	t.Parallel()
-	e, d := startWithService(t)
-	loop := filepath.Join(filepath.Dir(d.binds), "loop")
-	if err := os.Symlink(loop, loop); err != nil {
+	disk := d.binds + "-disk"
+	if err := os.Rename(d.binds, disk); err != nil {
 		t.Fatal(err)
 	}
-	e.addForeign("theirs", map[string]string{labelService: "theirs", labelBinds: loop}, filepath.Join(loop, "theirs"))
-	e.addForeign(nameNew+"half", map[string]string{labelService: "half", labelBinds: d.binds}, filepath.Join(d.binds, "half"))
+	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
+	d.do(t, "GET", "/health", "").want(t, 503, "unavailable")
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 503)
+	if !strings.Contains(d.log.String(), "is its disk mounted?") || !slices.Equal(e.names(), []string{"web"}) {
+		t.Errorf("there are %q; the log: %s", e.names(), d.log)
+	}
+	if err := errors.Join(d.stop(), os.RemoveAll(d.binds), os.Rename(disk, d.binds)); err != nil {
+		t.Fatal(err)
+	}
+	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
+	d.do(t, "GET", "/health", "").want(t, 204)
+	// A backup without its dot directories: the containers and their directories are left alone.
+	if err := errors.Join(d.stop(), os.RemoveAll(filepath.Join(d.binds, recordDir)), os.Mkdir(filepath.Join(d.binds, recordDir), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
+	if !strings.Contains(d.log.String(), "restore the record") || !slices.Equal(e.names(), []string{"web"}) {
+		t.Errorf("there are %q; the log: %s", e.names(), d.log)
+	}
+	d.do(t, "GET", "/service/web", "").want(t, 404)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409)
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	wantNothing(t, d, e)
+}
+
+func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	for _, name := range []string{"one", "two"} {
+		e.addForeign(name, map[string]string{labelService: name, labelBinds: "/elsewhere"}, "/elsewhere/"+name)
+	}
+	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds}, filepath.Join(d.binds, "half"))
 	if err := d.stop(); err != nil {
 		t.Fatal(err)
 	}
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
-	if got := e.names(); !slices.Equal(got, []string{"theirs", "web"}) {
-		t.Errorf("there are %q: nothing was settled", got)
+	if got := e.names(); !slices.Equal(got, []string{"one", "two", "web"}) {
+		t.Errorf("there are %q", got)
+	}
+	if log := d.log.String(); !strings.Contains(log, "services=2 roots=/elsewhere") {
+		t.Errorf("the log: %s", log)
 	}
 	d.do(t, "GET", "/service", "").want(t, 200, `"/web"`)
-	d.do(t, "DELETE", "/service/web", "").want(t, 204)
-	d.do(t, "DELETE", "/service/theirs", "").want(t, 404)
+	d.do(t, "DELETE", "/service/one", "").want(t, 404)
 }
 
-// Nothing is gone because the file system could not say that it is there.
-func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
+// A file system that cannot say whether an entry is there must not be taken for one without it.
+func TestErrorOfTheFileSystemIsNotAnAbsence(t *testing.T) {
 	t.Parallel()
-	e, s := bareService(t)
-	e.rename("web", "duxcore.now.web") // a start that died
+	e, server := bareService(t)
+	s := server.services
+	e.addForeign(candidatePrefix+"web", map[string]string{labelService: "web", labelBinds: s.binds.path}, filepath.Join(s.binds.path, "web"))
 	before := e.names()
 	s.binds.root.Close() // now every look fails, with an error that is not ENOENT
 	for name, do := range map[string]func() error{
-		"settle": func() error { _, _, err := s.settle(t.Context(), "web"); return err },
-		"DELETE": func() error { return s.change(t.Context(), t.Context(), "web", s.removeService) },
-		"start":  func() error { return s.changeExisting(t.Context(), "web", s.start) },
+		"settle": func() error { _, err := s.settle(t.Context(), "web"); return err },
+		"DELETE": func() error { return s.remove(t.Context(), "web") },
+		"PATCH":  func() error { return s.setEnv(t.Context(), "web", nil) },
+		"start":  func() error { return s.change(t.Context(), "web", s.start) },
 		"create": func() error {
 			return s.create(t.Context(), serviceParams{ID: "new", Image: "img:1", BindDir: "/data"}, "")
 		},
+		"read":       func() error { _, err := s.containers.lookup(t.Context(), "web"); return err },
+		"unrecorded": func() error { return s.removeUnrecorded(t.Context(), "web", serviceContainers{current: &listEntry{}}) },
+		"unused":     func() error { return s.binds.checkUnused("web") },
+		"erase":      func() error { return s.binds.erase(t.Context(), "web") },
+		"record":     func() error { return s.binds.removeRecord("web") },
+		"unmark":     func() error { return s.binds.unmark("web") },
+		"list":       func() error { _, err := s.binds.existing(); return err },
+		"adopt":      func() error { return s.binds.adopt() },
 	} {
 		err := do()
 		if kind, _ := describe(cmp.Or(err, errors.New("none"))); err == nil || kind.status < 500 {
@@ -146,19 +184,11 @@ func TestErrorOfTheFileSystemIsNoAbsence(t *testing.T) {
 			t.Fatalf("%s made %q of %q", name, after, before)
 		}
 	}
-	for name, err := range map[string]error{
-		"remove": s.removeService(t.Context(), "web", nil, nil), "free": s.binds.free("web"), "discard": s.binds.discard("web"),
-		"allGone": func() error { _, err := s.binds.allGone(); return err }(),
-	} {
-		if kind, _ := describe(cmp.Or(err, errors.New("none"))); err == nil || kind.status < 500 {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
 	tree := openTree(t, t.TempDir())
 	u := &unpacker{root: tree, parent: tree, parentDir: "."}
 	tree.Close()
 	if err := u.placeLink("a", "b"); err == nil || errors.Is(err, errLinkTarget) {
-		t.Errorf("an archive's link to what cannot be looked at: %v", err)
+		t.Errorf("an archive's link to a file that cannot be looked at: %v", err)
 	}
 }
 

@@ -65,12 +65,12 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 func (s *server) openLogs(ctx context.Context, id string, options container.LogsOptions) (
 	inspected, io.ReadCloser, error) {
 	for try := 1; ; try++ {
-		current, err := s.lookup(ctx, id)
+		current, err := s.containers.lookup(ctx, id)
 		if err != nil {
 			return current, nil, err
 		}
 		logs, err := s.engine.api().ContainerLogs(ctx, current.ID, options)
-		if !errdefs.IsNotFound(err) || try == lookupTries { // else another container has just taken its place
+		if !errdefs.IsNotFound(err) || try == 2 { // else another container has just taken its place
 			return current, logs, err
 		}
 	}
@@ -97,7 +97,7 @@ func logsOptions(r *http.Request) container.LogsOptions {
 // the body. That may come in small parts, hours apart.
 func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
 	defer context.AfterFunc(s.serving, func() { http.NewResponseController(w).SetReadDeadline(time.Now()) })()
-	begin, err := s.lookup(r.Context(), r.PathValue("id"))
+	begin, err := s.containers.lookup(r.Context(), r.PathValue("id"))
 	switch {
 	case err == nil && !begin.Config.OpenStdin:
 		err = failure(withoutStdin, "the service was created without open_stdin")
@@ -162,7 +162,7 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 
 // sameRun returns nil if the service has run without a break since it was seen as begin.
 func (s *server) sameRun(ctx context.Context, id string, begin inspected) error {
-	now, err := s.lookup(ctx, id)
+	now, err := s.containers.lookup(ctx, id)
 	if err == nil && (!now.State.Running || now.ID != begin.ID || now.State.StartedAt != begin.State.StartedAt) {
 		err = failure(notRunning, "the service has stopped; it may not have read all")
 	}
@@ -175,13 +175,13 @@ func (s *server) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 		Rows uint16 `json:"rows"`
 		Cols uint16 `json:"cols"`
 	}
-	if err := s.readJSON(w, r, &body); err != nil {
+	if err := readJSON(r, &body); err != nil {
 		return err
 	}
 	if body.Rows == 0 || body.Cols == 0 {
 		return badRequest("rows and cols: must be 1 to 65535")
 	}
-	current, err := s.lookup(r.Context(), r.PathValue("id"))
+	current, err := s.containers.lookup(r.Context(), r.PathValue("id"))
 	if err != nil {
 		return err
 	}

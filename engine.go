@@ -13,15 +13,12 @@ import (
 	"net/url"
 	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/docker/docker/api/types/container"
-	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/client"
 )
 
@@ -35,10 +32,10 @@ const (
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
 	sdk atomic.Pointer[client.Client]
-	// known is set when meet has found a Docker Engine that takes the version which sdk speaks. An error after
-	// which another engine may be at the address, such as a lost connection, resets it: the next request meets
-	// the engine again before it asks for anything.
-	known atomic.Bool
+	// negotiated says that sdk speaks a version that the Docker Engine at the address accepts. negotiate sets it.
+	// lost resets it after an error that may mean that another engine is there now: the next request negotiates
+	// again before it asks for anything.
+	negotiated atomic.Bool
 }
 
 // newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the
@@ -144,17 +141,28 @@ func detachKeys(chunk []byte) string {
 	return strings.Join(strings.Split(string([]byte{first})+secret, ""), ",")
 }
 
-// meet asks what answers at the engine's address for the newest version of its API, speaks that from
-// now on, and asks again, in that version, what it is: another program, or an engine that refuses the
-// version that the environment demands, is an error. It takes pingTime at most.
-func (e *engine) meet(ctx context.Context) (err error) {
+// ready negotiates unless that was done.
+func (e *engine) ready(ctx context.Context) error {
+	if e.negotiated.Load() {
+		return nil
+	}
+	return e.negotiate(ctx)
+}
+
+// lost makes the next request negotiate again.
+func (e *engine) lost() { e.negotiated.Store(false) }
+
+// negotiate asks the engine for the newest version of its API, uses that from now on, and asks again, in that
+// version, what the engine is: another program, or an engine that refuses the version that the environment
+// demands, is an error. It takes pingTime at most.
+func (e *engine) negotiate(ctx context.Context) (err error) {
 	defer func() {
 		if errors.Is(err, context.DeadlineExceeded) { // nothing was begun
 			err = failure(unavailable, "the engine does not answer in time")
 		} else if errors.Is(err, io.EOF) {
 			err = errUnreadable
 		}
-		e.known.Store(err == nil)
+		e.negotiated.Store(err == nil)
 	}()
 	ctx, cancel := context.WithTimeout(ctx, pingTime)
 	defer cancel()
@@ -183,114 +191,4 @@ func (e *engine) meet(ctx context.Context) (err error) {
 			strings.Join(parts, ", "))
 	}
 	return nil
-}
-
-// meetEngine asks the engine for its version, and once, when there first is one, whether it has
-// services that know this bind root by another path: without those nothing may be done. While the
-// daemon runs no other can make such services here.
-func (s *server) meetEngine(ctx context.Context) error {
-	if err := s.engine.meet(ctx); err != nil || s.met.Load() {
-		return err
-	}
-	list, err := s.list(ctx, labelService)
-	if err != nil {
-		return err
-	}
-	for _, c := range list {
-		path := c.Labels[labelBinds]
-		if path == s.binds.path || !mounts(c.Mounts, filepath.Join(path, c.Labels[labelService])) {
-			continue
-		}
-		if err := s.binds.checkMoved(path); errors.Is(err, errMoved) {
-			return err
-		} else if err != nil {
-			s.log.Warn("cannot look at another daemon's bind root", "err", err)
-		}
-	}
-	s.met.Store(true)
-	return nil
-}
-
-// listed is a container in the engine's list.
-type listed struct {
-	ID      string
-	Names   []string // each with a slash
-	ImageID string
-	Labels  map[string]string
-	State   container.ContainerState
-	Mounts  []container.MountPoint
-	raw     []byte // all that the engine says of it, as JSON
-}
-
-// list returns the engine's containers that have a label. To decode all of each, as the SDK does, and
-// write it anew costs more than the engine's own work, and loses what the SDK does not know.
-func (s *server) list(ctx context.Context, label string) (all []*listed, err error) {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
-	defer cancel()
-	filter, err := filters.ToJSON(filters.NewArgs(filters.Arg("label", label)))
-	if err != nil {
-		return nil, err
-	}
-	call := url.URL{Path: "/containers/json", RawQuery: url.Values{"all": {"1"}, "filters": {filter}}.Encode()}
-	answer, err := s.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
-	if err != nil {
-		return nil, err
-	}
-	defer answer.Body.Close()
-	text, err := io.ReadAll(answer.Body)
-	if err != nil {
-		return nil, err
-	}
-	entries := json.NewDecoder(bytes.NewReader(text))
-	if first, _ := entries.Token(); first != json.Delim('[') {
-		return nil, errUnreadable
-	}
-	for entries.More() {
-		c, begin := &listed{}, entries.InputOffset()
-		if err := entries.Decode(c); err != nil {
-			return nil, err
-		}
-		c.raw = bytes.TrimLeft(text[begin:entries.InputOffset()], ", \r\n\t")
-		all = append(all, c)
-	}
-	if _, err := entries.Token(); err != nil { // its end
-		return nil, errUnreadable
-	}
-	return all, nil
-}
-
-// ownContainers returns the containers of this daemon by service, of all or of one.
-func (s *server) ownContainers(ctx context.Context, id string) (map[string]journal, error) {
-	label := labelBinds + "=" + s.binds.path
-	if id != "" {
-		label = labelService + "=" + id
-	}
-	list, err := s.list(ctx, label)
-	if err != nil {
-		return nil, err
-	}
-	all := map[string]journal{}
-	for _, c := range list {
-		id := c.Labels[labelService]
-		if !serviceID.MatchString(id) || c.Labels[labelBinds] != s.binds.path ||
-			!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
-			continue
-		}
-		// In the middle of a rename the engine shows both names: the first case that fits counts.
-		found, named := all[id], func(name string) bool { return slices.Contains(c.Names, "/"+name) }
-		switch {
-		case named(id):
-			found.current = c
-		case named(nameNow + id):
-			found.now = c
-		case named(nextName(id, number(c))):
-			found.next = append(found.next, c)
-		case named(nameNew + id):
-			found.new = c
-		default:
-			found.strays = append(found.strays, c)
-		}
-		all[id] = found
-	}
-	return all, nil
 }

@@ -86,7 +86,6 @@ var engineRequests = []struct{ method, path, body string }{
 	{"GET", "/health", ""},
 	{"GET", "/service", ""},
 	{"GET", "/service/web", ""},
-	{"GET", "/service/nobody", ""},
 	{"GET", "/service/web/stats", ""},
 	{"GET", "/service/web/stats?stream=true", ""},
 	{"POST", "/service", createBodyJSON("new", "")},
@@ -94,7 +93,6 @@ var engineRequests = []struct{ method, path, body string }{
 	{"POST", "/service/web/ctl", `{"op":"stop"}`},
 	{"POST", "/service/web/ctl", `{"op":"restart"}`},
 	{"POST", "/service/web/ctl", `{"op":"kill"}`},
-	{"PATCH", "/service/web/env", `{"A":"1"}`},
 	{"DELETE", "/service/web", ""},
 	{"POST", "/docker/image", wholeTar()},
 }
@@ -138,6 +136,9 @@ func TestEngineThatIsGoneAndComesBack(t *testing.T) {
 func TestEngineThatIsExchangedBetweenTwoRequests(t *testing.T) {
 	t.Parallel()
 	for _, r := range eachKindOfRequest {
+		if r.method == "PATCH" { // it asks the engine nothing, so it cannot notice
+			continue
+		}
 		e, d := startWithService(t)
 		for _, other := range []string{"29", "20.10", "29"} {
 			e.close()

@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -274,11 +275,58 @@ func (e *fakeEngine) container(name string) (fakeContainer, bool) {
 	return fakeContainer{}, false
 }
 
+// drop removes a container, as an administrator does.
+func (e *fakeEngine) drop(name string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.containers = slices.DeleteFunc(e.containers, func(c *fakeContainer) bool { return c.Name == name })
+}
+
 // rename gives a container another name, as an administrator does.
 func (e *fakeEngine) rename(name, to string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.byName(name).Name = to
+}
+
+// moment is what the engine knows at some time.
+type moment struct {
+	containers []fakeContainer
+	volumes    map[string]bool
+}
+
+// now returns the moment that cutPower puts the engine back to.
+func (e *fakeEngine) now() (m moment) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, c := range e.containers {
+		m.containers = append(m.containers, *c)
+	}
+	m.volumes = maps.Clone(e.volumes)
+	return m
+}
+
+// cutPower puts the engine back to an earlier moment: an engine syncs little of what it writes. Nothing runs
+// after a power cut.
+func (e *fakeEngine) cutPower(m moment) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.containers, e.volumes = nil, maps.Clone(m.volumes)
+	for _, c := range m.containers {
+		c.Running = false
+		e.containers = append(e.containers, &c)
+	}
+}
+
+// prune removes all containers that do not run, as docker container prune does, with their volumes.
+func (e *fakeEngine) prune() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.containers = slices.DeleteFunc(e.containers, func(c *fakeContainer) bool { return !c.Running })
+	e.volumes = map[string]bool{}
+	for _, c := range e.containers {
+		e.volumes[c.volume] = true
+	}
 }
 
 func (e *fakeEngine) names() []string {
@@ -467,7 +515,7 @@ func (e *fakeEngine) find(w http.ResponseWriter, ref string) *fakeContainer {
 }
 
 func (e *fakeEngine) list(w http.ResponseWriter, r *http.Request) {
-	var filter struct{ Label map[string]bool }
+	var filter struct{ Label, Name map[string]bool }
 	if text := r.URL.Query().Get("filters"); text != "" {
 		if err := json.Unmarshal([]byte(text), &filter); err != nil {
 			e.t.Errorf("the engine was asked for filters %s: %v", text, err)
@@ -486,6 +534,9 @@ func (e *fakeEngine) list(w http.ResponseWriter, r *http.Request) {
 			key, value, withValue := strings.Cut(label, "=")
 			got, ok := c.Labels[key]
 			matches = matches && ok && (got == value || !withValue)
+		}
+		for name := range filter.Name { // the engine takes it for a regular expression
+			matches = matches && regexp.MustCompile(name).MatchString("/"+c.Name)
 		}
 		if matches {
 			entry := listed{Summary: container.Summary{ID: c.ID, Names: []string{"/" + c.Name}, Image: c.Config.Image,

@@ -125,17 +125,18 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 	return d
 }
 
-// bindDirs returns what is in a bind root: services' ids, and what is on its way out as ".gone/<id>".
+// bindDirs returns what is in a bind root: bind directories by the services' ids, marks, and records whose
+// service has no directory.
 func bindDirs(t testing.TB, binds string) (names []string) {
 	t.Helper()
-	for _, dir := range []string{"", goneDir} {
+	for _, dir := range []string{".", markDir, recordDir} {
 		entries, err := os.ReadDir(filepath.Join(binds, dir))
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, entry := range entries {
-			if name := filepath.Join(dir, entry.Name()); name != goneDir {
-				names = append(names, name)
+			if name := entry.Name(); name[0] != '.' && (dir != recordDir || !slices.Contains(names, name)) {
+				names = append(names, filepath.Join(dir, name))
 			}
 		}
 	}
@@ -181,7 +182,7 @@ func (d *daemon) do(t testing.TB, method, path, body string) answer {
 
 // kindsOfErrors returns the status of each kind of error by its name.
 var kindsOfErrors = sync.OnceValue(func() map[string]int {
-	source, err := os.ReadFile("server.go")
+	source, err := os.ReadFile("errors.go")
 	if err != nil {
 		panic(err)
 	}
@@ -268,11 +269,14 @@ func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
 		t.Fatal(err)
 	}
 	t.Cleanup(binds.close)
+	if err := binds.adopt(); err != nil {
+		t.Fatal(err)
+	}
 	engine, err := newEngine(e.host())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := engine.meet(t.Context()); err != nil {
+	if err := engine.negotiate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { engine.api().Close() })
@@ -287,7 +291,7 @@ func bareService(t *testing.T) (*fakeEngine, *server) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	s := bareServer(t, e, nil)
-	if err := s.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
+	if err := s.services.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
 		t.Fatal(err)
 	}
 	return e, s

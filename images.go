@@ -166,6 +166,28 @@ func (s *server) dropImport(finish context.Context, entry string) error {
 	return err
 }
 
+// removeUnfinished removes what imports have left whose daemon was killed.
+func (s *server) removeUnfinished(ctx context.Context) error {
+	entries, err := s.unfinishedImports()
+	if err != nil {
+		return err
+	}
+	done, cancel := context.WithCancel(ctx)
+	cancel()
+	for _, entry := range entries {
+		unlock, err := s.locks.lock(done, entry)
+		if err != nil {
+			continue // under way
+		}
+		err = s.dropImport(ctx, entry)
+		unlock()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // unfinishedImports returns the names of this daemon's imports, those under way among them.
 func (s *server) unfinishedImports() (entries []string, err error) {
 	ctx, cancel := context.WithTimeout(s.life, s.waits.read)
@@ -260,55 +282,58 @@ func checkEntry(h *tar.Header) error {
 
 // ensureImage makes sure that the engine has the service's image, and pulls it if it does not.
 // registryAuth is passed on to the engine as its X-Registry-Auth.
-func (s *server) ensureImage(ctx context.Context, p serviceParams, registryAuth string) error {
-	err := s.checkImage(ctx, p)
+func (s *server) ensureImage(ctx context.Context, p serviceParams, registryAuth string) (string, error) {
+	id, err := s.checkImage(ctx, p)
 	if !errdefs.IsNotFound(err) {
-		return err
+		return id, err
 	}
 	if imageID.MatchString(p.Image) { // no registry knows it
-		return noSuchImage(p.Image)
+		return "", noSuchImage(p.Image)
 	}
 	progress, err := s.engine.api().ImagePull(ctx, p.Image, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
 		_, text := describe(err)
-		return failure(unknownImage, "cannot pull the image: %s", text)
+		return "", failure(unknownImage, "cannot pull the image: %s", text)
 	}
 	if err != nil {
-		return fmt.Errorf("cannot pull the image: %w", err)
+		return "", fmt.Errorf("cannot pull the image: %w", err)
 	}
 	defer progress.Close()
 	if _, err := lastStatus(progress); err != nil {
-		return err
+		return "", err
 	}
-	err = s.checkImage(ctx, p)
+	id, err = s.checkImage(ctx, p)
 	if errdefs.IsNotFound(err) { // a pull that said nothing of its failure
-		return noSuchImage(p.Image)
+		return "", noSuchImage(p.Image)
 	}
-	return err
+	return id, err
 }
 
 // checkImage returns a 400 if an image says what a service must not have: containers inherit it.
 // Its labels come with each list of containers, and its working directory can be where params
 // would be refused. What lies in it, links among it, is the engine's and the runtime's to confine.
-func (s *server) checkImage(ctx context.Context, p serviceParams) error {
+func (s *server) checkImage(ctx context.Context, p serviceParams) (string, error) {
 	call := url.URL{Path: "/images/" + p.Image + "/json"}
 	answer, err := s.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer answer.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(answer.Body, maxInspection+1))
 	if len(text) > maxInspection {
-		return badRequest("image: its configuration has more than %d bytes", maxInspection)
+		return "", badRequest("image: its configuration has more than %d bytes", maxInspection)
 	}
-	var found struct{ Config struct{ WorkingDir string } }
+	var found struct {
+		ID     string
+		Config struct{ WorkingDir string }
+	}
 	if err = cmp.Or(err, json.Unmarshal(text, &found)); err != nil {
-		return err
+		return "", err
 	}
 	if p.WorkingDir == "" && within(path.Clean("/"+found.Config.WorkingDir), "/proc") {
-		return badRequest("image: its working directory is under /proc")
+		return "", badRequest("image: its working directory is under /proc")
 	}
-	return nil
+	return found.ID, nil
 }
 
 // lastStatus reads the engine's progress messages to their end and returns the last

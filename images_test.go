@@ -177,11 +177,12 @@ func TestPullThatFindsNothingOrOnlyAPartLeavesNothing(t *testing.T) {
 func TestImageThatWasRemovedByForce(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	before := e.names()
+	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
 	e.removeImages()
-	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 404, `"no_such_image"`)
-	if after := e.names(); !slices.Equal(after, before) {
-		t.Errorf("there are %q", after)
+	before := state(t, e, d)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 404, `"no_such_image"`)
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
 	}
 }
 

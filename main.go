@@ -127,9 +127,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
 	s := newServer(life, serving, cfg, key, engine, binds, log)
-	if err := s.keepSettled(ctx, &background); err != nil {
-		return err
-	}
+	s.services.keepSettled(ctx, &background)
 	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
 		return err
@@ -143,35 +141,6 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	}
 	listening(listener.Addr())
 	return s.serve(serving, stop, listener, tlsConfig)
-}
-
-// keepSettled settles what an earlier daemon has left, and returns when that is done or has taken as long
-// as one round may: a directory with a million files must not keep the core waiting. From then on
-// it settles in rounds, in the background, until the server's life ends: an engine that was down is up by
-// then, and a call that was lost on its way has arrived. Its error is errMoved; all others the next
-// round may mend.
-func (s *server) keepSettled(ctx context.Context, background *sync.WaitGroup) error {
-	first := make(chan error, 1)
-	background.Go(func() { first <- s.settleRound() })
-	select {
-	case err := <-first:
-		if errors.Is(err, errMoved) {
-			return err
-		}
-	case <-time.After(s.waits.round): // the rest goes on beside what is asked for
-	case <-ctx.Done():
-	}
-	background.Go(func() { // ends with life, as all rounds do
-		for next := time.Tick(s.waits.round); ; {
-			select {
-			case <-next:
-				background.Go(func() { s.settleRound() }) // one that hangs holds up no other
-			case <-s.life.Done():
-				return
-			}
-		}
-	})
-	return nil
 }
 
 // tlsConfig returns how to serve with TLS; nil is plain HTTP.

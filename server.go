@@ -6,11 +6,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
-	"net"
 	"net/http"
 	"net/url"
 	"path"
@@ -18,77 +17,92 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
-	"syscall"
 	"time"
-
-	"github.com/containerd/errdefs"
-	"github.com/docker/docker/client"
+	"unicode/utf8"
 )
 
 const (
-	maxJSON     = 1 << 20     // bytes of a JSON body
+	maxJSON     = 64 << 10    // bytes of a JSON body: the engine repeats much of it in every list
 	uploadStall = time.Minute // longest pause in an upload
 	maxQuote    = 512         // bytes of somebody else's text in an error
 	lingerTime  = time.Second // for discarding what a client still sends after its answer
 	forever     = math.MaxInt64 * time.Nanosecond
 )
 
-// A route is one line of the API. All paths need the core key, so access is no column.
+// A route is one line of the API. Every path needs the core key, so there is no column for access.
 type route struct {
-	pattern string         // as for [http.ServeMux]; each stands under /v1 as well
-	success int            // status, if handle writes none
-	body    int64          // most bytes of the request's body
-	limit   time.Duration  // forever: until the client leaves, or the daemon
-	finish  bool           // runs to its end, or limit, even if the client leaves
-	query   *regexp.Regexp // matches each parameter that its query may have, as name=value; nil: none
-	handle  func(*server, http.ResponseWriter, *http.Request) error
+	pattern  string         // as for [http.ServeMux]; also served under /v1
+	success  int            // status, if handle writes none
+	body     int64          // maximum request body, in bytes; maxJSON if it is a JSON body
+	limit    time.Duration  // forever: until the client disconnects or the daemon shuts down
+	detached bool           // runs on until limit if the client disconnects
+	query    *regexp.Regexp // each query parameter must match this, as name=value; nil allows none
+	handle   func(http.ResponseWriter, *http.Request) error
 }
 
 // routes is the whole API.
 func (s *server) routes() []route {
-	change := s.stopTimeout + s.waits.read
+	svc, change := s.services, s.stopTimeout+s.waits.read
 	return []route{
-		{"POST /service", 201, maxJSON, s.createTimeout, false, nil, (*server).createService},
-		{"GET /service", 200, 0, s.waits.read, false, nil, (*server).listServices},
-		{"GET /service/{id}", 200, 0, s.waits.read, false, nil, (*server).inspectService},
-		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, nil, (*server).deleteService},
-		{"POST /service/{id}/ctl", 204, maxJSON, change, true, nil, (*server).controlService},
-		{"GET /service/{id}/stats", 200, 0, forever, false, statsParameter, (*server).serviceStats},
-		{"GET /service/{id}/logs", 200, 0, forever, false, logsParameter, (*server).serviceLogs},
-		{"POST /service/{id}/stdin", 204, math.MaxInt64, forever, false, nil, (*server).serviceStdin},
-		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, nil, (*server).resizeTTY},
-		{"PATCH /service/{id}/env", 204, maxJSON, change, true, nil, (*server).setServiceEnv},
-		{"POST /docker/image", 201, s.maxImageBytes, forever, false, nil, (*server).importImage},
-		{"GET /health", 204, 0, s.waits.read, false, nil, (*server).health},
+		{pattern: "POST /service", success: 201, body: maxJSON, limit: s.createTimeout, handle: svc.handleCreate},
+		{pattern: "GET /service", success: 200, limit: s.waits.read, handle: svc.handleList},
+		{pattern: "GET /service/{id}", success: 200, limit: s.waits.read, handle: svc.handleInspect},
+		{pattern: "PUT /service/{id}", success: 204, body: maxJSON, limit: s.createTimeout, detached: true,
+			handle: svc.handlePut},
+		{pattern: "GET /service/{id}/params", success: 200, limit: s.waits.read, handle: svc.handleParams},
+		{pattern: "DELETE /service/{id}", success: 204, limit: s.createTimeout, detached: true,
+			handle: svc.handleDelete},
+		{pattern: "POST /service/{id}/ctl", success: 204, body: maxJSON, limit: change, detached: true,
+			handle: svc.handleControl},
+		{pattern: "GET /service/{id}/stats", success: 200, limit: forever, query: statsParameter,
+			handle: s.serviceStats},
+		{pattern: "GET /service/{id}/logs", success: 200, limit: forever, query: logsParameter,
+			handle: s.serviceLogs},
+		{pattern: "POST /service/{id}/stdin", success: 204, body: math.MaxInt64, limit: forever,
+			handle: s.serviceStdin},
+		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.waits.read, handle: s.resizeTTY},
+		{pattern: "PATCH /service/{id}/env", success: 204, body: maxJSON, limit: change, detached: true,
+			handle: svc.handleSetEnv},
+		{pattern: "POST /docker/image", success: 201, body: s.maxImageBytes, limit: forever,
+			handle: s.importImage},
+		{pattern: "GET /health", success: 204, limit: s.waits.read, handle: s.health},
 	}
 }
 
-// server answers the core's requests. All its fields but met are set once, by newServer.
+// server answers the core's requests. newServer sets its fields; stats and refusals guard themselves.
 type server struct {
 	config
-	key      coreKey
-	engine   *engine
-	binds    *bindRoot
-	log      *slog.Logger
-	fetcher  *fetcher
-	locks    serviceLocks // by service id
-	stdin    serviceLocks // by container id
-	stats    statsFeeds
-	refusals refusals
-	met      atomic.Bool // an engine was met that has no services which know the bind root by another path
-	mux      *http.ServeMux
-	life     context.Context // ends when changes under way must end
-	serving  context.Context // ends when the daemon starts to shut down: streams end with it
+	key        coreKey
+	engine     *engine
+	binds      *bindRoot
+	containers *containers
+	services   *services
+	log        *slog.Logger
+	locks      *keyedMutex // by service id
+	stdin      *keyedMutex // by container id
+	stats      statsFeeds
+	refusals   refusals
+	mux        *http.ServeMux
+	life       context.Context // done when the daemon no longer waits for operations in progress
+	serving    context.Context // done when the daemon starts to shut down: streams end with it
 }
 
 // newServer registers each route twice, bare and under /v1, and each path once more for all other methods:
 // net/http's own 405 never comes where there is a pattern for every path, as "/" is one.
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
-	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
-		fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
+	locks := newKeyedMutex()
+	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.waits.read}
+	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
+		locks: locks, stdin: newKeyedMutex(),
 		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
+	s.services = &services{
+		policy: machinePolicy{binds: b.path, network: cfg.network, pidsLimit: cfg.pidsLimit,
+			stopTimeout: cfg.stopTimeout},
+		limits: unpackLimits{cfg.maxBindBytes, cfg.maxBindFiles}, timeouts: cfg.waits, createTime: cfg.createTimeout,
+		engine: e, binds: b, containers: own, fetcher: newFetcher(cfg.fetchAllow), locks: locks,
+		ensureImage: s.ensureImage, tidyImages: s.removeUnfinished, forgetStats: func(id string) { s.stats.forget(id, nil) }, log: log, ctx: life,
+	}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
@@ -170,26 +184,30 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 	if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
 		return failure(tooLarge, "this request has no body")
 	}
-	ctx := r.Context()
-	if rt.finish {
-		ctx = s.life
+	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
+	if rt.body == maxJSON {
+		if err := s.readBody(w, r); err != nil {
+			return err
+		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, rt.limit)
+	ctx, cancel := context.WithTimeout(r.Context(), rt.limit)
+	if rt.detached {
+		ctx, cancel = detached(r.Context(), s.life, rt.limit)
+	}
 	defer cancel()
 	if rt.limit == forever {
 		defer context.AfterFunc(s.serving, cancel)()
 	}
-	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
-	if !s.engine.known.Load() || !s.met.Load() {
-		err = s.meetEngine(ctx)
+	if err := s.engine.ready(ctx); err != nil {
+		return err
 	}
-	if err == nil {
-		err = rt.handle(s, w, r.WithContext(ctx))
+	if err := rt.handle(w, r.WithContext(ctx)); err != nil {
+		return err
 	}
-	if err == nil && w.status == 0 {
+	if w.status == 0 {
 		w.WriteHeader(rt.success)
 	}
-	return err
+	return nil
 }
 
 // checkQuery returns an error for a parameter that the route does not have, that has another value
@@ -208,80 +226,6 @@ func (rt route) checkQuery(text string) error {
 	return nil
 }
 
-// A kind of error tells a program what it can do next. Kinds and their status are part of the API;
-// descriptions are for people, and may change.
-type kind struct {
-	status int
-	name   string
-}
-
-// All kinds that there are.
-var (
-	invalid        = kind{400, "bad_request"}        // ask for something else
-	refusedArchive = kind{400, "archive_refused"}    // mend the archive of bind_contents, or of the image
-	unauthorized   = kind{401, "unauthorized"}       // find the right core key
-	unknownPath    = kind{404, "no_such_path"}       // look it up in the API's document
-	unknownService = kind{404, "no_such_service"}    // it is gone, or has yet to be created
-	unknownImage   = kind{404, "no_such_image"}      // import it, or give the registry's credentials
-	wrongMethod    = kind{405, "method_not_allowed"} // the header Allow lists those that are
-	takenID        = kind{409, "id_taken"}           // compare with the service or container that has it
-	fullDirectory  = kind{409, "directory_in_use"}   // somebody has to look at the data there
-	renamed        = kind{409, "renamed_by_hand"}    // somebody has to give the container its name back
-	notRunning     = kind{409, "not_running"}        // start it
-	withoutStdin   = kind{409, "no_stdin"}           // create it with open_stdin
-	withoutTTY     = kind{409, "no_tty"}             // create it with tty
-	engineConflict = kind{409, "engine_conflict"}    // such as a paused container: its words say which
-	tooLarge       = kind{413, "too_large"}          // send less, or no body where none belongs
-	internal       = kind{500, "internal"}           // somebody has to read the daemon's log
-	engineFailed   = kind{502, "engine_failed"}      // the engine refused, or could not: its words say why
-	downloadFailed = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
-	unavailable    = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
-	timedOut       = kind{504, "timeout"}            // look what there is, or ask again
-)
-
-// apiError is an error that the client reads as it stands.
-type apiError struct {
-	kind        kind
-	description string
-}
-
-func (e *apiError) Error() string { return e.description }
-
-// isA reports whether err is, or wraps, an error of type E.
-func isA[E error](err error) bool {
-	_, ok := errors.AsType[E](err)
-	return ok
-}
-
-// failure returns an error of the API, whose text goes to the client as it is. A string among args may be
-// somebody else's, of any length: it is cut.
-func failure(k kind, format string, args ...any) error {
-	for i, arg := range args {
-		if text, ok := arg.(string); ok {
-			args[i] = quote(text)
-		}
-	}
-	return &apiError{k, fmt.Sprintf(format, args...)}
-}
-
-func badRequest(format string, args ...any) error {
-	return failure(invalid, format, args...)
-}
-
-func noSuchService(id string) error {
-	return failure(unknownService, "no service %q", id)
-}
-
-func noSuchImage(name string) error {
-	return failure(unknownImage, "no image %q", name)
-}
-
-var (
-	errNoSuchPath = failure(unknownPath, "no such path")
-	errUnreadable = failure(engineFailed, "the engine's answer cannot be read")
-	errUnderWay   = failure(timedOut, "another operation on this service is still under way")
-)
-
 // fail answers with an error. Where an answer has begun it logs the error and breaks the
 // connection off, so that nobody takes what there is for all. It is the only writer of errors.
 func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
@@ -289,7 +233,7 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	if kind == unavailable {
 		rw.Header().Set("Retry-After", "1")
 		if !errors.Is(err, context.Canceled) { // of a client that has left
-			s.engine.known.Store(false) // by then it may be another
+			s.engine.lost() // another one may be there by then
 		}
 	}
 	if kind == internal {
@@ -309,84 +253,35 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 	}{kind.status, http.StatusText(kind.status), description, kind.name}})
 }
 
-// goPrefix is what Go's packages put ahead of their errors.
-var goPrefix = regexp.MustCompile(`\b(archive/tar|gzip|flate|net/http|http|tls|x509): `)
-
-// plain returns the innermost cause of an error from Go's packages: those around it name addresses of
-// the host, and its name servers.
-func plain(err error) string {
-	if lookup, ok := errors.AsType[*net.DNSError](err); ok && lookup.IsNotFound {
-		return "no such host"
-	} else if ok {
-		return "the host's name cannot be looked up"
+// readBody reads a whole JSON body, so that a handler never waits for the client.
+func (s *server) readBody(w *response, r *http.Request) error {
+	w.ctl.SetReadDeadline(time.Now().Add(s.waits.json))
+	text, err := io.ReadAll(r.Body)
+	w.ctl.SetReadDeadline(time.Time{}) // an expired deadline would cancel the request's context
+	if isA[*http.MaxBytesError](err) {
+		return err
 	}
-	for inner := err; inner != nil; inner = errors.Unwrap(inner) {
-		err = inner
+	if err != nil {
+		return badRequest("the body is incomplete or came too slowly")
 	}
-	return goPrefix.ReplaceAllString(err.Error(), "")
+	r.Body = io.NopCloser(bytes.NewReader(text))
+	return nil
 }
 
-// quote cuts a text of somebody else's to 512 bytes.
-func quote(text string) string {
-	if len(text) <= maxQuote {
-		return text
-	}
-	return strings.ToValidUTF8(text[:maxQuote], "") + "…"
-}
-
-// describe returns what a client may know of err: all that the engine says, which can name paths of
-// the host, and of what fails here no more than the kind.
-func describe(err error) (k kind, description string) {
-	if api, ok := errors.AsType[*apiError](err); ok {
-		return api.kind, api.description
-	}
-	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
-	// The SDK puts words of its own around the engine's, in these three places.
-	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
-	message, _, _ = strings.Cut(goPrefix.ReplaceAllString(message, ""), " for API route and version ")
-	message = quote(message)
-	switch {
-	case isTooLong:
-		return tooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
-	case errors.Is(err, context.DeadlineExceeded):
-		return timedOut, "this was not done in time; the engine may still be at it"
-	case errors.Is(err, context.Canceled):
-		return unavailable, "the request was given up"
-	case client.IsErrConnectionFailed(err), isA[*net.OpError](err), errors.Is(err, io.EOF):
-		return unavailable, "the engine cannot be reached"
-	case isA[*json.SyntaxError](err), isA[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
-		return describe(errUnreadable)
-	case errdefs.IsConflict(err):
-		return engineConflict, message
-	case strings.Contains(message, "engine: client version "): // "… is too old": it is another one now
-		return unavailable, message
-	case errdefs.IsInvalidArgument(err):
-		return invalid, message
-	case isA[syscall.Errno](err), errors.Is(err, errMoved):
-		// The file system's. All other errors are the engine's.
-		return internal, "internal error; the daemon's log has the details"
-	}
-	return engineFailed, message
-}
-
-// readJSON reads the whole body as one JSON value without unknown fields into v.
-func (s *server) readJSON(rw http.ResponseWriter, r *http.Request, v any) error {
-	ctl := http.NewResponseController(rw)
-	ctl.SetReadDeadline(time.Now().Add(s.waits.json))
-	body, err := io.ReadAll(r.Body)
-	// Left in place it would end the request's context while the handler works.
-	ctl.SetReadDeadline(time.Time{})
-	if err != nil && !isA[*http.MaxBytesError](err) {
-		err = badRequest("the body is incomplete or came too slowly")
-	}
+// readJSON decodes the body of a request, which readBody has read.
+func readJSON(r *http.Request, v any) error {
+	text, err := io.ReadAll(r.Body)
 	if err != nil {
 		return err
 	}
-	return decodeJSON(body, v)
+	return decodeJSON(text, v)
 }
 
 // decodeJSON decodes one JSON value without unknown fields. Its errors are for the client.
 func decodeJSON(text []byte, v any) error {
+	if !utf8.Valid(text) { // encoding/json would replace such bytes
+		return badRequest("malformed JSON: it is not UTF-8")
+	}
 	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(v)
@@ -404,45 +299,51 @@ func decodeJSON(text []byte, v any) error {
 	if _, err := decoder.Token(); err != io.EOF {
 		return badRequest("malformed JSON: more than one value")
 	}
-	if field, problem := checkMembers(json.NewDecoder(bytes.NewReader(text))); problem != "" {
-		return badRequest("%s: %s", cmp.Or(field, "the body"), problem)
+	var plain any
+	if err := json.Unmarshal(text, &plain); err != nil {
+		return err
+	}
+	if field, found := findNull(plain); found {
+		return badRequest("%s: a JSON null is not allowed here", cmp.Or(field, "the body"))
 	}
 	return nil
 }
 
-// checkMembers reads a well-formed JSON value, and returns what is wrong with it though package json
-// would decode it without an error, and in which field: a null, which decodes as if the field were not
-// there, so that a null limit would be no limit; or a second field of one name, of which the last counts.
-func checkMembers(d *json.Decoder) (field, problem string) {
-	token, _ := d.Token()
-	if token == nil {
-		return "", "a JSON null is not allowed here"
-	}
-	if _, isDelim := token.(json.Delim); !isDelim {
-		return "", ""
-	}
-	names := map[string]bool{}
-	for d.More() {
-		name := ""
-		if token == json.Delim('{') {
-			key, _ := d.Token()
-			if name = key.(string); names[name] {
-				return name, "is there twice"
+// findNull returns the path of the first null in a decoded JSON value. encoding/json decodes a null as if the
+// field were absent, so that a limit of null would be no limit.
+func findNull(v any) (field string, found bool) {
+	switch v := v.(type) {
+	case nil:
+		return "", true
+	case []any:
+		for _, element := range v {
+			if field, found := findNull(element); found {
+				return field, true
 			}
-			names[name] = true
 		}
-		if field, problem := checkMembers(d); problem != "" {
-			return strings.Trim(name+"."+field, "."), problem
+	case map[string]any:
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			if field, found := findNull(v[name]); found {
+				return strings.TrimSuffix(name+"."+field, "."), true
+			}
 		}
 	}
-	d.Token() // its end
-	return "", ""
+	return "", false
+}
+
+// encodeJSON returns v, which must have a JSON form, as a line. It does not escape <, > and &, which would
+// make a text of them six times as long.
+func encodeJSON(v any) []byte {
+	var line bytes.Buffer
+	encoder := json.NewEncoder(&line)
+	encoder.SetEscapeHTML(false)
+	encoder.Encode(v)
+	return line.Bytes()
 }
 
 // writeJSON answers with a value that has a JSON form.
 func writeJSON(w http.ResponseWriter, status int, v any) {
-	text, _ := json.Marshal(v)
-	writeBytes(w, status, append(text, '\n'))
+	writeBytes(w, status, encodeJSON(v))
 }
 
 // passOn answers with the engine's JSON, unless there is an error.
@@ -496,5 +397,8 @@ func (w *response) Write(p []byte) (int, error) {
 
 // health answers GET /health: whether services can be worked on.
 func (s *server) health(_ http.ResponseWriter, r *http.Request) error {
-	return s.meetEngine(r.Context())
+	if err := s.engine.negotiate(r.Context()); err != nil {
+		return err
+	}
+	return s.services.checkRoot(r.Context())
 }

@@ -2,188 +2,157 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"encoding/json"
-	"io"
 	"maps"
-	"math"
 	"net/http"
-	"net/netip"
-	"net/url"
-	"path"
-	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
-	"time"
-	"unicode"
-
-	"github.com/containerd/errdefs"
-	"github.com/docker/docker/api/types/container"
-	"github.com/docker/docker/api/types/mount"
-	"github.com/docker/go-connections/nat"
 )
 
-// serviceID guards every use of an id: the SDK splices names into URL paths unescaped
-// and the file system joins "..". No id has a dot, so names with one are the daemon's
-// own, and none has 64 characters, so none is a container's full id.
-var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
-
-// imagePath is one component of a repository's name.
-const imagePath = `[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*`
-
-var (
-	imageName = regexp.MustCompile(
-		`^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?` + imagePath + `(/` + imagePath + `)*` +
-			`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
-	userName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
-	imageID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{64}$`)
-	// partOfID is what the engine takes for an id that it begins.
-	partOfID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)
-	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
-)
-
-// lookupTries is how often a service's container may be replaced under a lookup.
-const lookupTries = 5
-
-const (
-	cpuPeriod = 100_000     // microseconds
-	minCPU    = 1_000       // microseconds; the kernel's least quota
-	maxCPU    = 100_000_000 // 1,000 processors
-	minRAM    = 6 << 20     // bytes; the engine's least limit
-	maxRAM    = 1 << 50
-)
-
-// serviceParams describes a service. It is also the duxcore.params label, from which a
-// service's container is built again with another environment.
-type serviceParams struct {
-	ID              string           `json:"id"`
-	Image           string           `json:"image"`
-	BindDir         string           `json:"bind_dir"` // path in the container
-	BindContents    string           `json:"bind_contents,omitempty"`
-	Cmd             []string         `json:"cmd,omitempty"`
-	Shell           []string         `json:"shell,omitempty"`
-	User            string           `json:"user,omitempty"`
-	WorkingDir      string           `json:"working_dir,omitempty"`
-	Env             []string         `json:"env,omitempty"` // K=V, or K, which takes the image's away
-	OpenStdin       *bool            `json:"open_stdin,omitempty"`
-	TTY             *bool            `json:"tty,omitempty"`
-	Hostname        string           `json:"hostname,omitempty"`
-	PortMap         map[string]hosts `json:"port_map,omitempty"` // by <port>/<protocol>
-	NetworkDisabled bool             `json:"network_disabled,omitempty"`
-	MaxCPU          *int64           `json:"max_cpu,omitempty"` // microseconds per cpuPeriod
-	MaxRAM          *int64           `json:"max_ram,omitempty"` // bytes
+// createBody is the body of POST and PUT.
+type createBody struct {
+	Type   string        `json:"type"`
+	Params serviceParams `json:"params"`
 }
 
-// hosts are the host's ends of one published port. JSON may give one or an array.
-type hosts []hostPort
-
-type hostPort struct {
-	HostIP   string `json:"HostIp,omitempty"`
-	HostPort string // "0": the engine chooses
-}
-
-func (h *hosts) UnmarshalJSON(text []byte) error {
-	if !bytes.HasPrefix(text, []byte("[")) {
-		text = slices.Concat([]byte("["), text, []byte("]"))
-	}
-	if err := decodeJSON(text, (*[]hostPort)(h)); err != nil {
-		return badRequest("port_map: %s", strings.TrimPrefix(err.Error(), "the body: "))
-	}
-	return nil
-}
-
-// createService answers POST /service.
-func (s *server) createService(w http.ResponseWriter, r *http.Request) error {
-	var body struct {
-		Type   string        `json:"type"`
-		Params serviceParams `json:"params"`
-	}
-	if err := s.readJSON(w, r, &body); err != nil {
-		return err
+// readParams reads the parameters of a service, and checks them.
+func readParams(r *http.Request) (serviceParams, error) {
+	var body createBody
+	if err := readJSON(r, &body); err != nil {
+		return serviceParams{}, err
 	}
 	if body.Type != "raw" {
-		return badRequest(`type: must be "raw"`)
+		return serviceParams{}, badRequest(`type: must be "raw"`)
 	}
-	if err := body.Params.check(); err != nil {
-		return err
-	}
-	err := s.create(r.Context(), body.Params, r.Header.Get("X-Registry-Auth"))
-	if err == nil {
-		w.Header().Set("Location", "/service/"+body.Params.ID)
-	}
-	return err
+	return body.Params, body.Params.check()
 }
 
-// listServices answers GET /service with the engine's list, without containers that
-// are no service yet or none any more.
-func (s *server) listServices(w http.ResponseWriter, r *http.Request) error {
-	all, err := s.ownContainers(r.Context(), "")
+// handleCreate answers POST /service.
+func (s *services) handleCreate(w http.ResponseWriter, r *http.Request) error {
+	params, err := readParams(r)
 	if err != nil {
 		return err
 	}
-	var list [][]byte
-	for _, id := range slices.Sorted(maps.Keys(all)) {
-		if c := cmp.Or(all[id].current, all[id].now); c != nil {
-			list = append(list, c.named(id))
+	if err := s.create(r.Context(), params, r.Header.Get("X-Registry-Auth")); err != nil {
+		return err
+	}
+	w.Header().Set("Location", "/service/"+params.ID)
+	return nil
+}
+
+// handlePut answers PUT /service/{id}.
+func (s *services) handlePut(w http.ResponseWriter, r *http.Request) error {
+	params, err := readParams(r)
+	if err != nil {
+		return err
+	}
+	if params.ID != r.PathValue("id") {
+		return badRequest("id: must be the one in the path, %q", r.PathValue("id"))
+	}
+	if params.BindContents != "" {
+		return badRequest("bind_contents: only a create unpacks an archive")
+	}
+	return s.setParams(r.Context(), params.ID, params, r.Header.Get("X-Registry-Auth"))
+}
+
+// handleParams answers GET /service/{id}/params with the parameters of the service's record.
+func (s *services) handleParams(w http.ResponseWriter, r *http.Request) error {
+	record, err := s.record(r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	body := struct {
+		Params  serviceParams  `json:"params"`
+		Pending *serviceParams `json:"pending,omitempty"`
+	}{Params: record.Params}
+	if record.Pending != nil {
+		body.Pending = &record.Pending.Params
+	}
+	writeJSON(w, http.StatusOK, body)
+	return nil
+}
+
+// handleList answers GET /service with the engine's list, of this daemon's services alone.
+func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
+	all, err := s.containers.all(r.Context())
+	if err != nil {
+		return err
+	}
+	ids, err := s.binds.existing()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), s.timeouts.read/3)
+	defer cancel()
+	list := make([][]byte, 0, len(ids))
+	for _, id := range ids {
+		entry := all[id].current
+		if entry == nil {
+			entry = s.awaitContainer(ctx, id)
+		}
+		if entry != nil {
+			list = append(list, entry.raw)
 		}
 	}
 	writeBytes(w, http.StatusOK, slices.Concat([]byte("["), bytes.Join(list, []byte(",")), []byte("]\n")))
 	return nil
 }
 
-// named returns the engine's JSON of a service's container, with the name that a start is about to
-// give to what it has chosen.
-func (c *listed) named(id string) []byte {
-	names := []string{"/" + id}
-	if slices.Equal(c.Names, names) {
-		return c.raw
+// awaitContainer returns a service's container after a start that is replacing it. One broken service must not
+// be an error for all: it is left out of the list, and logged.
+func (s *services) awaitContainer(ctx context.Context, id string) *listEntry {
+	unlock, err := s.locks.lock(ctx, id)
+	if err == nil {
+		defer unlock()
+		var found serviceContainers
+		if found, err = s.containers.ofService(ctx, id); err == nil && found.current != nil {
+			return found.current
+		}
 	}
-	var members map[string]json.RawMessage
-	json.Unmarshal(c.raw, &members) // it was decoded before
-	members["Names"], _ = json.Marshal(names)
-	text, _ := json.Marshal(members)
-	return text
+	s.log.Warn("a service is not in the list: it has no container of its name", "id", id, "err", err)
+	return nil
 }
 
-// inspectService answers GET /service/{id} with the engine's bytes.
-func (s *server) inspectService(w http.ResponseWriter, r *http.Request) error {
-	current, err := s.lookup(r.Context(), r.PathValue("id"))
-	return passOn(w, current.raw, err)
+// handleInspect answers GET /service/{id} with the engine's bytes.
+func (s *services) handleInspect(w http.ResponseWriter, r *http.Request) error {
+	current, err := s.containers.lookup(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	writeBytes(w, http.StatusOK, current.raw)
+	return nil
 }
 
-// deleteService answers DELETE /service/{id} when all that belonged to it is gone.
-func (s *server) deleteService(_ http.ResponseWriter, r *http.Request) error {
-	return s.change(r.Context(), r.Context(), r.PathValue("id"), s.removeService)
+// handleDelete answers DELETE /service/{id} when all that belonged to it is gone.
+func (s *services) handleDelete(_ http.ResponseWriter, r *http.Request) error {
+	return s.remove(r.Context(), r.PathValue("id"))
 }
 
-// controlService answers POST /service/{id}/ctl.
-func (s *server) controlService(w http.ResponseWriter, r *http.Request) error {
+// handleControl answers POST /service/{id}/ctl.
+func (s *services) handleControl(w http.ResponseWriter, r *http.Request) error {
 	var body struct {
 		Op string `json:"op"`
 	}
-	if err := s.readJSON(w, r, &body); err != nil {
+	if err := readJSON(r, &body); err != nil {
 		return err
 	}
 	switch ctx, id := r.Context(), r.PathValue("id"); body.Op {
 	case "start":
-		return s.changeExisting(ctx, id, s.start)
+		return s.change(ctx, id, s.start)
 	case "stop":
-		return s.changeExisting(ctx, id, s.stop)
+		return s.change(ctx, id, s.stop)
 	case "restart":
-		return s.changeExisting(ctx, id, s.restart)
+		return s.change(ctx, id, s.restart)
 	case "kill":
 		return s.kill(ctx, id)
 	}
 	return badRequest("op: must be start, stop, restart or kill")
 }
 
-// setServiceEnv answers PATCH /service/{id}/env.
-func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
+// handleSetEnv answers PATCH /service/{id}/env.
+func (s *services) handleSetEnv(w http.ResponseWriter, r *http.Request) error {
 	var body map[string]any
-	if err := s.readJSON(w, r, &body); err != nil {
+	if err := readJSON(r, &body); err != nil {
 		return err
 	}
 	env := make([]string, 0, len(body))
@@ -195,265 +164,4 @@ func (s *server) setServiceEnv(w http.ResponseWriter, r *http.Request) error {
 		env = append(env, name+"="+value)
 	}
 	return s.setEnv(r.Context(), r.PathValue("id"), env)
-}
-
-// inspected is what the daemon wants to know of a service's container, and all that the
-// engine says of it.
-type inspected struct {
-	ID    string
-	Name  string
-	State struct {
-		Running   bool
-		StartedAt string
-	}
-	Config struct {
-		Labels    map[string]string
-		OpenStdin bool
-		Tty       bool
-	}
-	Mounts []container.MountPoint
-	raw    []byte
-}
-
-// lookup finds a service's container. The engine also answers to prefixes of container
-// ids, so only the exact name, the labels and the mount make a container a service; further
-// calls use the full id of what lookup returns. It changes nothing.
-func (s *server) lookup(ctx context.Context, id string) (inspected, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read) // streams have no limit of their own
-	defer cancel()
-	for range lookupTries {
-		c, err := s.inspect(ctx, id, id)
-		if err == nil || ctx.Err() != nil {
-			return c, err
-		}
-		// No such name, or an id that is a prefix of several: the list knows neither kind. If the
-		// engine fails altogether, the list fails too, and says how.
-		all, err := s.ownContainers(ctx, id)
-		if err != nil {
-			return inspected{}, err
-		}
-		switch found := all[id]; {
-		case found.current != nil:
-			c, err = s.inspect(ctx, id, found.current.ID)
-			if !errdefs.IsNotFound(err) {
-				return c, err
-			}
-		case found.now != nil: // a start is about to give it the service's name
-			unlock, err := s.locks.lock(ctx, id)
-			if err != nil {
-				return inspected{}, err
-			}
-			unlock()
-		default:
-			return inspected{}, noSuchService(id)
-		}
-	}
-	return inspected{}, errUnderWay
-}
-
-// inspect inspects a container by its name or full id if it is that of service id. To
-// decode all of the answer, as the SDK does, costs more than the rest of a read.
-func (s *server) inspect(ctx context.Context, id, nameOrID string) (c inspected, err error) {
-	call := url.URL{Path: "/containers/" + nameOrID + "/json"}
-	answer, err := s.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
-	if err != nil {
-		return c, err
-	}
-	defer answer.Body.Close()
-	if c.raw, err = io.ReadAll(answer.Body); err == nil {
-		err = json.Unmarshal(c.raw, &c)
-	}
-	if err != nil {
-		return inspected{}, err
-	}
-	if c.ID == "" {
-		return c, errUnreadable
-	}
-	if c.Name != "/"+id || c.Config.Labels[labelService] != id || c.Config.Labels[labelBinds] != s.binds.path ||
-		!mounts(c.Mounts, filepath.Join(s.binds.path, id)) {
-		return inspected{}, noSuchService(id)
-	}
-	return c, nil
-}
-
-// mounts reports whether one of a container's mounts is a directory of the host.
-func mounts(all []container.MountPoint, dir string) bool {
-	return slices.ContainsFunc(all, func(m container.MountPoint) bool { return m.Source == dir })
-}
-
-// nameTaken reports whether any container has a service's name: somebody else's, or the service's
-// own, which an engine that has just started may not list yet. Of a name that is also the beginning
-// of several containers' ids the engine cannot say it, and answers with an error.
-func (s *server) nameTaken(ctx context.Context, name string) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
-	defer cancel()
-	c, err := s.engine.api().ContainerInspect(ctx, name)
-	if errdefs.IsNotFound(err) {
-		return false, nil
-	}
-	return err == nil && c.Name == "/"+name, err
-}
-
-// check returns a 400 that names the first field whose value cannot be right.
-func (p *serviceParams) check() error {
-	target := bindTarget(p.BindDir)
-	workingDir := path.Clean(p.WorkingDir)
-	contents, contentsErr := url.Parse(p.BindContents)
-	hasNUL := func(text string) bool { return strings.Contains(text, "\x00") }
-	for _, rule := range []struct {
-		broken bool
-		text   string
-	}{
-		{!serviceID.MatchString(p.ID),
-			"id: must be 2 to 63 letters, digits, _ or -, and begin with a letter or digit"},
-		// A name such as ../containers/x would reach another path of the engine's API.
-		{!imageName.MatchString(p.Image) || len(p.Image) > 512, "image: must be an image's name or id"},
-		{partOfID.MatchString(p.Image),
-			"image: could be the beginning of an id: must be an id in full, or a name with its tag"},
-		{p.BindDir == "" || target == "/" || within(target, "/proc", "/sys", "/dev") || hasControl(target),
-			"bind_dir: must be a path in the container, not / and not under /proc, /sys or /dev"},
-		{p.BindContents != "" && (contentsErr != nil || contents.Host == "" ||
-			contents.Scheme != "http" && contents.Scheme != "https"),
-			"bind_contents: must be an http or https URL"},
-		{slices.ContainsFunc(p.Cmd, hasNUL), "cmd: must not hold NUL"},
-		{slices.ContainsFunc(p.Shell, hasNUL), "shell: must not hold NUL"},
-		{slices.ContainsFunc(p.Env, hasNUL), "env: must not hold NUL"},
-		{slices.ContainsFunc(p.Env, func(e string) bool { return e == "" || e[0] == '=' }),
-			"env: must be NAME=VALUE or NAME each"},
-		// A number that does not fit an int32 becomes root in some runtimes: CVE-2024-40635.
-		{p.User != "" && !validUser(p.User),
-			"user: must be a user or user:group, by name or by number up to 2147483647"},
-		// One under /proc can be a file descriptor of the runtime's: CVE-2024-21626.
-		{p.WorkingDir != "" && (!path.IsAbs(workingDir) || within(workingDir, "/proc") || hasControl(workingDir)),
-			"working_dir: must be an absolute path, not under /proc"},
-		{p.Hostname != "" && !hostLabel.MatchString(p.Hostname),
-			"hostname: must be 1 to 63 letters, digits or -, and begin and end with a letter or digit"},
-		{p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU),
-			"max_cpu: must be 1000 to 100000000 microseconds per 100000"},
-		{p.NetworkDisabled && len(p.PortMap) > 0, "port_map: must be empty with network_disabled"},
-		{p.MaxRAM != nil && (*p.MaxRAM < minRAM || *p.MaxRAM > maxRAM),
-			"max_ram: must be 6291456 to 1125899906842624 bytes"},
-	} {
-		if rule.broken {
-			return badRequest("%s", rule.text)
-		}
-	}
-	return p.checkPorts()
-}
-
-// bindTarget returns where in the container the bind directory is mounted.
-func bindTarget(dir string) string { return path.Clean("/" + dir) }
-
-// within reports whether a clean path is one of dirs or lies under one.
-func within(p string, dirs ...string) bool {
-	return slices.ContainsFunc(dirs, func(dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") })
-}
-
-func hasControl(text string) bool { return strings.ContainsFunc(text, unicode.IsControl) }
-
-// validUser accepts names and numbers, alone or with a group. What looks like a number has to
-// fit an int32.
-func validUser(user string) bool {
-	parts := strings.Split(user, ":")
-	return len(parts) <= 2 && !slices.ContainsFunc(parts, func(part string) bool {
-		_, err := strconv.ParseInt(part, 10, 32)
-		return !userName.MatchString(part) || err != nil && strings.Trim(part, "0123456789") == ""
-	})
-}
-
-// checkPorts goes through the ports in the order of their keys, so that the same body gets the same error.
-func (p *serviceParams) checkPorts() error {
-	for _, key := range slices.Sorted(maps.Keys(p.PortMap)) {
-		port, protocol, _ := strings.Cut(key, "/")
-		if !validPort(port, 1) || !slices.Contains([]string{"tcp", "udp", "sctp"}, protocol) {
-			return badRequest("port_map: %q: must be a port from 1 to 65535, a slash, and tcp, udp or sctp", key)
-		}
-		if len(p.PortMap[key]) == 0 {
-			return badRequest("port_map: %q: must have a HostPort", key)
-		}
-		for _, host := range p.PortMap[key] {
-			ip, err := netip.ParseAddr(host.HostIP)
-			if !validPort(host.HostPort, 0) || host.HostIP != "" && (err != nil || ip.Zone() != "") {
-				return badRequest(
-					"port_map: %q: HostPort must be a number from 0 to 65535 as a string, HostIp an IP address", key)
-			}
-		}
-	}
-	return nil
-}
-
-// validPort accepts one spelling for each number: "080" would be a second key for 80.
-func validPort(text string, least int) bool {
-	n, err := strconv.Atoi(text)
-	return err == nil && n >= least && n <= math.MaxUint16 && strconv.Itoa(n) == text
-}
-
-// containerSpec is all that a service's container may do. The bind directory is a
-// mount.Mount: as a Binds string, a bind_dir of x:/etc:ro would be parsed. What is not
-// here is the engine's default: its seccomp profile, its masked paths, no devices.
-func (s *server) containerSpec(p serviceParams, birth string, number int) (
-	*container.Config, *container.HostConfig) {
-	p.BindContents = ""          // it may hold a token, and is of no use again
-	params, _ := json.Marshal(p) // always has a JSON form
-	stopTimeout := int(s.stopTimeout / time.Second)
-	config := &container.Config{
-		Labels: map[string]string{labelService: p.ID, labelBinds: s.binds.path, labelParams: string(params),
-			labelBirth: birth, labelNumber: strconv.Itoa(number)},
-		Image:           p.Image,
-		Cmd:             p.Cmd,
-		Shell:           p.Shell,
-		User:            p.User,
-		WorkingDir:      p.WorkingDir,
-		Env:             p.Env,
-		OpenStdin:       p.OpenStdin == nil || *p.OpenStdin,
-		Tty:             p.TTY == nil || *p.TTY,
-		Hostname:        p.Hostname,
-		ExposedPorts:    nat.PortSet{},
-		NetworkDisabled: p.NetworkDisabled,
-		StopTimeout:     &stopTimeout,
-		Healthcheck:     &container.HealthConfig{Test: []string{"NONE"}}, // an image's own runs beside all limits
-	}
-	host := &container.HostConfig{
-		Mounts: []mount.Mount{{Type: mount.TypeBind,
-			Source: filepath.Join(s.binds.path, p.ID), Target: bindTarget(p.BindDir)}},
-		SecurityOpt:   []string{"no-new-privileges"},
-		CapDrop:       []string{"AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP"},
-		CgroupnsMode:  container.CgroupnsModePrivate,
-		IpcMode:       container.IPCModePrivate,
-		NetworkMode:   container.NetworkMode(s.network),
-		PortBindings:  nat.PortMap{},
-		RestartPolicy: container.RestartPolicy{Name: container.RestartPolicyDisabled},
-		LogConfig: container.LogConfig{Type: "json-file",
-			Config: map[string]string{"max-size": "10m", "max-file": "3"}},
-		Resources: container.Resources{PidsLimit: &s.pidsLimit},
-	}
-	if p.NetworkDisabled {
-		host.NetworkMode = "none"
-	}
-	for port, ends := range p.PortMap {
-		config.ExposedPorts[nat.Port(port)] = struct{}{} // else the engine publishes nothing
-		for _, end := range ends {
-			host.PortBindings[nat.Port(port)] = append(host.PortBindings[nat.Port(port)], nat.PortBinding(end))
-		}
-	}
-	if p.MaxCPU != nil {
-		host.CPUPeriod, host.CPUQuota = cpuPeriod, *p.MaxCPU
-	}
-	if p.MaxRAM != nil {
-		host.Memory, host.MemorySwap = *p.MaxRAM, *p.MaxRAM // MemorySwap is the sum of both
-	}
-	return config, host
-}
-
-// bindOwner is who owns the bind directory and all that bind_contents puts there: the
-// service's user if that is a number. Nil leaves it to the archive: a name means
-// nothing on the host.
-func (p *serviceParams) bindOwner() *owner {
-	user, group, _ := strings.Cut(p.User, ":")
-	uid, err := strconv.ParseInt(user, 10, 32)
-	if err != nil {
-		return nil
-	}
-	gid, _ := strconv.ParseInt(group, 10, 32) // group 0 if it is no number
-	return &owner{int(uid), int(gid)}
 }

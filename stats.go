@@ -116,7 +116,7 @@ func (f *statsFeeds) watch(ctx context.Context, s *server, id string) (*statsFee
 	if feed != nil {
 		return feed, "", nil
 	}
-	current, err := s.lookup(ctx, id)
+	current, err := s.containers.lookup(ctx, id)
 	if err != nil {
 		return nil, "", err
 	}

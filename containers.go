@@ -1,0 +1,314 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/filters"
+)
+
+const (
+	// candidatePrefix and a service's id are the name of a container that may become the service's. No id
+	// has a dot, so the names of services and candidates never collide.
+	candidatePrefix = "duxcore.candidate."
+
+	labelService  = "duxcore.service"  // the service's id
+	labelBinds    = "duxcore.binds"    // the path of its daemon's bind root
+	labelRevision = "duxcore.revision" // the revision of the record that the container was made from
+)
+
+// containers answers which of the engine's containers are this daemon's. It changes nothing.
+type containers struct {
+	engine  *engine
+	binds   *bindRoot
+	locks   *keyedMutex   // by service id; see services
+	timeout time.Duration // of a read
+}
+
+// owner returns which service a container belongs to, if it is this daemon's: it has the labels of the
+// service and of the bind root, and it mounts the service's directory. The labels alone prove nothing,
+// since an image that docker commit made of a service has them too. All that follows relies on this function.
+func (c *containers) serviceOf(labels map[string]string, mounts []container.MountPoint) (id string, ours bool) {
+	id = labels[labelService]
+	if !serviceID.MatchString(id) || labels[labelBinds] != c.binds.path {
+		return "", false
+	}
+	dir := filepath.Join(c.binds.path, id)
+	return id, slices.ContainsFunc(mounts, func(m container.MountPoint) bool { return m.Source == dir })
+}
+
+// listEntry is a container in the engine's list.
+type listEntry struct {
+	ID     string
+	Names  []string // each with a slash
+	Labels map[string]string
+	State  container.ContainerState
+	Mounts []container.MountPoint
+	raw    json.RawMessage // the whole entry
+}
+
+// hasRevision reports whether there is such a container and it was made from this revision of the record.
+func (e *listEntry) hasRevision(revision string) bool {
+	return e != nil && e.Labels[labelRevision] == revision
+}
+
+// serviceContainers are the containers of one service. A container that does not exist is nil.
+type serviceContainers struct {
+	current   *listEntry // named as the service
+	candidate *listEntry
+	renamed   []*listEntry // any other name: an administrator gave it, and the container may use the directory
+}
+
+// errRenamed returns the error for a service that has a renamed container, or nil.
+func (s serviceContainers) errRenamed(id string) error {
+	if len(s.renamed) == 0 {
+		return nil
+	}
+	name := strings.Join(s.renamed[0].Names, " ")
+	return failure(renamed, "service %q has a container that was given another name: %q", id, name)
+}
+
+// ofService returns the containers of one service.
+func (c *containers) ofService(ctx context.Context, id string) (serviceContainers, error) {
+	all, err := c.grouped(ctx, labelService+"="+id)
+	return all[id], err
+}
+
+// all returns the containers of all services, by id.
+func (c *containers) all(ctx context.Context) (map[string]serviceContainers, error) {
+	return c.grouped(ctx, labelBinds+"="+c.binds.path)
+}
+
+// grouped returns this daemon's containers that have a label, by service. During a rename the engine shows
+// both names of a container: it counts as renamed already.
+func (c *containers) grouped(ctx context.Context, label string) (map[string]serviceContainers, error) {
+	list, err := c.list(ctx, filters.Arg("label", label))
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]serviceContainers{}
+	for _, entry := range list {
+		id, ours := c.serviceOf(entry.Labels, entry.Mounts)
+		if !ours {
+			continue
+		}
+		group := all[id]
+		switch {
+		case slices.Contains(entry.Names, "/"+id):
+			group.current = entry
+		case slices.Contains(entry.Names, "/"+candidatePrefix+id):
+			group.candidate = entry
+		default:
+			group.renamed = append(group.renamed, entry)
+		}
+		all[id] = group
+	}
+	return all, nil
+}
+
+// otherRoots counts the services of other bind roots on this engine, by the path of their root.
+func (c *containers) otherRoots(ctx context.Context) (map[string]int, error) {
+	list, err := c.list(ctx, filters.Arg("label", labelService))
+	if err != nil {
+		return nil, err
+	}
+	roots := map[string]int{}
+	for _, entry := range list {
+		if root := entry.Labels[labelBinds]; root != "" && root != c.binds.path {
+			roots[root]++
+		}
+	}
+	return roots, nil
+}
+
+// nameTaken reports whether any container has a service's name, whoever made it. It asks for a list because
+// the engine also takes a name for the beginning of an id: an inspection fails if several ids begin so.
+func (c *containers) nameTaken(ctx context.Context, id string) (bool, error) {
+	list, err := c.list(ctx, filters.Arg("name", "^/"+id+"$"))
+	return slices.ContainsFunc(list, func(e *listEntry) bool { return slices.Contains(e.Names, "/"+id) }), err
+}
+
+// list returns the engine's containers that match a filter, running or not. It does not use the SDK, which
+// decodes all of each entry and would lose the fields that it does not know.
+func (c *containers) list(ctx context.Context, filter filters.KeyValuePair) (list []*listEntry, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	filterJSON, err := filters.ToJSON(filters.NewArgs(filter))
+	if err != nil {
+		return nil, err
+	}
+	query := url.Values{"all": {"1"}, "filters": {filterJSON}}
+	text, err := c.get(ctx, url.URL{Path: "/containers/json", RawQuery: query.Encode()})
+	if err != nil {
+		return nil, err
+	}
+	var raw []json.RawMessage
+	if err := json.Unmarshal(text, &raw); err != nil || raw == nil {
+		return nil, cmp.Or(err, errUnreadable)
+	}
+	for _, entry := range raw {
+		e := &listEntry{raw: entry}
+		if err := json.Unmarshal(entry, e); err != nil {
+			return nil, err
+		}
+		list = append(list, e)
+	}
+	return list, nil
+}
+
+// get returns the body of a GET request to the engine.
+func (c *containers) get(ctx context.Context, call url.URL) ([]byte, error) {
+	resp, err := c.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	return io.ReadAll(resp.Body)
+}
+
+// inspected is what the daemon needs to know about a service's container, and the engine's whole answer.
+type inspected struct {
+	ID    string
+	Name  string // with a slash
+	State struct {
+		Running   bool
+		StartedAt string
+	}
+	Config struct {
+		Labels    map[string]string
+		OpenStdin bool
+		Tty       bool
+	}
+	Mounts []container.MountPoint
+	raw    []byte
+}
+
+// lookup returns the container of a service. It takes no lock while there is one, so that a read or a kill
+// never waits behind a stop. Later calls use the full container id that it returns.
+func (c *containers) lookup(ctx context.Context, id string) (inspected, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout) // streams have no limit of their own
+	defer cancel()
+	exists, err := c.binds.exists(id)
+	if err != nil {
+		return inspected{}, err
+	}
+	if !exists {
+		return inspected{}, noSuchService(id)
+	}
+	found, err := c.inspect(ctx, id, id)
+	if err == nil || ctx.Err() != nil {
+		return found, err
+	}
+	// The engine has no such name, or cannot say so because several container ids begin with it, or fails
+	// altogether: then the list fails as well.
+	return c.lookupLocked(ctx, id)
+}
+
+// lookupLocked waits for the service's lock, since a start that is replacing the container holds it.
+func (c *containers) lookupLocked(ctx context.Context, id string) (inspected, error) {
+	unlock, err := c.locks.lock(ctx, id)
+	if err != nil {
+		return inspected{}, err
+	}
+	defer unlock()
+	found, err := c.ofService(ctx, id)
+	if err != nil {
+		return inspected{}, err
+	}
+	if err := found.errRenamed(id); err != nil {
+		return inspected{}, err
+	}
+	if found.current != nil {
+		return c.inspect(ctx, id, found.current.ID)
+	}
+	exists, err := c.binds.exists(id)
+	if err != nil {
+		return inspected{}, err
+	}
+	if !exists {
+		return inspected{}, noSuchService(id)
+	}
+	return inspected{}, failure(unavailable, "the container of service %q is missing, and has yet to be made again", id)
+}
+
+// inspect inspects a container by its name or full id if it is the one of a service. The engine also answers
+// to prefixes of ids, so only the exact name counts.
+func (c *containers) inspect(ctx context.Context, id, nameOrID string) (inspected, error) {
+	text, err := c.get(ctx, url.URL{Path: "/containers/" + nameOrID + "/json"})
+	if err != nil {
+		return inspected{}, err
+	}
+	found := inspected{raw: text}
+	if err := json.Unmarshal(text, &found); err != nil {
+		return inspected{}, err
+	}
+	if found.ID == "" {
+		return inspected{}, errUnreadable
+	}
+	if owner, ours := c.serviceOf(found.Config.Labels, found.Mounts); !ours || owner != id || found.Name != "/"+id {
+		return inspected{}, noSuchService(id)
+	}
+	return found, nil
+}
+
+// keyedMutex is one mutex per key, such as a service's id. Waiters get it first come, first served: the
+// runtime queues senders on a channel in that order. Different keys never wait for each other.
+type keyedMutex struct {
+	mu    sync.Mutex // guards slots; never held while a caller waits
+	slots map[string]*slot
+}
+
+// slot is the mutex of one key. It exists while somebody holds it or waits for it.
+type slot struct {
+	held  chan struct{} // has room for one value: whoever put it there holds the mutex
+	users int           // the holder and the waiters
+}
+
+func newKeyedMutex() *keyedMutex { return &keyedMutex{slots: map[string]*slot{}} }
+
+// lock waits for a key's mutex until ctx is done; the error is errBusy then. If ctx is done already, it only tries.
+func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err error) {
+	k.mu.Lock()
+	s := k.slots[key]
+	if s == nil {
+		s = &slot{held: make(chan struct{}, 1)}
+		k.slots[key] = s
+	}
+	s.users++
+	k.mu.Unlock()
+	unlock = func() {
+		<-s.held
+		k.leave(key, s)
+	}
+	select {
+	case s.held <- struct{}{}:
+		return unlock, nil
+	default: // the select below would choose at random between a free mutex and a ctx that is done
+	}
+	select {
+	case s.held <- struct{}{}:
+		return unlock, nil
+	case <-ctx.Done():
+		k.leave(key, s)
+		return nil, errUnderWay
+	}
+}
+
+// leave removes one user of a slot, and the slot with the last of them.
+func (k *keyedMutex) leave(key string, s *slot) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if s.users--; s.users == 0 {
+		delete(k.slots, key)
+	}
+}
