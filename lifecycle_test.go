@@ -608,7 +608,7 @@ func (w *exploration) start() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	w.daemon = newServer(context.Background(), context.Background(), cfg, coreKey{}, e, binds, slog.New(slog.DiscardHandler))
+	w.daemon = newServer(context.Background(), context.Background(), cfg, keyDigest{}, e, binds, slog.New(slog.DiscardHandler))
 	w.daemon.fetcher.client.Transport = exploreContents{w}
 }
 

@@ -67,7 +67,7 @@ func (s *server) routes() []route {
 // server answers the core's requests. All its fields but met are set once, by newServer.
 type server struct {
 	config
-	key      coreKey
+	key      keyDigest
 	engine   *engine
 	binds    *bindRoot
 	log      *slog.Logger
@@ -75,7 +75,7 @@ type server struct {
 	locks    serviceLocks // by service id
 	stdin    serviceLocks // by container id
 	stats    statsFeeds
-	refusals refusals
+	rejected *rejectedLog
 	met      atomic.Bool // an engine was met that has no services which know the bind root by another path
 	mux      *http.ServeMux
 	life     context.Context // ends when changes under way must end
@@ -84,10 +84,10 @@ type server struct {
 
 // newServer registers each route twice, bare and under /v1, and each path once more for all other methods:
 // net/http's own 405 never comes where there is a pattern for every path, as "/" is one.
-func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot,
+func newServer(life, serving context.Context, cfg config, key keyDigest, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
-		fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
+		rejected: &rejectedLog{log: log}, fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
 		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
@@ -126,7 +126,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, failure(unauthorized, "Accessing this daemon requires core authorization."))
 		return
 	}
-	r.Context().Value(knownKey{}).(func())()
+	markAuthenticated(r)
 	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
 		s.fail(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
 	} else {
@@ -145,7 +145,7 @@ func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, star
 		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
 	if w.status == http.StatusUnauthorized {
-		s.refusals.add(s.log, r.RemoteAddr+": no core key, or another")
+		s.rejected.add(r.RemoteAddr + ": no core key, or a wrong one")
 		return
 	}
 	s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,

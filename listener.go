@@ -1,0 +1,131 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	stdlog "log"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// maxPreauthSlots caps the unauthenticated connections, whatever RLIMIT_NOFILE is. Each can hold
+// 81 KB of memory until http.Server.ReadHeaderTimeout.
+const maxPreauthSlots = 4096
+
+// preauthConns limits the connections that have not authenticated, like sshd's MaxStartups. A
+// connection takes a slot when it is accepted, and frees it when a request on it carries the core
+// key or when it is closed. When all slots are taken, a new connection replaces the oldest one.
+type preauthConns struct {
+	slots    int
+	rejected *rejectedLog
+	mu       sync.Mutex
+	conns    []net.Conn // oldest first
+}
+
+// preauthSlots returns half of RLIMIT_NOFILE, whose soft limit the Go runtime raises to the hard
+// one. The other half is for the core, the engine and the disk.
+func preauthSlots() int {
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return maxPreauthSlots
+	}
+	return int(min(files.Cur/2, maxPreauthSlots))
+}
+
+// authenticatedKey is the context key for the func() that markAuthenticated calls.
+type authenticatedKey struct{}
+
+// markAuthenticated frees the slot of the connection that r came on.
+func markAuthenticated(r *http.Request) {
+	r.Context().Value(authenticatedKey{}).(func())()
+}
+
+// configure makes srv report its connections to p, and failed TLS handshakes to p.rejected. With
+// TLS, both hooks get the same *tls.Conn.
+func (p *preauthConns) configure(srv *http.Server) {
+	srv.ErrorLog = stdlog.New(p.rejected, "", 0)
+	srv.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		return context.WithValue(ctx, authenticatedKey{}, func() { p.release(conn) })
+	}
+	srv.ConnState = func(conn net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew: // Serve waits for this call before it accepts the next connection
+			p.add(conn)
+		case http.StateClosed:
+			p.release(conn)
+		}
+	}
+}
+
+// add gives conn a slot, if need be that of the oldest connection.
+func (p *preauthConns) add(conn net.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.conns) >= p.slots {
+		oldest := p.conns[0]
+		p.conns = slices.Delete(p.conns, 0, 1)
+		closeSocket(oldest)
+		p.rejected.add(oldest.RemoteAddr().String() + ": closed to make room for a newer connection")
+	}
+	p.conns = append(p.conns, conn)
+}
+
+// release frees conn's slot, if it still has one.
+func (p *preauthConns) release(conn net.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.conns = slices.DeleteFunc(p.conns, func(other net.Conn) bool { return other == conn })
+}
+
+// closeSocket never blocks. [tls.Conn.Close] waits up to five seconds for its alert to be sent.
+func closeSocket(conn net.Conn) {
+	if encrypted, ok := conn.(*tls.Conn); ok {
+		conn = encrypted.NetConn()
+	}
+	conn.Close()
+}
+
+// rejectedLog logs rejected requests, TLS handshakes and connections, so that they cannot fill the
+// disk: one line a second at most, with their number and the last of them.
+type rejectedLog struct {
+	log   *slog.Logger
+	mu    sync.Mutex
+	count int // since the last line
+	last  string
+}
+
+// add counts a rejection. The first one starts a timer of one second, whose line reports all.
+func (l *rejectedLog) add(what string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.count == 0 {
+		time.AfterFunc(time.Second, l.flush)
+	}
+	l.count++
+	l.last = quote(what) // the text of a TLS error can be as long as the client likes
+}
+
+func (l *rejectedLog) flush() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.log.Warn("rejected connections", "count", l.count, "last", l.last)
+	l.count = 0
+}
+
+// Write takes a line of [http.Server.ErrorLog]. Failed TLS handshakes are rejections; the other
+// lines, such as a panic, are logged one by one.
+func (l *rejectedLog) Write(line []byte) (int, error) {
+	text := strings.TrimSpace(string(line))
+	if strings.HasPrefix(text, "http: TLS handshake error") {
+		l.add(text)
+	} else {
+		l.log.Warn(text)
+	}
+	return len(line), nil
+}
