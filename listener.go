@@ -1,13 +1,13 @@
 package main
 
 import (
+	"container/list"
 	"context"
 	"crypto/tls"
 	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -15,7 +15,7 @@ import (
 )
 
 // maxPreauthSlots caps the unauthenticated connections, whatever RLIMIT_NOFILE is. Each can hold
-// 81 KB of memory until http.Server.ReadHeaderTimeout.
+// 81 KB of memory until [http.Server.ReadHeaderTimeout] closes it.
 const maxPreauthSlots = 4096
 
 // preauthConns limits the connections that have not authenticated, like sshd's MaxStartups. A
@@ -25,7 +25,12 @@ type preauthConns struct {
 	slots    int
 	rejected *rejectedLog
 	mu       sync.Mutex
-	conns    []net.Conn // oldest first
+	queue    list.List                  // of net.Conn, the oldest in front
+	elements map[net.Conn]*list.Element // of queue
+}
+
+func newPreauthConns(slots int, rejected *rejectedLog) *preauthConns {
+	return &preauthConns{slots: slots, rejected: rejected, elements: map[net.Conn]*list.Element{}}
 }
 
 // preauthSlots returns half of RLIMIT_NOFILE, whose soft limit the Go runtime raises to the hard
@@ -67,20 +72,28 @@ func (p *preauthConns) configure(srv *http.Server) {
 func (p *preauthConns) add(conn net.Conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.conns) >= p.slots {
-		oldest := p.conns[0]
-		p.conns = slices.Delete(p.conns, 0, 1)
+	if p.queue.Len() >= p.slots {
+		oldest := p.queue.Front().Value.(net.Conn)
+		p.remove(oldest)
 		closeSocket(oldest)
 		p.rejected.add(oldest.RemoteAddr().String() + ": closed to make room for a newer connection")
 	}
-	p.conns = append(p.conns, conn)
+	p.elements[conn] = p.queue.PushBack(conn)
 }
 
 // release frees conn's slot, if it still has one.
 func (p *preauthConns) release(conn net.Conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.conns = slices.DeleteFunc(p.conns, func(other net.Conn) bool { return other == conn })
+	p.remove(conn)
+}
+
+// remove needs p.mu held.
+func (p *preauthConns) remove(conn net.Conn) {
+	if element, ok := p.elements[conn]; ok {
+		p.queue.Remove(element)
+		delete(p.elements, conn)
+	}
 }
 
 // closeSocket never blocks. [tls.Conn.Close] waits up to five seconds for its alert to be sent.

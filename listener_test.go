@@ -27,7 +27,7 @@ func (c *closeRecorder) RemoteAddr() net.Addr {
 
 func TestOldestUnauthenticatedConnectionIsReplaced(t *testing.T) {
 	t.Parallel()
-	p := &preauthConns{slots: 4, rejected: &rejectedLog{log: slog.New(slog.DiscardHandler)}}
+	p := newPreauthConns(4, &rejectedLog{log: slog.New(slog.DiscardHandler)})
 	var sockets []*closeRecorder
 	var conns []net.Conn
 	add := func() {

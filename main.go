@@ -215,7 +215,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 		Protocols:                    new(http.Protocols),
 	}
 	srv.Protocols.SetHTTP1(true)
-	(&preauthConns{slots: s.preauthSlots, rejected: s.rejected}).configure(srv)
+	newPreauthConns(s.preauthSlots, s.rejected).configure(srv)
 	defer srv.Close()
 	failed := make(chan error, 1)
 	go func() { // ends with srv
