@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/tls"
 	"io"
 	"log/slog"
@@ -68,6 +69,31 @@ func TestOldestUnauthenticatedConnectionIsReplaced(t *testing.T) {
 	add()
 	add()
 	wantClosed(0, 2, 4, 5)
+}
+
+// [tls.Conn.Close] sends an alert first, and a client that does not read would hold up Serve for five seconds.
+func TestReplacedTLSConnectionIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	cert, key, trusted := selfSigned(t)
+	pair, err := tls.LoadX509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, server := net.Pipe()
+	defer client.Close()
+	conn := tls.Server(server, &tls.Config{Certificates: []tls.Certificate{pair}, SessionTicketsDisabled: true})
+	shaken := make(chan error, 1)
+	go func() { shaken <- conn.Handshake() }()
+	err = tls.Client(client, &tls.Config{RootCAs: trusted, ServerName: "127.0.0.1"}).Handshake()
+	if err = cmp.Or(err, <-shaken); err != nil {
+		t.Fatal(err)
+	}
+	p := newPreauthConns(1, &rejectedLog{log: slog.New(slog.DiscardHandler)})
+	p.add(conn)
+	go p.add(&closeRecorder{})
+	if n, err := client.Read(make([]byte, 100)); n > 0 || err != io.EOF {
+		t.Errorf("the client reads %d bytes, %v, want io.EOF", n, err)
+	}
 }
 
 func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
