@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -13,7 +15,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -152,6 +156,34 @@ func TestCoreKeyThatCannotBeWrittenLeavesNothing(t *testing.T) {
 	if err == nil || !strings.Contains(string(out), "cannot create the core key: write "+dir+"/corekey.bin") {
 		t.Errorf("the daemon ended with %v: %s", err, out)
 	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("it left %v, %v", left, err)
+	}
+}
+
+// A power cut on ext4 cannot show that the directory is synced, because fsync of a new file there syncs its name too.
+func TestCoreKeyWhoseDirectoryCannotBeSyncedIsNotCreated(t *testing.T) {
+	t.Parallel()
+	const nobody = 65534
+	dir := t.TempDir()
+	t.Cleanup(func() { os.Chmod(dir, 0o700) })
+	if err := cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)); err != nil { // it can be written, not opened
+		t.Fatal(err)
+	}
+	created := make(chan error)
+	go func() {
+		if os.Geteuid() == 0 { // root may open every directory
+			runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
+			os.Chown(dir, nobody, nobody)
+			syscall.RawSyscall(syscall.SYS_SETFSUID, nobody, 0, 0)
+		}
+		_, err := createCoreKey(filepath.Join(dir, "corekey.bin"))
+		created <- err
+	}()
+	if err := <-created; !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "open "+dir+":") {
+		t.Errorf("it ended with %v", err)
+	}
+	os.Chmod(dir, 0o700)
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("it left %v, %v", left, err)
 	}
