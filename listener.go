@@ -18,9 +18,10 @@ import (
 // 81 KB of memory until [http.Server.ReadHeaderTimeout] closes it.
 const maxPreauthSlots = 4096
 
-// preauthConns limits the connections that have not authenticated, like sshd's MaxStartups. A
-// connection takes a slot when it is accepted, and frees it when a request on it carries the core
-// key or when it is closed. When all slots are taken, a new connection replaces the oldest one.
+// preauthConns limits the connections that have not authenticated, like MaxStartups in
+// sshd_config(5). A connection takes a slot when it is accepted, and frees it when a request on it
+// carries the core key or when it is closed. When all slots are taken, sshd refuses new connections;
+// here a new one replaces the oldest, or clients that reconnect at once would keep the core out.
 type preauthConns struct {
 	slots    int
 	rejected *rejectedLog
@@ -33,9 +34,9 @@ func newPreauthConns(slots int, rejected *rejectedLog) *preauthConns {
 	return &preauthConns{slots: slots, rejected: rejected, elements: map[net.Conn]*list.Element{}}
 }
 
-// preauthSlots returns half of RLIMIT_NOFILE, whose soft limit the Go runtime raises to the hard
+// defaultPreauthSlots returns half of RLIMIT_NOFILE, whose soft limit the Go runtime raises to the hard
 // one. The other half is for the core, the engine and the disk.
-func preauthSlots() int {
+func defaultPreauthSlots() int {
 	var files syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
 		return maxPreauthSlots
@@ -68,7 +69,7 @@ func (p *preauthConns) configure(srv *http.Server) {
 	}
 }
 
-// add gives conn a slot, if need be that of the oldest connection.
+// add gives conn a slot, if necessary the one of the oldest connection.
 func (p *preauthConns) add(conn net.Conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -113,7 +114,7 @@ type rejectedLog struct {
 	last  string
 }
 
-// add counts a rejection. The first one starts a timer of one second, whose line reports all.
+// add counts a rejection. The first one starts a one-second timer; flush then reports all of them.
 func (l *rejectedLog) add(what string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -131,8 +132,8 @@ func (l *rejectedLog) flush() {
 	l.count = 0
 }
 
-// Write takes a line of [http.Server.ErrorLog]. Failed TLS handshakes are rejections; the other
-// lines, such as a panic, are logged one by one.
+// Write takes a line of [http.Server.ErrorLog]. A failed TLS handshake is a rejection, counted a
+// second time if add closed the connection. Other lines, such as a panic's, are logged one by one.
 func (l *rejectedLog) Write(line []byte) (int, error) {
 	text := strings.TrimSpace(string(line))
 	if strings.HasPrefix(text, "http: TLS handshake error") {

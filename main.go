@@ -242,7 +242,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // what is wrong in the environment, and the first argument that is wrong or else all values that
 // cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
-	c := config{preauthSlots: preauthSlots(), waits: waits{
+	c := config{preauthSlots: defaultPreauthSlots(), waits: waits{
 		json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
 	var mistakes []error
