@@ -1,27 +1,24 @@
 package main
 
 import (
-	"bufio"
+	"cmp"
 	"crypto/sha256"
-	"crypto/tls"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
-	"net"
+	"io/fs"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
-	"regexp"
-	"slices"
-	"strconv"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
-	"time"
 )
 
 // wrongKeys are values of the header, each as its lines, that are not the one good key.
@@ -74,7 +71,7 @@ func TestNothingWithoutTheCoreKey(t *testing.T) {
 	if err := os.WriteFile(keyFile, plusSlashKey, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	d := startDaemon(t, e.host(), func(c *config) { c.coreKey = keyFile })
+	d := startDaemon(t, e.host(), func(c *config) { c.coreKeyPath = keyFile })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	before := len(e.calls())
 
@@ -124,7 +121,7 @@ func TestMissingCoreKeyIsCreated(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "corekey.bin")
 	e := newFakeEngine(t)
-	use := func(c *config) { c.coreKey = path }
+	use := func(c *config) { c.coreKeyPath = path }
 	d := startDaemon(t, e.host(), use)
 	d.do(t, "GET", "/health", "").want(t, 204)
 	info, err := os.Stat(path)
@@ -147,21 +144,48 @@ func TestMissingCoreKeyIsCreated(t *testing.T) {
 	again.do(t, "GET", "/health", "").want(t, 204)
 }
 
-// A daemon that died as it made the key has left a copy of it, or the key itself by a second name.
-func TestStartRemovesWhatWasLeftOfMakingTheCoreKey(t *testing.T) {
+func TestCoreKeyThatCannotBeWrittenLeavesNothing(t *testing.T) {
 	t.Parallel()
-	path := filepath.Join(t.TempDir(), "keys", "corekey.bin")
-	dir := filepath.Dir(path)
-	backup := filepath.Join(dir, ".corekey-2025-backup")
-	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(path, plusSlashKey, 0o600), os.Link(path, dir+"/.corekey-1234567"),
-		os.WriteFile(dir+"/.corekey-89", []byte("half"), 0o600), os.WriteFile(backup, plusSlashKey, 0o600)); err != nil {
+	program, err := shipped()
+	if err != nil {
 		t.Fatal(err)
 	}
-	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKey = path })
-	d.do(t, "GET", "/health", "").want(t, 204)
-	left, err := os.ReadDir(dir)
-	if err != nil || len(left) != 2 || left[0].Name() != filepath.Base(backup) || left[1].Name() != filepath.Base(path) {
-		t.Errorf("there are %v, %v", left, err)
+	dir := t.TempDir()
+	out, err := exec.Command("sh", "-c", `ulimit -f 0; exec "$0" -addr 127.0.0.1:0 -corekey "$1/corekey.bin" -binds "$1/binds"`,
+		fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), dir).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "cannot create the core key: write "+dir+"/corekey.bin") {
+		t.Errorf("the daemon ended with %v: %s", err, out)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("it left %v, %v", left, err)
+	}
+}
+
+// A power cut on ext4 cannot show that the directory is synced, because fsync of a new file there syncs its name too.
+func TestCoreKeyWhoseDirectoryCannotBeSyncedIsNotCreated(t *testing.T) {
+	t.Parallel()
+	const nobody = 65534
+	dir := t.TempDir()
+	t.Cleanup(func() { os.Chmod(dir, 0o700) })
+	if err := cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)); err != nil { // it can be written, not opened
+		t.Fatal(err)
+	}
+	created := make(chan error)
+	go func() {
+		if os.Geteuid() == 0 { // root may open every directory
+			runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
+			os.Chown(dir, nobody, nobody)
+			syscall.RawSyscall(syscall.SYS_SETFSUID, nobody, 0, 0)
+		}
+		_, err := createCoreKey(filepath.Join(dir, "corekey.bin"))
+		created <- err
+	}()
+	if err := <-created; !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "open "+dir+":") {
+		t.Errorf("it ended with %v", err)
+	}
+	os.Chmod(dir, 0o700)
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("it left %v, %v", left, err)
 	}
 }
 
@@ -197,9 +221,9 @@ func TestBadCoreKeyFileStopsTheDaemon(t *testing.T) {
 			t.Fatal(err)
 		}
 		before, _ := os.Lstat(path)
-		log, err := startError(t, func(c *config) { c.coreKey = path })
-		if err == nil || !strings.Contains(err.Error(), filepath.Dir(path)) {
-			t.Errorf("%s: the daemon ended with %v", test.name, err)
+		log, err := startError(t, func(c *config) { c.coreKeyPath = path })
+		if err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s: the daemon ended with %v, which does not name the file", test.name, err)
 			continue
 		}
 		if strings.Contains(err.Error()+log, secret) {
@@ -219,7 +243,7 @@ func TestCoreKeyOfEveryAllowedLengthWorks(t *testing.T) {
 		if err := os.WriteFile(path, []byte(strings.Repeat("\n", length)), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		d := startDaemon(t, e.host(), func(c *config) { c.coreKey = path })
+		d := startDaemon(t, e.host(), func(c *config) { c.coreKeyPath = path })
 		d.do(t, "GET", "/health", "").want(t, 204)
 	}
 }
@@ -231,7 +255,7 @@ func TestCoreKeyThatOthersCanReadIsAWarning(t *testing.T) {
 		if err := errors.Join(os.WriteFile(path, plusSlashKey, 0o600), os.Chmod(path, mode)); err != nil {
 			t.Fatal(err)
 		}
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKey = path })
+		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath = path })
 		if got := strings.Contains(d.log.String(), "others can read the core key"); got != warned {
 			t.Errorf("mode %v: warned is %v", mode, got)
 		}
@@ -261,7 +285,7 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 	}))
 	defer contents.Close()
 	d := startDaemon(t, e.host(), func(c *config) {
-		c.coreKey, c.fetchAllow = path, []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}
+		c.coreKeyPath, c.fetchAllow = path, []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}
 	})
 	for _, call := range []struct{ method, path, body string }{
 		{"POST", "/service", createBodyJSON("web", "")}, {"POST", "/service", createBodyJSON("web", "")},
@@ -287,202 +311,5 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 		if strings.Contains(all, form) {
 			t.Errorf("%q is in what the daemon sent or logged", form)
 		}
-	}
-}
-
-// dialFrom connects to a listener from an address of the loopback network.
-func dialFrom(t *testing.T, listener net.Listener, from string) net.Conn {
-	t.Helper()
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: time.Minute}
-	conn, err := dialer.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return conn
-}
-
-// Whoever has had the time for his header leaves for who comes: the oldest, or, of an address that has
-// many places, its own oldest. Such an address's next is closed when there is none, unless the core is there too.
-func TestStrangersMakeRoomForEachOther(t *testing.T) {
-	t.Parallel()
-	inner, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer inner.Close()
-	s := newStrangers(inner, 8)
-	ends := map[string]net.Conn{} // the daemon's, by the client's address
-	come := func(from string) string {
-		client := dialFrom(t, inner, from)
-		conn, err := s.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		ends[client.LocalAddr().String()] = conn
-		return client.LocalAddr().String()
-	}
-	here := func(client string) bool {
-		return slices.ContainsFunc(s.here, func(o stranger) bool { return o.conn == ends[client] })
-	}
-	begin := time.Now()
-	quiet := come("127.0.0.1")
-	var crowd []string
-	for range 7 {
-		crowd = append(crowd, come("127.0.0.2"))
-	}
-	turnedAway := dialFrom(t, inner, "127.0.0.2")
-	newcomer := come("127.0.0.3")
-	if took := time.Since(begin); took < strangerTime || here(quiet) || !here(newcomer) || !here(crowd[0]) {
-		t.Errorf("after %v the oldest of all is here: %v, the newcomer: %v, the crowd's oldest: %v", took, here(quiet), here(newcomer), here(crowd[0]))
-	}
-	if n, err := turnedAway.Read(make([]byte, 1)); err == nil {
-		t.Errorf("one more of the crowd reads %d bytes", n)
-	}
-	if _, err := ends[quiet].Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("the one that left can be read: %v", err)
-	}
-	if next := come("127.0.0.2"); here(crowd[0]) || !here(next) || !here(newcomer) {
-		t.Error("the crowd did not get the place of its own oldest")
-	}
-	s.forget(ends[crowd[1]]) // ends
-	s.forget(ends[crowd[1]])
-	last := come("127.0.0.3")
-	if !here(last) || !here(crowd[2]) || len(s.here) != 8 {
-		t.Errorf("a place that was left was not given away: %v", s.here)
-	}
-
-	s.know(ends[crowd[2]]) // the core comes from there too
-	begin = time.Now()
-	come("127.0.0.4")
-	fresh := come("127.0.0.2")
-	for range 4 { // the rest of the crowd leaves for others
-		come("127.0.0.2")
-	}
-	late := come("127.0.0.2")
-	if took := time.Since(begin); took < strangerTime || here(fresh) || !here(late) {
-		t.Errorf("after %v its oldest is here: %v, who waited: %v", took, here(fresh), here(late))
-	}
-}
-
-// Connections that have shown the key need no place, and keep none.
-func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
-	t.Parallel()
-	cert, key, trusted := selfSigned(t)
-	for _, encrypted := range []bool{false, true} {
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
-			c.strangers = 2
-			if encrypted {
-				c.tlsCert, c.tlsKey = cert, key
-			}
-		})
-		address := strings.TrimPrefix(d.url, "http://")
-		open := func() net.Conn {
-			conn, err := net.Dial("tcp", address)
-			if err == nil && encrypted {
-				conn = tls.Client(conn, &tls.Config{RootCAs: trusted, ServerName: "127.0.0.1"})
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { conn.Close() })
-			return conn
-		}
-		healthy := func(conn net.Conn) {
-			t.Helper()
-			io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
-			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
-			if err != nil || answer.StatusCode != 204 {
-				t.Fatalf("TLS %v: %v, %v", encrypted, answer, err)
-			}
-		}
-		var core []net.Conn
-		for range 5 {
-			core = append(core, open())
-			healthy(core[len(core)-1])
-		}
-		for range 10 { // each has a place, waits for one, or is turned away
-			open()
-		}
-		for _, conn := range core {
-			healthy(conn)
-		}
-		healthy(open())
-		for _, conn := range core {
-			healthy(conn)
-		}
-	}
-}
-
-// A crowd that holds all the places it can does not keep the core out, and a flood of requests
-// without the key is a line a second in the log.
-func TestCrowdWithoutTheKeyNeitherHoldsUpTheCoreNorFillsTheLog(t *testing.T) {
-	t.Parallel()
-	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.strangers = 10 })
-	d.do(t, "GET", "/health", "").want(t, 204) // the core is known to come from here, as behind a proxy
-	for range 50 {
-		conn := wireDial(t, d)
-		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: h\r\nX-") // and no more
-	}
-	fresh := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	for range 3 {
-		r := d.request(t, "GET", "/health", nil)
-		a, err := fresh.Do(r)
-		if err != nil || a.StatusCode != 204 {
-			t.Fatalf("the core gets %v, %v", a, err)
-		}
-		a.Body.Close()
-	}
-	const refused = 300
-	for range refused {
-		if a, _ := sendRaw(t, d, "GET /service HTTP/1.1\r\nHost: h\r\n\r\n"); a.status != 401 {
-			t.Fatalf("status %d", a.status)
-		}
-	}
-	total, lines := 0, regexp.MustCompile(`msg=refused count=([0-9]+) last="127.0.0.1:`)
-	waitFor(t, "all to be counted", func() bool {
-		total = 0
-		for _, line := range lines.FindAllStringSubmatch(d.log.String(), -1) {
-			n, _ := strconv.Atoi(line[1])
-			total += n
-		}
-		return total == refused
-	})
-	if n := strings.Count(d.log.String(), "\n"); n > refused/10 {
-		t.Errorf("the log has %d lines", n)
-	}
-	if strings.Contains(d.log.String(), "status=401") {
-		t.Error("a request without the key has a line of its own")
-	}
-}
-
-// So do TLS handshakes that fail.
-func TestFailedHandshakesAreCounted(t *testing.T) {
-	t.Parallel()
-	cert, key, _ := selfSigned(t)
-	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.tlsCert, c.tlsKey = cert, key })
-	for range 50 {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.WriteString(conn, "no TLS\r\n\r\n")
-		io.Copy(io.Discard, conn)
-		conn.Close()
-	}
-	waitFor(t, "the handshakes to be counted", func() bool { return strings.Contains(d.log.String(), "msg=refused count=") })
-	names := slices.Repeat([]string{strings.Repeat("\x01", 250)}, 200) // the daemon's error quotes them
-	if conn, err := tls.Dial("tcp", strings.TrimPrefix(d.url, "http://"), &tls.Config{InsecureSkipVerify: true, NextProtos: names}); err == nil {
-		conn.Close()
-		t.Error("the handshake has succeeded")
-	}
-	waitFor(t, "that one to be counted", func() bool { return strings.Contains(d.log.String(), "unsupported application protocols") })
-	for line := range strings.Lines(d.log.String()) {
-		if len(line) > 8*maxQuote {
-			t.Errorf("the log has a line of %d bytes", len(line))
-		}
-	}
-	if n := strings.Count(d.log.String(), "TLS handshake error"); n > 5 {
-		t.Errorf("the log has %d lines of 50 handshakes", n)
 	}
 }

@@ -169,7 +169,7 @@ func (w *exploration) start() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	server := newServer(context.Background(), context.Background(), cfg, coreKey{}, e, binds, slog.New(slog.DiscardHandler))
+	server := newServer(context.Background(), context.Background(), cfg, keyDigest{}, e, binds, slog.New(slog.DiscardHandler))
 	w.daemon = server.services
 	w.daemon.fetcher.client.Transport = exploreContents{w}
 }

@@ -88,7 +88,7 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	cfg.addr, cfg.coreKey, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"), filepath.Join(dir, "binds")
+	cfg.addr, cfg.coreKeyPath, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"), filepath.Join(dir, "binds")
 	cfg.dockerHost = dockerHost
 	if change != nil {
 		change(&cfg)
@@ -116,7 +116,7 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 			t.Errorf("the daemon ended with: %v", err)
 		}
 	})
-	key, err := os.ReadFile(cfg.coreKey)
+	key, err := os.ReadFile(cfg.coreKeyPath)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +282,7 @@ func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
 	t.Cleanup(func() { engine.api().Close() })
 	life, end := context.WithCancel(context.Background())
 	t.Cleanup(end)
-	return newServer(life, life, cfg, coreKey{}, engine, binds, slog.New(slog.DiscardHandler))
+	return newServer(life, life, cfg, keyDigest{}, engine, binds, slog.New(slog.DiscardHandler))
 }
 
 // bareService returns such a server with a service web.

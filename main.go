@@ -15,7 +15,7 @@
 //     one bind directory, and cannot make the daemon connect to an internal address.
 //   - The engine is trusted; its availability is not.
 //
-// Read main.go, server.go (whose route table is the table of contents), auth.go, engine.go,
+// Read main.go, server.go (whose route table is the table of contents), auth.go, listener.go, engine.go,
 // services.go, lifecycle.go, binds.go, fetch.go, archive.go, images.go, stats.go, console.go. Callers
 // stand above callees.
 package main
@@ -28,7 +28,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -46,7 +45,7 @@ import (
 // config is what the flags set. Sizes are bytes.
 type config struct {
 	addr          string // TCP address to listen on
-	coreKey       string // path of the core key
+	coreKeyPath   string
 	binds         string // path of the directory that holds the bind directories
 	tlsCert       string // PEM file; empty for plain HTTP
 	tlsKey        string
@@ -61,7 +60,7 @@ type config struct {
 	version       bool
 	dockerHost    string // for tests; no flag. Empty: from DOCKER_HOST and its like
 	waits         waits  // no flag either
-	strangers     int    // places for connections without the key; no flag
+	preauthSlots  int    // limit on unauthenticated connections; not a flag
 }
 
 // waits bound how long a client, or the engine, may keep the daemon waiting.
@@ -100,10 +99,6 @@ func main() {
 // run serves until ctx ends, then lets the changes under way finish and returns nil.
 // It calls listening with the bound address before the first request is accepted.
 func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.Addr)) error {
-	key, err := loadCoreKey(cfg.coreKey, log)
-	if err != nil {
-		return err
-	}
 	tlsConfig, err := cfg.tlsConfig()
 	if err != nil {
 		return fmt.Errorf("cannot use the certificate: %w", err)
@@ -113,6 +108,16 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 		return fmt.Errorf("cannot use the engine's address: %w", err)
 	}
 	defer func() { engine.api().Close() }()
+	// Before anything is created: a start that finds its port taken leaves nothing behind.
+	listener, err := net.Listen("tcp", cfg.addr)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	key, err := loadCoreKey(cfg.coreKeyPath, log)
+	if err != nil {
+		return err
+	}
 	binds, err := openBinds(cfg.binds)
 	if err != nil {
 		return fmt.Errorf("cannot use the bind directories' root: %w", err)
@@ -128,10 +133,6 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	defer stop()
 	s := newServer(life, serving, cfg, key, engine, binds, log)
 	s.services.keepSettled(ctx, &background)
-	listener, err := net.Listen("tcp", cfg.addr)
-	if err != nil {
-		return err
-	}
 	if tcp, ok := listener.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && cfg.tlsCert == "" {
 		log.Warn("listening on more than loopback without TLS: the core key can be read on the wire")
 	}
@@ -172,7 +173,6 @@ func notifyReady() error {
 // the listener, and waits for requests under way.
 func (s *server) serve(serving context.Context, stop func(), listener net.Listener, tlsConfig *tls.Config) (
 	err error) {
-	strangers := newStrangers(listener, s.strangers)
 	srv := &http.Server{
 		Handler:                      s,
 		BaseContext:                  func(net.Listener) context.Context { return s.life },
@@ -182,24 +182,16 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 		DisableGeneralOptionsHandler: true,     // it would answer "OPTIONS *" without the key
 		TLSConfig:                    tlsConfig,
 		Protocols:                    new(http.Protocols),
-		ErrorLog:                     stdlog.New(serverLog{s}, "", 0),
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, knownKey{}, func() { strangers.know(conn) })
-		},
-		ConnState: func(conn net.Conn, state http.ConnState) {
-			if state == http.StateClosed {
-				strangers.forget(conn)
-			}
-		},
 	}
 	srv.Protocols.SetHTTP1(true)
+	newPreauthConns(s.preauthSlots, s.rejected).configure(srv)
 	defer srv.Close()
 	failed := make(chan error, 1)
 	go func() { // ends with srv
 		if tlsConfig != nil {
-			failed <- srv.ServeTLS(strangers, "", "")
+			failed <- srv.ServeTLS(listener, "", "")
 		} else {
-			failed <- srv.Serve(strangers)
+			failed <- srv.Serve(listener)
 		}
 	}()
 	select {
@@ -219,14 +211,14 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // what is wrong in the environment, and the first argument that is wrong or else all values that
 // cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
-	c := config{strangers: strangerPlaces(), waits: waits{
+	c := config{preauthSlots: defaultPreauthSlots(), waits: waits{
 		json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard) // main prints the error
 	fs.StringVar(&c.addr, "addr", ":8000", "TCP address to listen on")
-	fs.StringVar(&c.coreKey, "corekey", "corekey.bin", "file with the binary core key; created when missing")
+	fs.StringVar(&c.coreKeyPath, "corekey", "corekey.bin", "file with the binary core key; created when missing")
 	fs.StringVar(&c.binds, "binds", "binds", "directory of the bind directories; created when missing")
 	fs.StringVar(&c.tlsCert, "tls-cert", "", "PEM file with the certificate chain; needs -tls-key")
 	fs.StringVar(&c.tlsKey, "tls-key", "", "PEM file with the certificate's key; needs -tls-cert")

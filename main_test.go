@@ -9,6 +9,7 @@ import (
 	"fmt"
 	goversion "go/version"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -28,7 +29,7 @@ type flagTest struct {
 
 var flags = []flagTest{
 	{"addr", "DUXCORE_ADDR", ":8000", [2]string{"127.0.0.1:1", ":2"}, func(c config) any { return c.addr }, [2]any{"127.0.0.1:1", ":2"}},
-	{"corekey", "DUXCORE_COREKEY", "corekey.bin", [2]string{"/a", "/b"}, func(c config) any { return c.coreKey }, [2]any{"/a", "/b"}},
+	{"corekey", "DUXCORE_COREKEY", "corekey.bin", [2]string{"/a", "/b"}, func(c config) any { return c.coreKeyPath }, [2]any{"/a", "/b"}},
 	{"binds", "DUXCORE_BINDS", "binds", [2]string{"/a", "/b"}, func(c config) any { return c.binds }, [2]any{"/a", "/b"}},
 	{"tls-cert", "DUXCORE_TLS_CERT", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsCert }, [2]any{"/a", "/b"}},
 	{"tls-key", "DUXCORE_TLS_KEY", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsKey }, [2]any{"/a", "/b"}},
@@ -276,11 +277,18 @@ func TestBadEngineAddressStopsTheDaemon(t *testing.T) {
 	}
 }
 
-func TestAddressInUseStopsTheDaemon(t *testing.T) {
+func TestAddressInUseStopsTheDaemonBeforeItCreatesAnything(t *testing.T) {
 	t.Parallel()
 	d := startDaemon(t, newFakeEngine(t).host(), nil)
-	if _, err := startError(t, func(c *config) { c.addr = strings.TrimPrefix(d.url, "http://") }); err == nil {
+	var cfg config
+	_, err := startError(t, func(c *config) { c.addr = strings.TrimPrefix(d.url, "http://"); cfg = *c })
+	if err == nil {
 		t.Error("runs on an address in use")
+	}
+	for _, path := range []string{cfg.coreKeyPath, cfg.binds} {
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("it made %s: %v", path, err)
+		}
 	}
 }
 

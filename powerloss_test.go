@@ -152,7 +152,7 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKey, c.binds = keyFile, root })
+				d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath, c.binds = keyFile, root })
 				key, err := base64.StdEncoding.DecodeString(d.key)
 				if err != nil || len(key) != 32 {
 					t.Errorf("the key has %d bytes, %v, want 32", len(key), err)

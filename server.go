@@ -69,10 +69,10 @@ func (s *server) routes() []route {
 	}
 }
 
-// server answers the core's requests. newServer sets its fields; stats and refusals guard themselves.
+// server answers the core's requests. newServer sets its fields; stats and rejected guard themselves.
 type server struct {
 	config
-	key        coreKey
+	key        keyDigest
 	engine     *engine
 	binds      *bindRoot
 	containers *containers
@@ -81,7 +81,7 @@ type server struct {
 	locks      *keyedMutex // by service id
 	stdin      *keyedMutex // by container id
 	stats      statsFeeds
-	refusals   refusals
+	rejected   *rejectedLog
 	mux        *http.ServeMux
 	life       context.Context // done when the daemon no longer waits for operations in progress
 	serving    context.Context // done when the daemon starts to shut down: streams end with it
@@ -89,12 +89,12 @@ type server struct {
 
 // newServer registers each route twice, bare and under /v1, and each path once more for all other methods:
 // net/http's own 405 never comes where there is a pattern for every path, as "/" is one.
-func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot,
+func newServer(life, serving context.Context, cfg config, key keyDigest, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
 	locks := newKeyedMutex()
 	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.waits.read}
 	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
-		locks: locks, stdin: newKeyedMutex(),
+		locks: locks, stdin: newKeyedMutex(), rejected: &rejectedLog{log: log},
 		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
 	s.services = &services{
 		policy: machinePolicy{binds: b.path, network: cfg.network, pidsLimit: cfg.pidsLimit,
@@ -140,7 +140,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, failure(unauthorized, "Accessing this daemon requires core authorization."))
 		return
 	}
-	r.Context().Value(knownKey{}).(func())()
+	markAuthenticated(r)
 	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
 		s.fail(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
 	} else {
@@ -159,7 +159,7 @@ func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, star
 		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
 	if w.status == http.StatusUnauthorized {
-		s.refusals.add(s.log, r.RemoteAddr+": no core key, or another")
+		s.rejected.add(r.RemoteAddr + ": no core key, or a wrong one")
 		return
 	}
 	s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,

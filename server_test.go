@@ -538,7 +538,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 	} {
 		for engines, ours := range map[int]int{200: 502, 400: 400, 404: 502, 500: 502} {
 			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-				if !strings.HasSuffix(r.URL.Path, "/start") && !strings.HasSuffix(r.URL.Path, "/images/create") {
+				if !strings.HasSuffix(r.URL.Path, "/stop") && !strings.HasSuffix(r.URL.Path, "/images/create") {
 					return false
 				}
 				io.Copy(io.Discard, r.Body)
@@ -549,7 +549,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 			})
 			answers := []answer{d.do(t, "POST", "/docker/image", wholeTar())}
 			if engines != 200 { // such an answer ends well for all but images
-				answers = append(answers, d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`))
+				answers = append(answers, d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`))
 			}
 			for _, a := range answers {
 				a.want(t, ours, "engine: ")
