@@ -265,14 +265,14 @@ func (s *server) restart(finish context.Context, id string, current, next *liste
 
 // stop stops a service that runs.
 func (s *server) stop(finish context.Context, id string, current, _ *listed) error {
-	defer s.stats.forget(id, nil)
+	defer s.stats.forget(id)
 	seconds := int(s.stopTimeout / time.Second) // the container's own may be an earlier daemon's
 	return s.engine.api().ContainerStop(finish, current.ID, container.StopOptions{Timeout: &seconds})
 }
 
 // startContainer starts a container, and lets no statistics of what ran before it follow.
 func (s *server) startContainer(finish context.Context, id string, c *listed) error {
-	s.stats.forget(id, nil)
+	s.stats.forget(id)
 	return s.engine.api().ContainerStart(finish, c.ID, container.StartOptions{})
 }
 
@@ -283,6 +283,7 @@ func (s *server) kill(finish context.Context, id string) error {
 	if err != nil || !current.State.Running {
 		return err
 	}
+	defer s.stats.forget(id)
 	err = s.engine.api().ContainerKill(finish, current.ID, "KILL")
 	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) { // it has ended meanwhile
 		return nil
@@ -304,7 +305,7 @@ func (s *server) removeService(finish context.Context, id string, current, _ *li
 	if err := s.binds.discard(id); err != nil { // the commit
 		return err
 	}
-	defer s.stats.forget(id, nil)
+	defer s.stats.forget(id)
 	_, _, err := s.settle(finish, id)
 	return err
 }

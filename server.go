@@ -54,14 +54,19 @@ func (s *server) routes() []route {
 		{"GET /service/{id}", 200, 0, s.waits.read, false, nil, (*server).inspectService},
 		{"DELETE /service/{id}", 204, 0, s.createTimeout, true, nil, (*server).deleteService},
 		{"POST /service/{id}/ctl", 204, maxJSON, change, true, nil, (*server).controlService},
-		{"GET /service/{id}/stats", 200, 0, forever, false, statsParameter, (*server).serviceStats},
-		{"GET /service/{id}/logs", 200, 0, forever, false, logsParameter, (*server).serviceLogs},
-		{"POST /service/{id}/stdin", 204, math.MaxInt64, forever, false, nil, (*server).serviceStdin},
-		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, nil, (*server).resizeTTY},
+		{"GET /service/{id}/stats", 200, 0, forever, false, statsParameter, on(s.stats.serviceStats)},
+		{"GET /service/{id}/logs", 200, 0, forever, false, logsParameter, on(s.console.serviceLogs)},
+		{"POST /service/{id}/stdin", 204, math.MaxInt64, forever, false, nil, on(s.console.serviceStdin)},
+		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, nil, on(s.console.resizeTTY)},
 		{"PATCH /service/{id}/env", 204, maxJSON, change, true, nil, (*server).setServiceEnv},
 		{"POST /docker/image", 201, s.maxImageBytes, forever, false, nil, (*server).importImage},
 		{"GET /health", 204, 0, s.waits.read, false, nil, (*server).health},
 	}
+}
+
+// on makes a handler of another type fit the route table.
+func on(handle func(http.ResponseWriter, *http.Request) error) func(*server, http.ResponseWriter, *http.Request) error {
+	return func(_ *server, w http.ResponseWriter, r *http.Request) error { return handle(w, r) }
 }
 
 // server answers the core's requests. All its fields but met are set once, by newServer.
@@ -73,8 +78,8 @@ type server struct {
 	log      *slog.Logger
 	fetcher  *fetcher
 	locks    serviceLocks // by service id
-	stdin    serviceLocks // by container id
-	stats    statsFeeds
+	console  *console
+	stats    *stats
 	refusals refusals
 	met      atomic.Bool // an engine was met that has no services which know the bind root by another path
 	mux      *http.ServeMux
@@ -87,8 +92,11 @@ type server struct {
 func newServer(life, serving context.Context, cfg config, key coreKey, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
-		fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
-		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
+		fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(),
+		mux: http.NewServeMux()}
+	s.stats = &stats{lookup: s.lookup, engine: e, timeouts: cfg.waits, shutdown: serving}
+	s.console = &console{lookup: s.lookup, readJSON: s.readJSON, engine: e, stdinLocks: newServiceLocks(),
+		timeouts: cfg.waits, shutdown: serving}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
