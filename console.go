@@ -1,39 +1,55 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net/http"
 	"net/url"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
 )
 
-// logsParameter is all that a query for logs may say, in the engine's own terms. Times are
-// Unix times in seconds.
+// logsParameter matches the query parameters of a logs request, which are the engine's. A time is a Unix
+// time in seconds, or in RFC 3339's form, in which the engine prints timestamps.
 var logsParameter = regexp.MustCompile(`^((follow|timestamps|stdout|stderr)=(true|false|1|0)|` +
-	`tail=(all|[0-9]{1,9})|(since|until)=[0-9]{1,10}(\.[0-9]{1,9})?)$`)
+	`tail=(all|[0-9]{1,9})|(since|until)=([0-9]{1,10}(\.[0-9]{1,9})?|` +
+	`[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]{1,9})?(Z|[+-][0-9:]{5})))$`)
 
-// stdinChunk is how many bytes go to a service's stdin through one connection. Of one that the service
-// does not read, the engine keeps a socket and a goroutine until it does, or is stopped; of more than
-// 32 KiB engine 20.10 keeps them for ever.
+// stdinChunk is the most bytes that one attach carries. If the service does not read them, the engine
+// keeps the connection until it does or stops. Beyond 32 KiB, engine 20.10 leaks the connection.
 const stdinChunk = 32 << 10
 
-// serviceLogs answers GET /service/{id}/logs with what the service has printed and, if
-// it is to follow, prints from now on. That ends in an orderly way only when the
-// service's run does; whatever else ends it breaks the connection off.
-func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
-	options := logsOptions(r)
+// console gives access to what a service prints, to its stdin and to its terminal.
+type console struct {
+	containers *containers
+	engine     *engine
+	stdinLocks *keyedMutex // by container id
+	timeouts   waits
+	shutdown   context.Context // ends when the daemon starts to shut down
+}
+
+// serviceLogs answers GET /service/{id}/logs with what the service has printed and, with follow, what it
+// prints from now on. A followed stream ends with a final chunk only if the service stopped; anything else
+// aborts the connection.
+func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
+	options, err := logsOptions(r)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	opening := time.AfterFunc(s.waits.read, cancel)
-	current, logs, err := s.openLogs(ctx, r.PathValue("id"), options)
+	opening := time.AfterFunc(c.timeouts.read, cancel)
+	run, logs, err := c.openLogs(ctx, r.PathValue("id"), options)
 	if !opening.Stop() {
 		err = context.DeadlineExceeded
 	}
@@ -42,8 +58,8 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	}
 	defer logs.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
-	w.Write(nil) // the header: the service may be silent for long
-	if current.Config.Tty {
+	w.Write(nil) // send the header now: the first output may be long in coming
+	if run.Config.Tty {
 		_, err = io.Copy(w, logs)
 	} else {
 		err = demultiplex(w, logs)
@@ -51,9 +67,14 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	if err != nil || !options.Follow {
 		return err
 	}
-	err = s.sameRun(ctx, r.PathValue("id"), current)
+	return c.checkStopped(ctx, r.PathValue("id"), run)
+}
+
+// checkStopped returns an error unless the run has ended: then the end of its logs is really their end.
+func (c *console) checkStopped(ctx context.Context, id string, run inspected) error {
+	err := c.sameRun(ctx, id, run)
 	if err == nil {
-		return errors.New("the engine ended the logs of a service that runs")
+		return errors.New("the engine ended the logs of a running service")
 	}
 	if kind, _ := describe(err); kind.status == http.StatusConflict || kind.status == http.StatusNotFound {
 		return nil // stopped, or deleted
@@ -61,26 +82,33 @@ func (s *server) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// openLogs returns the engine's answer, and the container that it is about.
-func (s *server) openLogs(ctx context.Context, id string, options container.LogsOptions) (
+// openLogs returns the engine's logs of a service's container, and that container. The caller closes the
+// logs.
+func (c *console) openLogs(ctx context.Context, id string, options container.LogsOptions) (
 	inspected, io.ReadCloser, error) {
 	for try := 1; ; try++ {
-		current, err := s.containers.lookup(ctx, id)
+		current, err := c.containers.lookup(ctx, id)
 		if err != nil {
 			return current, nil, err
 		}
-		logs, err := s.engine.api().ContainerLogs(ctx, current.ID, options)
-		if !errdefs.IsNotFound(err) || try == 2 { // else another container has just taken its place
+		logs, err := c.engine.api().ContainerLogs(ctx, current.ID, options)
+		if !errdefs.IsNotFound(err) || try == 2 { // not found: it has just been replaced, look again
 			return current, logs, err
 		}
 	}
 }
 
-// logsOptions reads the parameters of the logs. A switch is on with true or 1, and off with all else.
-func logsOptions(r *http.Request) container.LogsOptions {
+// logsOptions reads the query of a logs request.
+func logsOptions(r *http.Request) (container.LogsOptions, error) {
 	query := r.URL.Query()
 	on := func(name, otherwise string) bool {
 		return slices.Contains([]string{"true", "1"}, cmp.Or(query.Get(name), otherwise))
+	}
+	for _, name := range []string{"since", "until"} {
+		text := query.Get(name)
+		if _, err := time.Parse(time.RFC3339, text); err != nil && strings.Contains(text, "T") {
+			return container.LogsOptions{}, badRequest("%s=%s: not a date and time", name, text)
+		}
 	}
 	return container.LogsOptions{
 		Follow:     on("follow", "false") && r.Method == http.MethodGet, // HEAD would not end
@@ -88,64 +116,76 @@ func logsOptions(r *http.Request) container.LogsOptions {
 		ShowStdout: on("stdout", "true"),
 		ShowStderr: on("stderr", "true"),
 		Tail:       query.Get("tail"),
-		Since:      query.Get("since"),
+		Since:      query.Get("since"), // the SDK sends the engine Unix times, which is all that it takes
 		Until:      query.Get("until"),
-	}
+	}, nil
 }
 
-// serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of
-// the body. That may come in small parts, hours apart.
-func (s *server) serviceStdin(w http.ResponseWriter, r *http.Request) error {
-	defer context.AfterFunc(s.serving, func() { http.NewResponseController(w).SetReadDeadline(time.Now()) })()
-	begin, err := s.containers.lookup(r.Context(), r.PathValue("id"))
-	switch {
-	case err == nil && !begin.Config.OpenStdin:
-		err = failure(withoutStdin, "the service was created without open_stdin")
-	case err == nil && !begin.State.Running:
-		err = failure(notRunning, "the service does not run")
+// serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of the body. The
+// body may be an open session that lasts for hours.
+func (c *console) serviceStdin(w http.ResponseWriter, r *http.Request) error {
+	ctl := http.NewResponseController(w)
+	defer context.AfterFunc(c.shutdown, func() { ctl.SetReadDeadline(time.Now()) })()
+	run, err := c.containers.lookup(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return err
 	}
+	if !run.Config.OpenStdin {
+		return failure(withoutStdin, "the service was created without open_stdin")
+	}
+	if !run.State.Running {
+		return failure(notRunning, "the service does not run")
+	}
+	err = c.copyStdin(r.Context(), r.PathValue("id"), run, r.Body)
+	if err != nil && c.shutdown.Err() != nil {
+		return failure(unavailable, "the daemon is shutting down")
+	}
+	return err
+}
+
+// copyStdin writes the whole body to the run's stdin, each part as soon as it has arrived.
+func (c *console) copyStdin(ctx context.Context, id string, run inspected, body io.Reader) error {
 	chunk := make([]byte, stdinChunk)
-	var end error
-	for err == nil && end == nil {
-		var n int
-		if n, end = r.Body.Read(chunk); n > 0 {
-			err = s.writeStdin(r.Context(), r.PathValue("id"), begin, chunk[:n])
+	for {
+		n, readErr := body.Read(chunk)
+		if n > 0 {
+			if err := c.writeStdin(ctx, id, run, chunk[:n]); err != nil {
+				return err
+			}
+		}
+		if readErr == io.EOF {
+			return nil
+		}
+		if readErr != nil {
+			return badRequest("the body is incomplete")
 		}
 	}
-	switch {
-	case err == nil && end == io.EOF:
-		return nil
-	case s.serving.Err() != nil:
-		return failure(unavailable, "the daemon ends")
-	}
-	return cmp.Or(err, badRequest("the body is incomplete"))
 }
 
-// writeStdin returns when the service's stdin has taken the chunk. The engine reads a
-// connection in pieces and mixes those of several, so that each chunk has one of its own,
-// in turn; the engine ends it when all is written. begin is the run the chunk is meant for.
-func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chunk []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.write)
+// writeStdin writes one chunk through one attach and returns when the engine has passed all of it on. The
+// engine interleaves concurrent attaches, so they take turns. run is the run that the chunk is meant for.
+func (c *console) writeStdin(ctx context.Context, id string, run inspected, chunk []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeouts.write)
 	defer cancel()
-	unlock, err := s.stdin.lock(ctx, begin.ID)
+	unlock, err := c.stdinLocks.lock(ctx, run.ID)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if err := s.sameRun(ctx, id, begin); err != nil {
+	if err := c.sameRun(ctx, id, run); err != nil {
 		return err
 	}
 	query := url.Values{"stream": {"1"}, "stdin": {"1"}, "detachKeys": {detachKeys(chunk)}}
-	call := url.URL{Path: "/containers/" + begin.ID + "/attach", RawQuery: query.Encode()}
+	call := url.URL{Path: "/containers/" + run.ID + "/attach", RawQuery: query.Encode()}
 	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
-	answer, err := s.engine.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
+	resp, err := c.engine.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
 	if errdefs.IsNotFound(err) {
 		return failure(notRunning, "the service has stopped")
 	}
 	if err != nil {
 		return err
 	}
-	pipe := answer.Body.(interface { // whose two directions end apart
+	pipe := resp.Body.(interface { // half-closable
 		io.ReadWriteCloser
 		CloseWrite() error
 	})
@@ -153,24 +193,28 @@ func (s *server) writeStdin(ctx context.Context, id string, begin inspected, chu
 	defer context.AfterFunc(ctx, func() { pipe.Close() })()
 	_, err = pipe.Write(chunk)
 	err = cmp.Or(err, pipe.CloseWrite())
-	_, endErr := io.Copy(io.Discard, pipe)
+	_, readErr := io.Copy(io.Discard, pipe)
 	if ctx.Err() != nil {
 		return failure(timedOut, "the service does not read its stdin")
 	}
-	return cmp.Or(s.sameRun(ctx, id, begin), err, endErr) // it ends as well when the service stops
+	// The engine ends the connection also when the service stops.
+	return cmp.Or(c.sameRun(ctx, id, run), err, readErr)
 }
 
-// sameRun returns nil if the service has run without a break since it was seen as begin.
-func (s *server) sameRun(ctx context.Context, id string, begin inspected) error {
-	now, err := s.containers.lookup(ctx, id)
-	if err == nil && (!now.State.Running || now.ID != begin.ID || now.State.StartedAt != begin.State.StartedAt) {
-		err = failure(notRunning, "the service has stopped; it may not have read all")
+// sameRun returns nil if the service's container has run without a break since it was seen as run.
+func (c *console) sameRun(ctx context.Context, id string, run inspected) error {
+	now, err := c.containers.lookup(ctx, id)
+	if err != nil {
+		return err
 	}
-	return err
+	if !now.State.Running || now.ID != run.ID || now.State.StartedAt != run.State.StartedAt {
+		return failure(notRunning, "the service has stopped; it may not have read all")
+	}
+	return nil
 }
 
 // resizeTTY answers POST /service/{id}/tty.
-func (s *server) resizeTTY(w http.ResponseWriter, r *http.Request) error {
+func (c *console) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 	var body struct {
 		Rows uint16 `json:"rows"`
 		Cols uint16 `json:"cols"`
@@ -181,19 +225,56 @@ func (s *server) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 	if body.Rows == 0 || body.Cols == 0 {
 		return badRequest("rows and cols: must be 1 to 65535")
 	}
-	current, err := s.containers.lookup(r.Context(), r.PathValue("id"))
+	current, err := c.containers.lookup(r.Context(), r.PathValue("id"))
 	if err != nil {
 		return err
 	}
 	if !current.Config.Tty {
 		return failure(withoutTTY, "the service was created without tty")
 	}
+	if !current.State.Running {
+		return failure(notRunning, "the service does not run")
+	}
 	size := container.ResizeOptions{Height: uint(body.Rows), Width: uint(body.Cols)}
-	if current.State.Running {
-		err = s.engine.api().ContainerResize(r.Context(), current.ID, size)
-		if !errdefs.IsNotFound(err) && !errdefs.IsConflict(err) { // else it has just stopped, or was replaced
+	err = c.engine.api().ContainerResize(r.Context(), current.ID, size)
+	if errdefs.IsNotFound(err) || errdefs.IsConflict(err) { // it has just stopped, or was replaced
+		return failure(notRunning, "the service has stopped")
+	}
+	return err
+}
+
+// demultiplex copies the output from the engine's frames, of stdout and stderr alike, to w. A frame is a
+// header of eight bytes, of which the last four hold the payload's length, and the payload. The SDK's
+// stdcopy takes a frame that was cut off for a whole one, and holds each frame in memory.
+func demultiplex(w io.Writer, frames io.Reader) error {
+	var header [8]byte
+	for {
+		if _, err := io.ReadFull(frames, header[:]); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if header[0] != 1 && header[0] != 2 { // 3 is an error of the engine's
+			return errors.New("the engine cannot read the logs")
+		}
+		length := int64(binary.BigEndian.Uint32(header[4:]))
+		if _, err := io.CopyN(w, frames, length); err == io.EOF {
+			return io.ErrUnexpectedEOF
+		} else if err != nil {
 			return err
 		}
 	}
-	return failure(notRunning, "the service does not run")
+}
+
+// detachKeys returns a value for the attach parameter of that name. The engine looks for these keys in what
+// is written to a tty, by default ctrl-p ctrl-q, and where it finds them it drops the rest. Here they are
+// random, so that nobody can write them. Their first byte is not among the chunk's last ones: the engine
+// would hold back what could be the start of the keys until more is written.
+func detachKeys(chunk []byte) string {
+	secret := rand.Text()
+	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]
+	for bytes.IndexByte(end, first) >= 0 {
+		first--
+	}
+	return strings.Join(strings.Split(string([]byte{first})+secret, ""), ",")
 }

@@ -204,6 +204,11 @@ func TestLogsAskTheEngineWhatTheClientAsks(t *testing.T) {
 		"?until=1.000000001":                 "stderr=1&stdout=1&tail=&until=1.000000001",
 		"?stdout=0&timestamps=0":             "stderr=1&tail=",
 		"?since=9999999999.5&st%64err=false": "since=9999999999.5&stdout=1&tail=",
+		// As the engine prints times, which it does not take.
+		"?since=2026-11-30T06:04:07.417825910Z":               "since=1796018647.417825910&stderr=1&stdout=1&tail=",
+		"?until=2026-11-30T06:04:07Z":                         "stderr=1&stdout=1&tail=&until=1796018647.000000000",
+		"?since=2026-11-30T08:04:07%2B02:00":                  "since=1796018647.000000000&stderr=1&stdout=1&tail=",
+		"?stdout=0&until=2026-11-30T00:34:07.000000001-05:30": "stderr=1&tail=&until=1796018647.000000001",
 	} {
 		before := len(consoleCalls(e, "/logs?"))
 		d.do(t, "GET", "/service/web/logs"+query, "").want(t, 200)
@@ -224,6 +229,10 @@ var badLogsQueries = map[string]string{
 	"tail=1&tail=1": "tail", "tail=all&tail=all": "tail", "tail=99999999999999999999": "tail", "tail=%D9%A3": "tail", "tail=1%26follow=true": "tail",
 	"since=": "since", "since=-1": "since", "since=1e9": "since", "since=10m": "since", "since=2022-05-08": "since", "since=.5": "since", "since=1.": "since",
 	"since=1.1234567890": "since", "since=NaN": "since", "since=1&since=2": "since", "until=1,5": "until", "until=99999999999": "until", "until=%2B1": "until",
+	"since=2022-05-08T19:50:43": "since", "since=2022-13-08T19:50:43Z": "since", "until=2022-02-30T19:50:43Z": "until", "until=2022-05-08T24:00:00Z": "until",
+	"since=2022-05-08t19:50:43z": "since", "since=2022-05-08T19:50:43+02:00": "since", "since=2022-05-08T19:50:43%2B0200": "since",
+	"since=2022-05-08T19:50:43.0000000001Z": "since", "since=2022-05-08T19:50:43.Z": "since", "until=2022-05-08T19:50:43,5Z": "until",
+	"since=2022-05-08T19:50:43Z&since=1": "since", "until=2022-05-08T:::::::::Z": "until", "since=2022-05-08T19:50:43%2B99:99": "since",
 	"until=1%20": "until", "until=1 ": "",
 	"tail=1;follow=true": "query", ";": "query", "tail=%zz": "query", "%": "query", "follow=true&%f": "query", "tail=1&since=%": "query",
 }

@@ -1,11 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"io"
@@ -102,43 +99,6 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 		return nil, errdefs.ErrConflict.WithMessage(message)
 	}
 	return nil, errors.New(message)
-}
-
-// demultiplex writes what the engine has packed into frames, of stdout and stderr alike. A
-// frame is a header of eight bytes, of which the last four give its length, and so many bytes.
-// The SDK's way takes a frame that was cut off for a whole one, and holds each in memory.
-func demultiplex(w io.Writer, frames io.Reader) error {
-	var header [8]byte
-	for {
-		if _, err := io.ReadFull(frames, header[:]); err == io.EOF {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		if header[0] != 1 && header[0] != 2 { // 3 is an error of the engine's
-			return errors.New("the engine cannot read the logs")
-		}
-		length := int64(binary.BigEndian.Uint32(header[4:]))
-		if _, err := io.CopyN(w, frames, length); err == io.EOF {
-			return io.ErrUnexpectedEOF
-		} else if err != nil {
-			return err
-		}
-	}
-}
-
-// detachKeys returns a value for the parameter with which an attach says what keys detach from a
-// tty. The engine looks for them in what is written, ctrl-p ctrl-q unless it is told otherwise, and
-// where it finds them it drops the rest. These are random, so that nobody can write them, and begin
-// with a byte that is not in the chunk's end: what could be their beginning the engine would keep
-// back until more is written.
-func detachKeys(chunk []byte) string {
-	secret := rand.Text()
-	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]
-	for bytes.IndexByte(end, first) >= 0 {
-		first--
-	}
-	return strings.Join(strings.Split(string([]byte{first})+secret, ""), ",")
 }
 
 // ready negotiates unless that was done.

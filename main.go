@@ -213,7 +213,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
 	c := config{preauthSlots: defaultPreauthSlots(), waits: waits{
 		json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
-		frame: 10 * time.Second, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
+		frame: 2 * time.Minute, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard) // main prints the error

@@ -55,12 +55,12 @@ func (s *server) routes() []route {
 		{pattern: "POST /service/{id}/ctl", success: 204, body: maxJSON, limit: change, detached: true,
 			handle: svc.handleControl},
 		{pattern: "GET /service/{id}/stats", success: 200, limit: forever, query: statsParameter,
-			handle: s.serviceStats},
+			handle: s.stats.serviceStats},
 		{pattern: "GET /service/{id}/logs", success: 200, limit: forever, query: logsParameter,
-			handle: s.serviceLogs},
+			handle: s.console.serviceLogs},
 		{pattern: "POST /service/{id}/stdin", success: 204, body: math.MaxInt64, limit: forever,
-			handle: s.serviceStdin},
-		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.waits.read, handle: s.resizeTTY},
+			handle: s.console.serviceStdin},
+		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.waits.read, handle: s.console.resizeTTY},
 		{pattern: "PATCH /service/{id}/env", success: 204, body: maxJSON, limit: change, detached: true,
 			handle: svc.handleSetEnv},
 		{pattern: "POST /docker/image", success: 201, body: s.maxImageBytes, limit: forever,
@@ -69,7 +69,7 @@ func (s *server) routes() []route {
 	}
 }
 
-// server answers the core's requests. newServer sets its fields; stats and rejected guard themselves.
+// server answers the core's requests. newServer sets its fields.
 type server struct {
 	config
 	key        keyDigest
@@ -79,8 +79,8 @@ type server struct {
 	services   *services
 	log        *slog.Logger
 	locks      *keyedMutex // by service id
-	stdin      *keyedMutex // by container id
-	stats      statsFeeds
+	console    *console
+	stats      *stats
 	rejected   *rejectedLog
 	mux        *http.ServeMux
 	life       context.Context // done when the daemon no longer waits for operations in progress
@@ -94,14 +94,16 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	locks := newKeyedMutex()
 	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.waits.read}
 	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
-		locks: locks, stdin: newKeyedMutex(), rejected: &rejectedLog{log: log},
-		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
+		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux()}
+	s.stats = &stats{containers: own, engine: e, timeouts: cfg.waits, shutdown: serving}
+	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.waits,
+		shutdown: serving}
 	s.services = &services{
 		policy: machinePolicy{binds: b.path, network: cfg.network, pidsLimit: cfg.pidsLimit,
 			stopTimeout: cfg.stopTimeout},
 		limits: unpackLimits{cfg.maxBindBytes, cfg.maxBindFiles}, timeouts: cfg.waits, createTime: cfg.createTimeout,
 		engine: e, binds: b, containers: own, fetcher: newFetcher(cfg.fetchAllow), locks: locks,
-		ensureImage: s.ensureImage, tidyImages: s.removeUnfinished, forgetStats: func(id string) { s.stats.forget(id, nil) }, log: log, ctx: life,
+		ensureImage: s.ensureImage, tidyImages: s.removeUnfinished, forgetStats: s.stats.forget, log: log, ctx: life,
 	}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {

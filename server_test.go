@@ -562,7 +562,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 	e.setIntercept(nil)
 
 	// So is what the client sent, as far as it is quoted.
-	long := strings.Repeat("\x01", 100_000)
+	long := strings.Repeat("\x01", 10_000)
 	quoted, _ := json.Marshal(long)
 	for _, r := range []request{
 		{"PATCH", "/service/web/env", `{` + string(quoted) + `:1}`}, {"POST", "/service", `{` + string(quoted) + `:1}`},

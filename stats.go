@@ -3,210 +3,202 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"regexp"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
 )
 
 const (
-	statsAge   = 1500 * time.Millisecond // the engine sends a frame every second
-	statsTries = 3                       // feeds that may end without a frame before one request gives up
-	maxFrame   = 1 << 20                 // bytes
+	maxFrameAge  = 1500 * time.Millisecond // the engine sends a frame every second
+	maxFrame     = 1 << 20                 // bytes
+	statsRetries = 10                      // look-ups of one request after a container was replaced
 )
 
-// statsParameter is what the query of a request for statistics may hold: anything else is a 400.
+// statsParameter matches the query parameters of a stats request.
 var statsParameter = regexp.MustCompile(`^stream=(true|false|1|0)$`)
 
-// What the engine writes where it has no sample: for a container that does not run,
-// whose stream it does not end, and for the sample before the first.
-var (
-	noSample        = []byte(`"read":"0001-01-01T00:00:00Z"`)
-	noEarlierSample = []byte(`"preread":"0001-01-01T00:00:00Z"`)
-)
+// errContainerReplaced ends a feed whose container has stopped or was replaced: look the service up again.
+var errContainerReplaced = errors.New("the container has stopped or was replaced")
 
-// serviceStats answers GET /service/{id}/stats with the engine's newest frame; with
-// ?stream=true with a line for each, from one container of the service to the next,
-// until it does not run. Who reads slowly gets fewer frames; who does not is dropped.
-func (s *server) serviceStats(w http.ResponseWriter, r *http.Request) error {
+// stats reports what services use. All requests for one service share one stream of the engine's.
+type stats struct {
+	containers *containers
+	engine     *engine
+	timeouts   waits
+	shutdown   context.Context // ends when the daemon starts to shut down: so do the feeds
+	feeds      sync.Map        // of *feed, by service id
+}
+
+// frame is one statistics object of the engine's.
+type frame struct {
+	text       []byte        // JSON and a line feed
+	arrived    time.Time     // zero for a container that does not run: the engine has no other frame of it
+	superseded chan struct{} // closed when the next frame has arrived; nil like arrived
+}
+
+// serviceStats answers GET /service/{id}/stats with the engine's newest frame. With ?stream=true it sends
+// a frame a line, across restarts, until the service stops. Slow readers miss frames; stalled ones are
+// disconnected.
+func (s *stats) serviceStats(w http.ResponseWriter, r *http.Request) error {
+	ctx, id := r.Context(), r.PathValue("id")
 	stream, _ := strconv.ParseBool(r.URL.Query().Get("stream"))
-	stream = stream && r.Method == http.MethodGet // HEAD would not end
-	ctx := r.Context()
-	if !stream {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, s.waits.read)
-		defer cancel()
+	f, err := s.next(ctx, id, time.Now().Add(-maxFrameAge), s.timeouts.read)
+	if err != nil || !stream || f.arrived.IsZero() || r.Method == http.MethodHead { // HEAD would not end
+		return passOn(w, f.text, err)
 	}
-	seen, begun, ends := time.Now().Add(-statsAge), false, 0
-	for {
-		feed, containerID, err := s.stats.watch(ctx, s, r.PathValue("id"))
-		if err != nil || feed == nil && begun {
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	for err == nil && !f.arrived.IsZero() {
+		if _, err := w.Write(f.text); err != nil {
 			return err
 		}
-		var frame []byte
-		if feed == nil {
-			frame, err = s.askStats(ctx, containerID)
-		} else {
-			frame, seen, err = feed.newer(ctx, seen)
-		}
-		if err == errOperated {
-			continue // whatever is there now
-		}
-		if err == io.EOF || errdefs.IsNotFound(err) { // it has stopped, or another has just taken its place
-			if ends++; ends <= statsTries {
-				continue
-			}
-			err = failure(engineFailed, "the engine sends no statistics of this service")
-		}
-		if err != nil || feed == nil || !stream {
-			return passOn(w, frame, err)
-		}
-		w.Header().Set("Content-Type", "application/x-ndjson")
-		begun, ends = true, 0
-		if _, err := w.Write(frame); err != nil {
-			return err
-		}
+		f, err = s.next(ctx, id, f.arrived, forever) // the feed's watchdog limits the wait
 	}
+	return err
 }
 
-// askStats returns the engine's one frame of a container that does not run.
-func (s *server) askStats(ctx context.Context, containerID string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.waits.read)
+// next returns the service's first frame that arrived after seen, waiting for it no longer than limit.
+// If that is not long enough the feed goes on, and a later request finds the frame.
+func (s *stats) next(ctx context.Context, id string, seen time.Time, limit time.Duration) (frame, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	stats, err := s.engine.api().ContainerStats(ctx, containerID, false)
-	if err != nil {
-		return nil, err
+	for range 1 + statsRetries {
+		f, err := s.try(ctx, id, seen)
+		if err != errContainerReplaced && !errdefs.IsNotFound(err) {
+			return f, err
+		}
 	}
-	defer stats.Body.Close()
-	return io.ReadAll(stats.Body)
+	return frame{}, failure(engineFailed, "the engine sends no statistics of this service")
 }
 
-// statsFeeds has one feed for each service that is watched.
-type statsFeeds struct {
-	mu   sync.Mutex // guards the feeds' fields too
-	byID map[string]*statsFeed
-}
-
-// statsFeed shares one engine stream among all who watch a service.
-type statsFeed struct {
-	mu      *sync.Mutex
-	end     context.CancelFunc
-	waits   waits
-	asked   time.Time     // by the last request
-	frame   []byte        // the newest
-	arrived time.Time     // when
-	changed chan struct{} // closed at the next frame and at the end
-	ended   error         // io.EOF, or errOperated
-}
-
-// errOperated ends a feed whose container an operation may have stopped or replaced.
-var errOperated = errors.New("an operation ended the feed")
-
-// watch returns the service's feed, or the id of its container if that does not run.
-func (f *statsFeeds) watch(ctx context.Context, s *server, id string) (*statsFeed, string, error) {
-	f.mu.Lock()
-	feed := f.byID[id]
-	f.mu.Unlock()
-	if feed != nil {
-		return feed, "", nil
+// try is next without retries: it returns errContainerReplaced, or the engine's 404, if the service's
+// container changes meanwhile.
+func (s *stats) try(ctx context.Context, id string, seen time.Time) (frame, error) {
+	if f, ok := s.feeds.Load(id); ok {
+		return f.(*feed).wait(ctx, seen)
 	}
 	current, err := s.containers.lookup(ctx, id)
 	if err != nil {
-		return nil, "", err
+		return frame{}, err
 	}
 	if !current.State.Running {
-		return nil, current.ID, nil
+		return s.once(ctx, current.ID)
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if feed = f.byID[id]; feed == nil {
-		life, end := context.WithCancel(s.serving)
-		feed = &statsFeed{mu: &f.mu, end: end, waits: s.waits, asked: time.Now(), changed: make(chan struct{})}
-		f.byID[id] = feed
-		go func() { // ends with the container, the last request, forget or the daemon
-			feed.follow(life, s.engine, current.ID)
-			f.forget(id, feed)
-		}()
-	}
-	return feed, "", nil
+	return s.watch(id, current.ID).wait(ctx, seen)
 }
 
-// forget ends a feed, or whichever the service has. An operation that may put another
-// container in a service's place calls it, so that no frame of the earlier one follows.
-func (f *statsFeeds) forget(id string, feed *statsFeed) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	why := io.EOF
-	if feed == nil {
-		feed, why = f.byID[id], errOperated
-	}
-	if feed == nil || feed.ended != nil {
-		return
-	}
-	delete(f.byID, id)
-	feed.end()
-	feed.ended = why
-	close(feed.changed)
-}
-
-// newer returns the newest frame if it arrived after seen, and else waits for one that
-// does. It returns why the feed has ended, if it has.
-func (f *statsFeed) newer(ctx context.Context, seen time.Time) (frame []byte, arrived time.Time, err error) {
-	for {
-		f.mu.Lock()
-		f.asked = time.Now()
-		frame, arrived, changed, ended := f.frame, f.arrived, f.changed, f.ended
-		f.mu.Unlock()
-		if ended != nil {
-			return nil, seen, ended
-		}
-		if arrived.After(seen) {
-			return frame, arrived, nil
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return nil, seen, ctx.Err()
-		}
-	}
-}
-
-// follow reads the engine's stream of a container as long as that runs and is watched.
-func (f *statsFeed) follow(ctx context.Context, e *engine, containerID string) {
-	hang := time.AfterFunc(f.waits.frame, f.end)
-	defer hang.Stop()
-	answer, err := e.api().ContainerStats(ctx, containerID, true)
+// once returns the engine's only frame of a container that does not run. The engine's answer is empty if
+// the container has started and stopped since it was looked up.
+func (s *stats) once(ctx context.Context, containerID string) (frame, error) {
+	resp, err := s.engine.api().ContainerStats(ctx, containerID, false)
 	if err != nil {
-		return // who waits looks the service up again, and sees why
+		return frame{}, err
 	}
-	defer answer.Body.Close()
-	lines := bufio.NewScanner(answer.Body)
-	lines.Buffer(nil, maxFrame)
-	for lines.Scan() {
-		hang.Reset(f.waits.frame)
-		if bytes.Contains(lines.Bytes(), noSample) || !f.publish(lines.Bytes()) {
-			return
-		}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && len(text) == 0 {
+		err = errContainerReplaced
+	}
+	return frame{text: text}, err
+}
+
+// watch returns the service's feed, and opens one if there is none.
+func (s *stats) watch(id, containerID string) *feed {
+	f := newFeed(s.shutdown)
+	if other, ok := s.feeds.LoadOrStore(id, f); ok {
+		f.end(nil)
+		return other.(*feed)
+	}
+	go func() { // ends when the container stops, nobody asks, or f.ctx ends: by watchdog, forget or shutdown
+		err := f.follow(s.engine, containerID, s.timeouts)
+		s.feeds.CompareAndDelete(id, f) // first, so that nobody finds a feed that has ended
+		f.end(err)
+	}()
+	return f
+}
+
+// forget ends the service's feed, if there is one. An operation that stops or replaces the service's
+// container calls it, so that no frame of what ran before is served after the operation.
+func (s *stats) forget(id string) {
+	if f, ok := s.feeds.LoadAndDelete(id); ok {
+		f.(*feed).end(errContainerReplaced)
 	}
 }
 
-// publish makes a complete frame the newest. It reports whether there is need for another.
-func (f *statsFeed) publish(frame []byte) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.ended != nil || time.Since(f.asked) > f.waits.linger {
-		return false
+// feed shares one stream of the engine's among all requests for a service's statistics.
+type feed struct {
+	ctx    context.Context // ends with the feed; its cause is what waiting requests get as their error
+	end    context.CancelCauseFunc
+	newest atomic.Pointer[frame]
+	asked  atomic.Pointer[time.Time] // when a request last started to wait
+}
+
+func newFeed(shutdown context.Context) *feed {
+	f := &feed{}
+	f.ctx, f.end = context.WithCancelCause(shutdown)
+	f.newest.Store(&frame{superseded: make(chan struct{})})
+	f.asked.Store(new(time.Now()))
+	return f
+}
+
+// wait returns the newest frame if it arrived after seen, else the next one, or why the feed has ended.
+func (f *feed) wait(ctx context.Context, seen time.Time) (frame, error) {
+	f.asked.Store(new(time.Now()))
+	newest := f.newest.Load()
+	if !newest.arrived.After(seen) {
+		select {
+		case <-newest.superseded:
+			newest = f.newest.Load()
+		case <-f.ctx.Done():
+		case <-ctx.Done():
+			return frame{}, ctx.Err()
+		}
 	}
-	if !bytes.Contains(frame, noEarlierSample) {
-		f.frame, f.arrived = append(bytes.Clone(frame), '\n'), time.Now()
-		close(f.changed)
-		f.changed = make(chan struct{})
+	return *newest, context.Cause(f.ctx)
+}
+
+// follow publishes the engine's frames of a running container until that stops, nobody asks for them, the
+// engine is silent for timeouts.frame, or f.ctx ends.
+func (f *feed) follow(e *engine, containerID string, timeouts waits) error {
+	watchdog := time.AfterFunc(timeouts.frame, func() {
+		f.end(failure(timedOut, "the engine has sent no statistics of this service for %s", timeouts.frame))
+	})
+	defer watchdog.Stop()
+	resp, err := e.api().ContainerStats(f.ctx, containerID, true)
+	if err != nil {
+		return err
 	}
-	return true
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	lines.Buffer(nil, maxFrame)
+	for lines.Scan() && !f.idle(timeouts.linger) {
+		watchdog.Reset(timeouts.frame)
+		var sample struct{ Read, PreRead time.Time }
+		if err := json.Unmarshal(lines.Bytes(), &sample); err != nil { // the Scanner returns a cut line, too
+			return cmp.Or(lines.Err(), err)
+		}
+		if sample.Read.IsZero() { // the container does not run: the engine goes on, without samples
+			return errContainerReplaced
+		}
+		if !sample.PreRead.IsZero() { // else it is the first frame, without the sample before it
+			next := &frame{append(bytes.Clone(lines.Bytes()), '\n'), time.Now(), make(chan struct{})}
+			close(f.newest.Swap(next).superseded)
+		}
+	}
+	return cmp.Or(lines.Err(), errContainerReplaced)
+}
+
+// idle reports whether nobody has asked since the newest frame arrived, and for as long as limit.
+func (f *feed) idle(limit time.Duration) bool {
+	asked := *f.asked.Load()
+	return asked.Before(f.newest.Load().arrived) && time.Since(asked) > limit
 }

@@ -86,6 +86,11 @@ func statsFrames(e *fakeEngine, frames <-chan string) (ended <-chan struct{}) {
 	return over
 }
 
+// sample returns a complete frame, without its line feed.
+func sample(n int) string {
+	return fmt.Sprintf(`{ "read":"2022-05-08T19:50:43.024725738Z",  "preread":"2022-05-08T19:50:42.020410692Z","n":%d, "x":1e2,"é":"\u0001\u2028<&" }`, n)
+}
+
 func TestHundredWatchersCostOneEngineStream(t *testing.T) {
 	t.Parallel()
 	e, d := startWithRunning(t, nil)
@@ -131,12 +136,11 @@ func TestStatsAreTheEnginesBytes(t *testing.T) {
 	e, d := startWithRunning(t, nil)
 	frames := make(chan string)
 	statsFrames(e, frames)
-	const sample = `{ "read":"2022-05-08T19:50:43.024725738Z",  "preread":"2022-05-08T19:50:42.020410692Z","n":%d, "x":1e2,"é":"\u0001\u2028<&" }`
 	plain := crowdSend(t, d, "GET", "/service/web/stats", "")
 	frames <- `{"read":"2022-05-08T19:50:41Z","preread":"` + zeroTime + `"}`
-	frames <- fmt.Sprintf(sample, 0)
+	frames <- sample(0)
 	a := (<-plain).want(t, 200)
-	if want := fmt.Sprintf(sample, 0) + "\n"; a.body != want || a.header.Get("Content-Type") != "application/json" {
+	if want := sample(0) + "\n"; a.body != want || a.header.Get("Content-Type") != "application/json" {
 		t.Errorf("got %s %s, want %s", a.header.Get("Content-Type"), a.body, want)
 	}
 	stream := statsOpen(t, d, "web")
@@ -145,9 +149,9 @@ func TestStatsAreTheEnginesBytes(t *testing.T) {
 	}
 	for n := range 10 { // no frame is sent before the one ahead has arrived
 		if n > 0 {
-			frames <- fmt.Sprintf(sample, n)
+			frames <- sample(n)
 		}
-		if got, want := stream.next(t), fmt.Sprintf(sample, n)+"\n"; got != want {
+		if got, want := stream.next(t), sample(n)+"\n"; got != want {
 			t.Errorf("got %s, want %s", got, want)
 		}
 	}
@@ -166,6 +170,22 @@ func TestStatsOfAServiceThatDoesNotRunAreAskedFor(t *testing.T) {
 	}
 	d.do(t, "GET", "/service/nobody/stats", "").want(t, 404)
 	d.do(t, "GET", "/service/nobody/stats?stream=true", "").want(t, 404)
+}
+
+// A service that starts and stops while the engine is asked gets an empty answer from the engine.
+func TestStatsAreNeverAnEmptyAnswer(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	var empty atomic.Int64
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		return strings.HasSuffix(r.URL.Path, "/stats") && empty.Add(-1) >= 0
+	})
+	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=true"} {
+		empty.Store(3)
+		d.do(t, "GET", path, "").want(t, 200, zeroTime, "/web")
+		empty.Store(1000)
+		d.do(t, "GET", path, "").want(t, 502, "no statistics")
+	}
 }
 
 func TestStreamIsTrueOrFalse(t *testing.T) {
@@ -273,6 +293,105 @@ func TestStatsAreNeverThoseOfAnEarlierContainer(t *testing.T) {
 	d.do(t, "GET", "/service/web/stats", "").want(t, 200, now.ID)
 }
 
+// The feed has had its newest frame a moment ago, and its engine has yet to notice the kill.
+func TestKillForgetsTheStatsOfWhatRan(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	frames := make(chan string)
+	ended := statsFrames(e, frames)
+	running := crowdSend(t, d, "GET", "/service/web/stats", "")
+	frames <- sample(1)
+	(<-running).want(t, 200, `"n":1`)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"kill"}`).want(t, 204)
+	d.do(t, "GET", "/service/web/stats", "").want(t, 200, zeroTime)
+	<-ended
+}
+
+// An engine with many watched services needs longer for one round of frames than a request waits.
+func TestFeedOutlivesRequestsThatTimeOut(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, func(c *config) { c.waits.read = time.Second })
+	frames := make(chan string)
+	statsFrames(e, frames)
+	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=true"} {
+		d.do(t, "GET", path, "").want(t, 504)
+	}
+	asked := crowdSend(t, d, "GET", "/service/web/stats", "")
+	frames <- sample(1)
+	(<-asked).want(t, 200, `"n":1`)
+	if streams, _ := statsCalls(e); streams != 1 {
+		t.Errorf("the engine was asked for %d streams", streams)
+	}
+}
+
+// Once a stream has begun, only the feed limits the wait for a frame.
+func TestStreamWaitsForASlowEngine(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, func(c *config) { c.waits.read = time.Second })
+	frames, pause := make(chan string), make(chan struct{})
+	statsFrames(e, frames)
+	go func() { // ends with pause
+		for n := 1; ; n++ {
+			select {
+			case frames <- sample(n):
+			case <-pause:
+				return
+			}
+		}
+	}()
+	stream := statsOpen(t, d, "web")
+	stream.next(t)
+	close(pause)
+	waitFor(t, "a request that times out", func() bool {
+		select {
+		case <-stream.lines:
+		default:
+		}
+		return d.do(t, "GET", "/service/web/stats", "").status == 504
+	})
+	frames <- sample(-1)
+	for !strings.Contains(stream.next(t), `"n":-1`) {
+	}
+	if streams, _ := statsCalls(e); streams != 1 {
+		t.Errorf("the engine was asked for %d streams", streams)
+	}
+}
+
+func TestFeedEndsWithoutAFrame(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, func(c *config) { c.waits.frame = 300 * time.Millisecond })
+	ended := statsFrames(e, nil)
+	d.do(t, "GET", "/service/web/stats", "").want(t, 504, "no statistics")
+	<-ended
+	d.do(t, "GET", "/service/web/stats?stream=true", "").want(t, 504, "no statistics")
+	<-ended
+	e.setIntercept(nil)
+	d.do(t, "GET", "/service/web/stats", "").want(t, 200, `"/web"`)
+}
+
+// A request that waits for a frame keeps the feed, however long the frame takes.
+func TestFeedIsIdleIfNobodyHasAskedSinceTheFrameBefore(t *testing.T) {
+	t.Parallel()
+	ago := func(seconds int) time.Time { return time.Now().Add(-time.Duration(seconds) * time.Second) }
+	for name, test := range map[string]struct {
+		asked, newest time.Time
+		want          bool
+	}{
+		"before the first frame":     {ago(100), time.Time{}, false},
+		"long awaited":               {ago(100), ago(101), false},
+		"asked for not long ago":     {ago(20), ago(1), false},
+		"nobody has asked since":     {ago(40), ago(39), true},
+		"nobody has asked for hours": {ago(9999), ago(1), true},
+	} {
+		f := newFeed(t.Context())
+		f.asked.Store(&test.asked)
+		f.newest.Load().arrived = test.newest
+		if got := f.idle(30 * time.Second); got != test.want {
+			t.Errorf("%s: idle is %v, want %v", name, got, test.want)
+		}
+	}
+}
+
 func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
 	t.Parallel()
 	e, d := startWithRunning(t, func(c *config) { c.waits.linger = 50 * time.Millisecond })
@@ -297,7 +416,7 @@ func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
 	}
 }
 
-// An engine whose streams hold nothing of use is asked a few times, and no more.
+// An engine whose streams hold nothing of use is asked a limited number of times.
 func TestEngineWithoutStatistics(t *testing.T) {
 	t.Parallel()
 	for name, answer := range map[string]func(http.ResponseWriter, *http.Request){
@@ -308,6 +427,12 @@ func TestEngineWithoutStatistics(t *testing.T) {
 			io.WriteString(w, `{"read":"2022-05-08T19:50:41Z","preread":"`+zeroTime+`"}`+"\n")
 		},
 		"sends an endless line": func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, 2*maxFrame)) },
+		"ends within a frame":   func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, sample(0)[:100]) },
+		"breaks off within a frame": func(w http.ResponseWriter, r *http.Request) {
+			io.WriteString(w, sample(0)[:100])
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -325,7 +450,7 @@ func TestEngineWithoutStatistics(t *testing.T) {
 					t.Errorf("GET %s: %d %s", path, a.status, a.body)
 				}
 			}
-			if _, after := statsCalls(e); after > before+20 {
+			if _, after := statsCalls(e); after > before+2*2*(1+statsRetries) {
 				t.Errorf("the engine was asked %d times", after-before)
 			}
 			e.setIntercept(nil)
@@ -357,8 +482,7 @@ func TestStatsLeaveNothing(t *testing.T) { // not parallel: it counts the proces
 	})
 }
 
-// However often a service is restarted before its first statistics, that is no failure of
-// the engine's.
+// A service that is restarted before its first statistics is not a failure of the engine's.
 func TestStatsWaitThroughManyRestarts(t *testing.T) {
 	t.Parallel()
 	e, d := startWithRunning(t, nil)
@@ -377,7 +501,7 @@ func TestStatsWaitThroughManyRestarts(t *testing.T) {
 		return false
 	})
 	asked := crowdSend(t, d, "GET", "/service/web/stats", "")
-	for range 3 * statsTries {
+	for range statsRetries - 1 {
 		waitFor(t, "a stream of the engine's", func() bool { return len(begun) > 0 })
 		<-begun
 		d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
