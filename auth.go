@@ -249,7 +249,7 @@ func (s *strangers) forget(conn net.Conn) {
 // customer of a provider has.
 func origin(conn net.Conn) netip.Addr {
 	end, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
-	addr := bare(end)
+	addr := end.Addr().Unmap().WithZone("")
 	if network, err := addr.Prefix(64); err == nil && addr.Is6() {
 		return network.Addr()
 	}
