@@ -2,6 +2,7 @@ package main
 
 import (
 	"archive/tar"
+	"bufio"
 	"cmp"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ const (
 	maxEntryPath = 1024      // bytes
 	maxDepth     = 64        // directories in an entry's path
 	writeChunk   = 128 << 10 // bytes of a file that are written at a time
+	blockSize    = 512       // bytes: a tar archive consists of such blocks
 )
 
 // unpackLimits limit what one archive may make.
@@ -94,7 +96,8 @@ type entryError string
 func (e entryError) Error() string { return string(e) }
 
 const (
-	errPath        entryError = "its path is empty, absolute or contains '..'"
+	errLeadsOut    entryError = "its path leads out of the archive"
+	errPath        entryError = "its path is empty or contains '..'"
 	errThroughLink entryError = "its path passes something that is not a directory"
 	errReplacesDir entryError = "it would replace a directory that is not empty, or the bind directory"
 	errLinkTarget  entryError = "it is a hard link to something that is not an earlier file"
@@ -119,6 +122,102 @@ func badEntry(h *tar.Header, err error) error {
 	return err
 }
 
+// limitedReader fails beyond its limit, where [io.LimitedReader] returns io.EOF.
+type limitedReader struct {
+	r     io.Reader
+	left  int64
+	ended bool // a read met the end
+}
+
+// Read counts what was read, not what was asked for: a stream that ends just at the limit is whole.
+func (l *limitedReader) Read(p []byte) (int, error) {
+	n, err := l.r.Read(p)
+	l.ended = l.ended || err == io.EOF && n == 0
+	if l.left -= int64(n); l.left < 0 {
+		return 0, failure(tooLarge, "bind_contents: the archive, or what it unpacks to, has too many bytes")
+	}
+	return n, err
+}
+
+// drain reads the rest of the stream after [tar.Reader] has returned io.EOF, which it also does for an
+// input without the end mark, two blocks of zeros: drain returns an error for that.
+func (l *limitedReader) drain(to io.Writer) error {
+	if l.ended {
+		return io.ErrUnexpectedEOF
+	}
+	_, err := io.Copy(to, l)
+	return err
+}
+
+// tarReader is a [tar.Reader] for archives that have to be whole. By itself, Next returns io.EOF also where
+// its input ends early, between two entries or inside an entry's padding.
+type tarReader struct {
+	*tar.Reader
+	stream *limitedReader
+	limit  int64         // of stream
+	buffer *bufio.Reader // of stream
+	first  byte          // type of the first header that the latest Next read, which can be an extended one
+}
+
+// newTarReader returns a tarReader that fails beyond limit bytes, or an error if r is not a tar archive.
+func newTarReader(r io.Reader, limit int64) (*tarReader, error) {
+	stream := &limitedReader{r: r, left: limit}
+	buffer := bufio.NewReaderSize(stream, readChunk)
+	start, err := buffer.Peek(blockSize)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	if !isTar(start) {
+		return nil, badArchive("not a .tar.gz archive: inside the gzip stream, it is %s", contentFormat(start))
+	}
+	return &tarReader{Reader: tar.NewReader(buffer), stream: stream, limit: limit, buffer: buffer}, nil
+}
+
+// next returns the next entry's header, or io.EOF at the end mark, two blocks of zeros. Before it there
+// always are two blocks left: a header and what follows, or the end mark.
+func (t *tarReader) next() (*tar.Header, error) {
+	if _, err := io.Copy(io.Discard, t.Reader); err != nil { // the content that the caller has not read
+		return nil, err
+	}
+	consumed := t.limit - t.stream.left - int64(t.buffer.Buffered())
+	padding := int(-consumed & (blockSize - 1))
+	blocks, err := t.buffer.Peek(padding + 2*blockSize)
+	if err == io.EOF {
+		return nil, io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		return nil, err
+	}
+	blocks = blocks[padding:]
+	if !slices.ContainsFunc(blocks, func(b byte) bool { return b != 0 }) {
+		return nil, io.EOF
+	}
+	t.first = blocks[156]
+	header, err := t.Next()
+	if err == io.EOF {
+		return nil, io.ErrUnexpectedEOF
+	}
+	return header, err
+}
+
+// check returns an error for an entry after which other programs would find other entries: they disagree on
+// malformed sizes in extended headers, and on whether a file whose name ends in a slash has content; and
+// [tar.Reader.Next] forgets an extended header at a global one, but GNU tar does not.
+func (t *tarReader) check(h *tar.Header) error {
+	for _, key := range []string{"size", "GNU.sparse.size", "GNU.sparse.realsize"} {
+		if size, ok := h.PAXRecords[key]; ok && (size == "" || strings.Trim(size, "0123456789") != "") {
+			return errPAXSize
+		}
+	}
+	if h.Typeflag == tar.TypeXGlobalHeader && t.first != tar.TypeXGlobalHeader {
+		return errGlobal
+	}
+	if isDirectory(h) && h.Size != 0 && h.Typeflag != tar.TypeDir && h.Typeflag != gnuDumpDir {
+		return errSizedDir
+	}
+	return nil
+}
+
 // unpacker extracts entries below root. For each it opens the parent directory without following
 // links, and caches it for the next.
 type unpacker struct {
@@ -137,6 +236,8 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	switch {
 	case h.Typeflag == tar.TypeXGlobalHeader || h.Typeflag == gnuVolumeLabel:
 		return nil
+	case outside(name):
+		return errLeadsOut
 	case outside(h.Name):
 		return errPath
 	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth: // deeper ones cost too much to walk
@@ -229,7 +330,7 @@ func (u *unpacker) place(parent *os.Root, name string, h *tar.Header, content io
 		if err := parent.Symlink(h.Linkname, base); err != nil {
 			return err
 		}
-		return u.setOwner(parent, base, h)
+		return u.setOwner(h, func(uid, gid int) error { return parent.Lchown(base, uid, gid) })
 	}
 	return errType
 }
@@ -241,14 +342,15 @@ func (u *unpacker) placeDirectory(parent *os.Root, base string, h *tar.Header) e
 			return err
 		}
 	}
-	if err := u.setOwner(parent, base, h); err != nil {
+	err := u.setOwner(h, func(uid, gid int) error { return parent.Lchown(base, uid, gid) })
+	if err != nil {
 		return err
 	}
 	return parent.Chmod(base, permissions(h))
 }
 
-// setOwner gives a new file, directory or link its owner.
-func (u *unpacker) setOwner(parent *os.Root, base string, h *tar.Header) error {
+// setOwner calls chown with the owner that a new file, directory or symbolic link is to have.
+func (u *unpacker) setOwner(h *tar.Header, chown func(uid, gid int) error) error {
 	uid, gid := h.Uid, h.Gid
 	if u.ownedBy != nil {
 		uid, gid = u.ownedBy.uid, u.ownedBy.gid
@@ -259,7 +361,7 @@ func (u *unpacker) setOwner(parent *os.Root, base string, h *tar.Header) error {
 	if min(uid, gid) < 0 || max(uid, gid) > math.MaxInt32 {
 		return errOwnerRange // chown(2) takes 4294967295 for "unchanged"
 	}
-	return parent.Lchown(base, uid, gid)
+	return chown(uid, gid)
 }
 
 // permissions leaves out the setuid, setgid and sticky bits.
@@ -278,20 +380,24 @@ func (u *unpacker) placeFile(parent *os.Root, base string, h *tar.Header, conten
 		return brokenArchive(err)
 	}
 	if err == nil {
-		err = u.setOwner(parent, base, h)
+		err = u.setOwner(h, f.Chown)
 	}
 	if err == nil {
 		err = f.Chmod(permissions(h))
 	}
 	if err == nil {
-		err = setModTime(f, h.ModTime)
+		err = setModTime(parent, base, f, h.ModTime)
 	}
 	return cmp.Or(err, f.Close())
 }
 
-// setModTime sets the times of a file that is open with O_NONBLOCK. [os.Root.Chtimes] would go by t.UnixNano,
-// which wraps after the year 2262. utimensat(2) takes the nearest time that the file system has.
-func setModTime(f *os.File, t time.Time) error {
+// setModTime sets the times of f, which is base in parent and open with O_NONBLOCK. [os.Root.Chtimes] goes by
+// t.UnixNano, which wraps after the year 2262. For such a time, utimensat(2) takes the nearest one that the file
+// system has.
+func setModTime(parent *os.Root, base string, f *os.File, t time.Time) error {
+	if time.Unix(0, t.UnixNano()).Equal(t) {
+		return parent.Chtimes(base, t, t)
+	}
 	when := syscall.NsecToTimespec(int64(t.Nanosecond()))
 	when.Sec = t.Unix()
 	return syscall.UtimesNano(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), []syscall.Timespec{when, when})

@@ -1,6 +1,10 @@
 package main
 
 import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"io"
@@ -18,6 +22,7 @@ import (
 const (
 	maxRedirects = 5
 	readChunk    = 64 << 10 // bytes that are read at a time
+	gzipMagic    = "\x1f\x8b"
 )
 
 // fetcher downloads bind_contents from untrusted servers.
@@ -182,4 +187,91 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 		b.err = err
 	}
 	return n, err
+}
+
+// gunzip decompresses the members of a gzip stream (RFC 1952) and ignores zeros behind the last one, as
+// gzip(1) does: the tar of macOS and the BSDs pads its compressed output with them.
+type gunzip struct {
+	packed *bufio.Reader
+	member *gzip.Reader
+	err    error // of the latest Read
+}
+
+func newGunzip(r io.Reader) (*gunzip, error) {
+	g := &gunzip{packed: bufio.NewReaderSize(r, readChunk), member: new(gzip.Reader)}
+	start, err := g.packed.Peek(blockSize)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	if !bytes.HasPrefix(start, []byte(gzipMagic)) {
+		return nil, badArchive("not a .tar.gz archive: it is %s", contentFormat(start))
+	}
+	return g, g.nextMember()
+}
+
+func (g *gunzip) Read(p []byte) (n int, err error) {
+	for n == 0 && g.err == nil && len(p) > 0 {
+		n, g.err = g.member.Read(p)
+		if g.err == io.EOF {
+			g.err = g.nextMember()
+		}
+	}
+	return n, g.err
+}
+
+// nextMember begins the next member, or returns io.EOF if only zeros are left.
+func (g *gunzip) nextMember() error {
+	start, _ := g.packed.Peek(len(gzipMagic))
+	if string(start) == gzipMagic {
+		err := g.member.Reset(g.packed)
+		g.member.Multistream(false)
+		return err
+	}
+	for {
+		b, err := g.packed.ReadByte()
+		if err != nil {
+			return err
+		}
+		if b != 0 {
+			return badArchive("something other than zeros follows the gzip stream")
+		}
+	}
+}
+
+// signatures are the first bytes of what is taken for a .tar.gz archive by mistake.
+var signatures = []struct{ start, format string }{
+	{gzipMagic, "gzip"}, {"\x1f\x9d", "compressed by compress"},
+	{"BZh", "compressed by bzip2"}, {"\xfd7zXZ\x00", "compressed by xz"}, {"LZIP", "compressed by lzip"},
+	{"\x28\xb5\x2f\xfd", "compressed by zstd"}, {"\x50\x2a\x4d\x18", "compressed by zstd"},
+	{"\x04\x22\x4d\x18", "compressed by lz4"}, {"7z\xbc\xaf\x27\x1c", "a 7z archive"},
+	{"PK\x03\x04", "a zip archive"}, {"PK\x05\x06", "a zip archive"}, {"PK\x07\x08", "a zip archive"},
+}
+
+// contentFormat names the format of a file by its first 512 bytes.
+func contentFormat(start []byte) string {
+	if len(start) == 0 {
+		return "empty"
+	}
+	for _, s := range signatures {
+		if bytes.HasPrefix(start, []byte(s.start)) {
+			return s.format
+		}
+	}
+	if isTar(start) {
+		return "a tar archive that is not compressed"
+	}
+	kind := http.DetectContentType(bytes.TrimPrefix(start, []byte("\uFEFF")))
+	if strings.HasPrefix(kind, "text/html") {
+		return "HTML"
+	}
+	return kind
+}
+
+// isTar reports whether a file whose first 512 bytes are start is a tar archive.
+func isTar(start []byte) bool {
+	if len(start) < blockSize {
+		return false
+	}
+	_, err := tar.NewReader(bytes.NewReader(start)).Next() // which fails otherwise if an entry needs more bytes
+	return err != tar.ErrHeader
 }
