@@ -100,7 +100,7 @@ const (
 	errPath        entryError = "its path is empty or contains '..'"
 	errThroughLink entryError = "its path passes something that is not a directory"
 	errReplacesDir entryError = "it would replace a directory that is not empty, or the bind directory"
-	errLinkTarget  entryError = "it is a hard link to something that is not an earlier file"
+	errLinkTarget  entryError = "it is a hard link to something that is not an earlier file or link"
 	errSymlink     entryError = "it is a symbolic link that leads out of the archive"
 	errOwnerRange  entryError = "its owner is out of range"
 	errSizedDir    entryError = "its path ends in a slash, but it has content"
@@ -157,6 +157,8 @@ type tarReader struct {
 	limit  int64         // of stream
 	buffer *bufio.Reader // of stream
 	first  byte          // type of the first header that the latest Next read, which can be an extended one
+
+	skipped [blockSize]byte // a buffer
 }
 
 // newTarReader returns a tarReader that fails beyond limit bytes, or an error if r is not a tar archive.
@@ -168,7 +170,7 @@ func newTarReader(r io.Reader, limit int64) (*tarReader, error) {
 		return nil, err
 	}
 	if !isTar(start) {
-		return nil, badArchive("not a .tar.gz archive: inside the gzip stream, it is %s", contentFormat(start))
+		return nil, badArchive("inside the gzip stream is not a tar archive: it is %s", contentFormat(start))
 	}
 	return &tarReader{Reader: tar.NewReader(buffer), stream: stream, limit: limit, buffer: buffer}, nil
 }
@@ -176,7 +178,11 @@ func newTarReader(r io.Reader, limit int64) (*tarReader, error) {
 // next returns the next entry's header, or io.EOF at the end mark, two blocks of zeros. Before it there
 // always are two blocks left: a header and what follows, or the end mark.
 func (t *tarReader) next() (*tar.Header, error) {
-	if _, err := io.Copy(io.Discard, t.Reader); err != nil { // the content that the caller has not read
+	err := error(nil)
+	for err == nil { // the content that the caller has not read
+		_, err = t.Read(t.skipped[:])
+	}
+	if err != io.EOF {
 		return nil, err
 	}
 	consumed := t.limit - t.stream.left - int64(t.buffer.Buffered())
@@ -391,9 +397,9 @@ func (u *unpacker) placeFile(parent *os.Root, base string, h *tar.Header, conten
 	return cmp.Or(err, f.Close())
 }
 
-// setModTime sets the times of f, which is base in parent and open with O_NONBLOCK. [os.Root.Chtimes] goes by
-// t.UnixNano, which wraps after the year 2262. For such a time, utimensat(2) takes the nearest one that the file
-// system has.
+// setModTime sets the times of f, which is base in parent and open with O_NONBLOCK. [os.Root.Chtimes] goes
+// by t.UnixNano, which wraps after the year 2262. For such a time, utimensat(2) takes the nearest one that
+// the file system has.
 func setModTime(parent *os.Root, base string, f *os.File, t time.Time) error {
 	if time.Unix(0, t.UnixNano()).Equal(t) {
 		return parent.Chtimes(base, t, t)
