@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"encoding/json"
 	"errors"
@@ -80,7 +81,14 @@ func hostileArchives(outside string) []hostile {
 	}
 	broken := func(name string, archive []byte) hostile { return hostile{name, archive, 400, "", nil} }
 	kind := func(name string, k byte) entry { return entry{name: name, kind: k} }
-	owned := func(name string, uid, gid int64) entry { return entry{name: name, uid: uid, gid: gid} }
+	unowned := func(name string, e ...entry) hostile { // owners are used by root only
+		if os.Geteuid() == 0 {
+			return refused(name, "a", e...)
+		}
+		return harmless(name, tree{"a": "0644 "}, e...)
+	}
+	owned := func(name string, uid, gid int64) hostile { return unowned(name, entry{name: "a", uid: uid, gid: gid}) }
+	typed := func(k byte, name, body string) entry { return entry{name: name, kind: k, mode: 0o755, body: body} }
 	sparse := func(size string) []entry {
 		return []entry{pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=s", "GNU.sparse.realsize="+size), file("x", "0\n"+strings.Repeat("\x00", 510))}
 	}
@@ -135,19 +143,30 @@ func hostileArchives(outside string) []hostile {
 			dir("d"), symlink("l", "d"), entry{name: "l", kind: '5', mode: 0o700}),
 		harmless("link replaced through a trailing slash, not followed (CVE-2025-22873)", tree{"d": "d0755", "l": "d0700"},
 			dir("d"), symlink("l", "d"), entry{name: "l/", kind: '5', mode: 0o700}),
-		harmless("link written through a trailing slash, not followed (CVE-2025-22873)", tree{"l": "0644 new"},
-			symlink("l", "x"), file("l/", "new")),
+		refused("link written through a trailing slash, not followed (CVE-2025-22873)", "l/", symlink("l", "x"), file("l/", "new")),
+		harmless("link replaced by a directory of a file's type", tree{"d": "d0755", "l": "d0755"}, dir("d"), symlink("l", "d"), typed('0', "l/", "")),
 		harmless("link replaced by a hard link", tree{"a": "0644 1", "l": "0644 1"}, file("a", "1"), symlink("l", "d"), hardLink("l", "a")),
 		harmless("link to itself", tree{"l": "-> l"}, symlink("l", "l")),
 
 		refused("hard link out, relative", "h", hardLink("h", "../neighbour/secret"), file("h", "pwned")),
 		refused("hard link out, absolute", "h", hardLink("h", outside+"/secret"), file("h", "pwned")),
 		refused("hard link with a parent that stays inside", "h", file("a", ""), dir("d"), hardLink("h", "d/../a")),
-		refused("hard link to a link", "h", file("a", ""), symlink("l", "a"), hardLink("h", "l")),
-		refused("hard link to a dangling link", "h", symlink("l", "x"), hardLink("h", "l"), file("h", "")),
+		harmless("hard link to a link", tree{"a": "0644 ", "l": "-> a", "h": "-> a"}, file("a", ""), symlink("l", "a"), hardLink("h", "l")),
+		harmless("hard link to a link, then written", tree{"l": "-> x", "h": "0644 new"}, symlink("l", "x"), hardLink("h", "l"), file("h", "new")),
+		harmless("hard link to a link in another directory", tree{"a": "0644 ", "d": "d0755", "d/l": "-> ../a", "e": "d0755", "e/h": "-> ../a"},
+			file("a", ""), symlink("d/l", "../a"), hardLink("e/h", "d/l")),
+		refused("hard link to a link, which leads out from its new place", "h", symlink("d/l", "../neighbour"), hardLink("h", "d/l"), file("h/secret", "pwned")),
+		refused("hard link to a link, which leads above the root from its new place", "a/h", symlink("a/b/l", "../.."), hardLink("a/h", "a/b/l")),
+		refused("hard link to a link, written through", "h/x", dir("d"), symlink("l", "d"), hardLink("h", "l"), file("h/x", "pwned")),
 		refused("hard link through a link", "h", file("d/x", ""), symlink("l", "d"), hardLink("h", "l/x")),
 		refused("hard link made through a link", "l/h", file("d/x", ""), symlink("l", "d"), hardLink("l/h", "d/x")),
-		refused("hard link to itself", "a", file("a", "1"), hardLink("a", "a")),
+		harmless("hard link to itself", tree{"a": "0644 1"}, file("a", "1"), hardLink("a", "a")),
+		harmless("hard link to itself under two spellings", tree{"d": "d0755", "d/a": "0644 1"}, file("d/a", "1"), hardLink("./d/a", "d//./a")),
+		harmless("hard link to itself, of a link", tree{"l": "-> x"}, symlink("l", "x"), hardLink("l", "l")),
+		harmless("hard link to itself, of a directory", tree{"d": "d0755"}, dir("d"), hardLink("d", "d")),
+		harmless("hard links to each other", tree{"a": "0644 1", "b": "0644 1"}, file("a", "1"), hardLink("b", "a"), hardLink("a", "b"), hardLink("b", "a")),
+		refused("hard link to itself, which is not there", "a", hardLink("a", "a")),
+		refused("hard link to itself through a link", "l/x", file("d/x", "1"), symlink("l", "d"), hardLink("l/x", "l/x")),
 		refused("hard link to what is not there", "h", hardLink("h", "x")),
 		refused("hard link below what is not there", "h", hardLink("h", "x/y")),
 		refused("hard link to a directory", "h", dir("d"), hardLink("h", "d")),
@@ -156,9 +175,14 @@ func hostileArchives(outside string) []hostile {
 		harmless("hard link replaced, the other name left alone", tree{"a": "0644 1", "b": "0644 2"},
 			file("a", "1"), hardLink("b", "a"), file("b", "2")),
 
-		refused("directory replaced by a file", "d", dir("d"), file("d", "")),
+		harmless("empty directory replaced by a file", tree{"d": "0644 1"}, dir("d"), file("d", "1")),
+		harmless("empty directory replaced by a link", tree{"d": "-> x"}, dir("d"), symlink("d", "x")),
+		refused("empty directory replaced by a link, then written through", "d/x", dir("e"), dir("d"), symlink("d", "e"), file("d/x", "pwned")),
+		refused("directory replaced by a file", "d", file("d/x", ""), file("d", "")),
+		refused("directory of a directory replaced by a file", "d", dir("d/e"), file("d", "")),
 		refused("directory replaced by a link", "d", file("d/x", ""), symlink("d", ".")),
-		refused("directory replaced by a hard link", "d", file("a", ""), dir("d"), hardLink("d", "a")),
+		harmless("empty directory replaced by a hard link", tree{"a": "0644 1", "d": "0644 1"}, file("a", "1"), dir("d"), hardLink("d", "a")),
+		refused("directory replaced by a hard link to its own file", "d", file("d/x", ""), hardLink("d", "d/x")),
 		refused("file used as a directory", "a/b", file("a", ""), file("a/b", "")),
 		harmless("file replaced by a directory", tree{"a": "d0755", "a/b": "0644 2"}, file("a", "1"), dir("a"), file("a/b", "2")),
 		harmless("file replaced by a link, then written", tree{"a": "0644 2"}, file("a", "1"), symlink("a", "b"), file("a", "2")),
@@ -172,24 +196,51 @@ func hostileArchives(outside string) []hostile {
 		refused("FIFO over a file", "fifo", file("fifo", ""), kind("fifo", '6')),
 		refused("unknown type", "a", kind("a", 'Z')),
 		refused("type of no meaning", "a", kind("a", 1)),
-		refused("volume label", "a", kind("a", 'V')),
+		harmless("volume label", tree{"a": "0644 1"}, kind("a", 'V'), file("a", "1")),
+		harmless("volume label with a hostile name and content", tree{"a": "0644 1"}, typed('V', "../neighbour/secret", "x"), file("a", "1")),
 		refused("continuation of another volume", "a", kind("a", 'M')),
-		refused("GNU dump directory", "a", kind("a", 'D')),
+		harmless("GNU dump directory", tree{"d": "d0755", "d/a": "0644 1"}, typed('D', "d/", "Ya\x00Nb\x00\x00"), file("d/a", "1")),
+		harmless("GNU dump directory of the root", tree{"a": "0644 1"}, typed('D', "./", "Ya\x00\x00"), file("a", "1")),
+		refused("GNU dump directory outside", "../d/", typed('D', "../d/", "Ya\x00\x00")),
+		refused("GNU dump directory through a link", "l/d", dir("d"), symlink("l", "d"), typed('D', "l/d", "")),
+		harmless("directory of a file's type", tree{"d": "d0755", "d/a": "0644 1"}, typed('0', "d/", ""), file("d/a", "1")),
+		harmless("directory of a contiguous file's type", tree{"d": "d0755"}, typed('7', "d/", "")),
+		harmless("directory of a file's type, by its long name", tree{"d": "d0755", "d/a": "0644 1"}, pax("path=d/"), typed('0', "x", ""), file("d/a", "1")),
+		harmless("the root of a file's type", tree{"a": "0644 1"}, typed('0', "./", ""), file("a", "1")),
+		refused("directory of a file's type with content", "d/", typed('0', "d/", "content"), file("a", "")),
+		refused("directory of a contiguous file's type with content", "d/", typed('7', "d/", "content"), file("a", "")),
 		harmless("setuid, setgid and sticky", tree{"u": "0755 ", "g": "0755 ", "s": "d0777"},
 			entry{name: "u", mode: 0o4755}, entry{name: "g", mode: 0o2755}, entry{name: "s", kind: '5', mode: 0o1777}),
 		harmless("setuid on the root itself", tree{}, entry{name: "./", kind: '5', mode: 0o7755}),
 		harmless("type bits in the mode", tree{"a": "0644 "}, entry{name: "a", mode: 0o20644}),
 		harmless("capability", tree{"a": "0644 "}, pax("SCHILY.xattr.security.capability=\x01\x00\x00\x02\x00\x04\x00\x00"+strings.Repeat("\x00", 12)), file("a", "")),
-		refused("uid of 2^31", "a", owned("a", 1<<31, 0)),
-		refused("gid of 2^31", "a", owned("a", 0, 1<<31)),
-		refused("uid that chown takes for none", "a", owned("a", 1<<32-1, 0)),
-		refused("uid of 2^32", "a", owned("a", 1<<32, 0)),
-		refused("negative uid", "a", owned("a", -1, 0)),
-		refused("negative gid", "a", owned("a", 0, -2)),
-		refused("uid of 2^31 in an extended header", "a", pax("uid=2147483648"), file("a", "")),
+		owned("uid of 2^31", 1<<31, 0),
+		owned("gid of 2^31", 0, 1<<31),
+		owned("uid that chown takes for none", 1<<32-1, 0),
+		owned("uid of 2^32", 1<<32, 0),
+		owned("negative uid", -1, 0),
+		owned("negative gid", 0, -2),
+		unowned("uid of 2^31 in an extended header", pax("uid=2147483648"), file("a", "")),
+		harmless("owners that are not used", tree{"a": "0644 1", "h": "0644 1"}, entry{name: "label", kind: 'V', uid: -1},
+			file("a", "1"), entry{name: "h", kind: '1', link: "a", uid: 1 << 32, gid: -1}),
 
 		harmless("global extended header", tree{"a": "0644 1"}, global("path=../neighbour/new", "size=9", "uid=4294967295", "mode=4777"), file("a", "1")),
 		harmless("global extended header with a hostile name", tree{"a": "0644 1"}, entry{name: "../neighbour/secret", kind: 'g'}, file("a", "1")),
+		harmless("size in an extended header that is a plain number", tree{"a": "0644 123", "b": "0644 2"}, pax("size=003"), file("a", "123"), file("b", "2")),
+		refused("size with a sign", "a", pax("size=+3"), file("a", "123")),
+		refused("negative zero as a size", "a", pax("size=-0"), file("a", "")),
+		refused("empty size", "a", pax("size="), file("a", "123")),
+		broken("size with a space", tgz(pax("size= 3"), file("a", "123"))),
+		broken("hexadecimal size", tgz(pax("size=0x3"), file("a", "123"))),
+		broken("broken size", tgz(pax("size=3.0"), file("a", "123"))),
+		refused("size of a directory with a sign", "d", pax("size=+512"), dir("d")),
+		refused("size of a global header with a sign", "pax", global("size=+3"), file("a", "123")),
+		refused("sparse size with a sign", "s", sparse("+3")...),
+		refused("global header between an extended header and its entry", "pax", pax("size=3"), global("comment=x"), file("a", "123")),
+		refused("global header between a GNU long name and its entry", "pax", entry{name: "././@LongLink", kind: 'L', body: "b\x00"}, global("comment=x"), file("a", "")),
+		refused("global header between a GNU long link and its entry", "pax", entry{name: "././@LongLink", kind: 'K', body: "b\x00"}, global("comment=x"), symlink("a", "c")),
+		harmless("global headers before an extended header", tree{"b": "0644 1", "c": "0644 2"}, global("comment=x"), global("comment=y"), pax("path=b"), file("a", "1"),
+			global("comment=x"), entry{name: "././@LongLink", kind: 'L', body: "c\x00"}, file("a", "2")),
 		broken("extended header over a megabyte", tgz(pax("comment="+string(zeros[:1<<20])), file("a", ""))),
 		tooLarge("extended headers of many bytes", "", pax("comment="+twoFifths), file("a", ""),
 			pax("comment="+twoFifths), file("b", ""), pax("comment="+twoFifths), file("c", "")),
@@ -232,6 +283,9 @@ func hostileArchives(outside string) []hostile {
 			slices.Concat([]entry{{name: "d", kind: '5', size: -1 << 40}}, slices.Repeat(sparse("1200000"), 2))...),
 		harmless("sparse file within the limit", tree{"s": "0644 \x00\x00\x00"}, sparse("3")...),
 		{"gzip bomb behind the end", gzipped(tarOf(file("a", "")), tarEnd, zeros), 413, "", nil},
+		{"endless empty gzip blocks", slices.Concat(good[:10], bytes.Repeat([]byte{0, 0, 0, 0xff, 0xff}, corpusBytes/5)), 413, "", nil},
+		{"endless empty gzip members", bytes.Repeat(gzipped(), corpusBytes/len(gzipped())+1), 413, "", nil},
+		{"endless zeros behind the gzip stream", append(tgz(file("a", "")), zeros...), 413, "", nil},
 
 		broken("nothing", nil),
 		broken("text", []byte("<html>not found</html>")),
@@ -244,7 +298,9 @@ func hostileArchives(outside string) []hostile {
 		broken("gzip with a wrong length", func() []byte { b := slices.Clone(good); b[len(b)-1] ^= 1; return b }()),
 		broken("gzip with a flipped bit", func() []byte { b := slices.Clone(good); b[len(b)/2] ^= 16; return b }()),
 		broken("garbage behind the gzip stream", append(slices.Clone(good), "garbage"...)),
-		broken("zeros behind the gzip stream", append(slices.Clone(good), tarEnd...)),
+		broken("garbage behind zeros behind the gzip stream", slices.Concat(good, tarEnd, []byte("garbage"))),
+		broken("gzip member behind zeros behind the gzip stream", slices.Concat(good, tarEnd, good)),
+		broken("half the start of a gzip member behind the gzip stream", append(slices.Clone(good), 0x1f)),
 		{"garbage behind the end of the tar file", gzipped(tarOf(file("a", "1")), tarEnd, []byte("garbage")), 201, "", tree{"a": "0644 1"}},
 		{"gzip members", slices.Concat(gzipped(plain[:700]), gzipped(), gzipped(plain[700:])), 201, "",
 			tree{"d": "d0755", "d/x": "0644 " + strings.Repeat("contents", 300)}},
@@ -254,6 +310,9 @@ func hostileArchives(outside string) []hostile {
 		broken("tar file with half an end", gzipped(tarOf(file("a", "1")), tarEnd[:512])),
 		broken("tar file with one zero block in it", gzipped(tarOf(file("a", "1")), tarEnd[:512], tarOf(file("b", "2")), tarEnd)),
 		broken("body without padding at the end", gzipped(entry{name: "a", body: "1", noPad: true}.bytes())),
+	}
+	for _, n := range []int{1, 9, 10, 512, 10130} { // as bsdtar writes them into a pipe
+		rows = append(rows, hostile{fmt.Sprint(n, " zeros behind the gzip stream"), append(tgz(file("a", "1")), zeros[:n]...), 201, "", tree{"a": "0644 1"}})
 	}
 	for _, at := range []int{1, 9, 10, 15, len(good) / 2, len(good) - 9, len(good) - 8, len(good) - 4, len(good) - 1} {
 		rows = append(rows, broken(fmt.Sprint("gzip stream cut off at ", at), good[:at]))
@@ -429,7 +488,10 @@ func goodArchive(t testing.TB) []byte {
 	w := tar.NewWriter(zipped)
 	when := time.Unix(1_700_000_000, 123_456_789)
 	add := func(h tar.Header, body string) {
-		h.Size, h.Format, h.ModTime = int64(len(body)), tar.FormatPAX, when
+		h.Size, h.Format = int64(len(body)), tar.FormatPAX
+		if h.ModTime.IsZero() {
+			h.ModTime = when
+		}
 		if err := w.WriteHeader(&h); err != nil {
 			t.Fatal(err)
 		}
@@ -437,7 +499,7 @@ func goodArchive(t testing.TB) []byte {
 		when = when.Add(-time.Hour)
 	}
 	zipped.Write(tarOf(global("comment=0123456789abcdef"))) // as git archive begins
-	add(tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o750}, "")
+	add(tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o750, Uid: 1000, Gid: 1001}, "")
 	add(tar.Header{Typeflag: tar.TypeDir, Name: "empty/", Mode: 0o755}, "")
 	add(tar.Header{Typeflag: tar.TypeDir, Name: "leer ü/日本語/🎮/", Mode: 0o711, Uid: 1000, Gid: 1001}, "")
 	add(tar.Header{Typeflag: tar.TypeReg, Name: "leer ü/日本語/🎮/Größe\tu\u0308\n.txt", Mode: 0o644, Uid: 1000, Gid: 1001}, "grün")
@@ -463,10 +525,21 @@ func goodArchive(t testing.TB) []byte {
 	add(tar.Header{Typeflag: tar.TypeReg, Name: "replaced", Mode: 0o640, Uid: 2}, "second")
 	add(tar.Header{Typeflag: tar.TypeReg, Name: "link or file", Mode: 0o640}, "file")
 	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "link or file", Linkname: "odd", Mode: 0o777}, "")
+	for year, name := range map[int]string{-5000: "before all time", 1: "first", 1600: "old", 2262: "wraps", 2300: "far", 9999: "too far"} {
+		add(tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, ModTime: time.Date(year, 6, 1, 0, 0, 0, 5e8, time.UTC)}, "")
+	}
+	add(tar.Header{Typeflag: tar.TypeSymlink, Name: "link", Linkname: "bin", Mode: 0o777, Uid: 3}, "")
+	add(tar.Header{Typeflag: tar.TypeLink, Name: "bin/link", Linkname: "link"}, "")
+	add(tar.Header{Typeflag: tar.TypeLink, Name: "odd", Linkname: "odd"}, "")
+	add(tar.Header{Typeflag: tar.TypeDir, Name: "gives way", Mode: 0o755}, "")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "gives way", Mode: 0o644}, "to a file")
+	add(tar.Header{Typeflag: 'D', Name: "dumped/", Mode: 0o750, Uid: 4}, "Yfile\x00\x00")
+	w.Flush()
+	zipped.Write(tarOf(entry{name: "label", kind: 'V'}, entry{name: "like a file/", mode: 0o751, uid: 5}))
 	if err := errors.Join(w.Close(), zipped.Close()); err != nil {
 		t.Fatal(err)
 	}
-	return b.Bytes()
+	return append(b.Bytes(), make([]byte, 999)...)
 }
 
 // comparableTree leaves out what tar and the daemon need not have in common: what the clock
@@ -524,6 +597,94 @@ func TestGoodArchiveArrivesAsTarLaysItOut(t *testing.T) {
 			wantSameTree(t, "the bind directory", comparableTree(readTree(t, filepath.Join(d.binds, "svc"), "")), owned)
 			d.do(t, "DELETE", "/service/svc", "").want(t, 204)
 		})
+	}
+}
+
+// An archive whose stream is whole, but which is not, must not arrive as a smaller tree.
+func TestArchiveCutOffAnywhereIsRefused(t *testing.T) {
+	t.Parallel()
+	plain := slices.Concat(tarOf(global("comment=x"), dir("d"), file("d/a", "12 bytes"), pax("path=b"), file("x", strings.Repeat("b", 600)),
+		entry{name: "././@LongLink", kind: 'L', body: "c\x00"}, file("x", "c"), entry{name: "e/", kind: 'D', mode: 0o755, body: "Ya\x00\x00"}, entry{name: "label", kind: 'V', body: "x"},
+		pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=s", "GNU.sparse.realsize=3"), file("x", "0\n"+strings.Repeat("\x00", 510)),
+		symlink("l", "b"), hardLink("h", "b"), file("last", "of 12 bytes")), tarEnd)
+	root, limits := openTree(t, t.TempDir()), unpackLimits{bytes: 1 << 20, entries: 100}
+	refuses := func(archive []byte) bool {
+		err := unpack(bytes.NewReader(archive), root, limits, nil)
+		kind, _ := describe(cmp.Or(err, errStalled))
+		return kind == refusedArchive
+	}
+	var zipped bytes.Buffer
+	w := gzip.NewWriter(nil)
+	for at := range plain {
+		if testing.Short() && at%blockSize > 1 && at%37 > 0 {
+			continue
+		}
+		zipped.Reset()
+		w.Reset(&zipped)
+		w.Write(plain[:at])
+		w.Close()
+		if !refuses(zipped.Bytes()) {
+			t.Errorf("cut off at %d of %d bytes, it is not refused", at, len(plain))
+		}
+	}
+	whole := gzipped(plain)
+	for at := range whole {
+		if !refuses(whole[:at]) {
+			t.Errorf("cut off at %d of %d compressed bytes, it is not refused", at, len(whole))
+		}
+	}
+	if refuses(whole) {
+		t.Error("whole, it is refused")
+	}
+}
+
+func TestWhatIsNotATarGzIsNamed(t *testing.T) {
+	t.Parallel()
+	plain := slices.Concat(tarOf(file("f", "x")), tarEnd)
+	v7 := slices.Concat(plain[:257], make([]byte, 255)) // without the magic "ustar"
+	sealHeader(v7)
+	for _, test := range []struct{ name, archive, want string }{
+		{"nothing", "", "empty"},
+		{"HTML", "<!doctype html>Sign in", "HTML"},
+		{"HTML in capitals, behind spaces", " \r\n<HTML lang=en>", "HTML"},
+		{"HTML behind a byte order mark", "\ufeff<html><body>", "HTML"},
+		{"JSON", `{"error":"not found"}`, "text"},
+		{"zip", "PK\x03\x04" + string(make([]byte, 30)), "a zip archive"},
+		{"zip without a file", "PK\x05\x06" + string(make([]byte, 18)), "a zip archive"},
+		{"xz", "\xfd7zXZ\x00" + string(make([]byte, 30)), "xz"},
+		{"zstd", "\x28\xb5\x2f\xfd" + string(make([]byte, 30)), "zstd"},
+		{"bzip2", "BZh91AY&SY", "bzip2"},
+		{"tar", string(plain), "a tar archive that is not compressed"},
+		{"tar with an extended header", string(tarOf(pax("path=" + strings.Repeat("a", 600)))), "a tar archive that is not compressed"},
+		{"tar before POSIX", string(slices.Concat(v7, tarEnd)), "a tar archive that is not compressed"},
+		{"tar without an entry", string(make([]byte, 10240)), "a tar archive that is not compressed"},
+		{"picture", "\x89PNG\x0d\x0a\x1a\x0a", "image/png"},
+		{"gzip of nothing", string(gzipped()), "inside the gzip stream is not a tar archive: it is empty"},
+		{"gzip of text", string(gzipped([]byte("hello"))), "inside the gzip stream is not a tar archive: it is text"},
+		{"gzip of HTML", string(gzipped([]byte("<!doctype html>" + strings.Repeat("Sign in", 100)))), "inside the gzip stream is not a tar archive: it is HTML"},
+		{"gzip twice", string(gzipped(gzipped(plain))), "inside the gzip stream is not a tar archive: it is gzip"},
+		{"something behind it", string(gzipped(plain)) + "garbage", "something other than zeros follows"},
+		{"cut off", string(gzipped(plain[:700])), "cut off"},
+		{"cut off in the gzip stream", string(gzipped(plain)[:30]), "cut off"},
+		{"path that stays inside", string(tgz(file("a/../x", ""))), "contains '..'"},
+	} {
+		err := unpack(strings.NewReader(test.archive), openTree(t, t.TempDir()), unpackLimits{bytes: 1 << 20, entries: 10}, nil)
+		if err == nil {
+			t.Errorf("%s: it was unpacked", test.name)
+		} else if kind, text := describe(err); kind != refusedArchive || !strings.Contains(text, test.want) {
+			t.Errorf("%s: %v %q, want %q in it", test.name, kind, text, test.want)
+		}
+	}
+}
+
+// The archive's owners do not matter where all belongs to a numeric user.
+func TestOwnersOutOfRangeMatterOnlyWhereTheyAreUsed(t *testing.T) {
+	t.Parallel()
+	nobody := int64(1<<32 - 2) // of NFS and macOS
+	archive := tgz(entry{name: "./", kind: '5', mode: 0o755, uid: nobody}, entry{name: "a", uid: nobody, gid: -1}, entry{name: "l", kind: '2', link: "a", gid: nobody})
+	us := &owner{os.Getuid(), os.Getgid()}
+	if err := unpack(bytes.NewReader(archive), openTree(t, t.TempDir()), unpackLimits{bytes: 1 << 20, entries: 10}, us); err != nil {
+		t.Error(err)
 	}
 }
 

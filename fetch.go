@@ -1,7 +1,10 @@
 package main
 
 import (
+	"archive/tar"
 	"bufio"
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"io"
@@ -18,19 +21,20 @@ import (
 
 const (
 	maxRedirects = 5
-	minFetchRate = 64 << 10 // bytes a second
 	readChunk    = 64 << 10 // bytes that are read at a time
+	gzipMagic    = "\x1f\x8b"
 )
 
-// fetcher downloads bind_contents from servers that nobody vouches for.
+// fetcher downloads bind_contents from untrusted servers.
 type fetcher struct {
 	client *http.Client
-	window time.Duration // of waiting, over which minFetchRate must hold
+	stall  time.Duration // a download ends when its server has sent nothing for so long
 }
 
-// newFetcher returns a fetcher that connects to public addresses and to those in allow.
-// It sends the URL and nothing else of ours.
+// newFetcher returns a fetcher that connects to public addresses and to those in allow, which prevents
+// server-side request forgery (SSRF). It sends the URL and nothing else of ours.
 func newFetcher(allow []netip.Prefix) *fetcher {
+	f := &fetcher{stall: time.Minute}
 	dialer := &net.Dialer{
 		Timeout: 30 * time.Second,
 		// Called with the address of each connection before its first packet: after
@@ -45,11 +49,7 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 			if err != nil {
 				return nil, err
 			}
-			if err := checkConnection(conn, allow); err != nil {
-				conn.Close()
-				return nil, err
-			}
-			return conn, nil
+			return stallConn{conn, f.stall}, nil
 		},
 		TLSHandshakeTimeout:    30 * time.Second,
 		ResponseHeaderTimeout:  30 * time.Second,
@@ -57,26 +57,49 @@ func newFetcher(allow []netip.Prefix) *fetcher {
 		DisableKeepAlives:      true,
 		DisableCompression:     true, // or the archive would arrive as a bare tar from some servers
 	}
-	checkRedirect := func(r *http.Request, via []*http.Request) error {
-		r.Header.Del("Referer") // the whole URL that redirected, with its token
-		if len(via) > maxRedirects {
-			return failure(downloadFailed, "bind_contents: more than %d redirects", maxRedirects)
-		}
-		if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
-			return badRequest("bind_contents: redirected to something other than http or https")
-		}
-		return nil
+	f.client = &http.Client{Transport: transport, CheckRedirect: checkRedirect}
+	return f
+}
+
+// checkRedirect is called before each redirect is followed, with the request that would follow it.
+func checkRedirect(r *http.Request, via []*http.Request) error {
+	r.Response.Body.Close() // or http.Client would wait for up to 2 KiB of it, which may never come
+	r.Header.Del("Referer") // the whole URL that redirected, with its token
+	if len(via) > maxRedirects {
+		return failure(downloadFailed, "bind_contents: more than %d redirects", maxRedirects)
 	}
-	return &fetcher{&http.Client{Transport: transport, CheckRedirect: checkRedirect}, time.Minute}
+	if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
+		return badRequest("bind_contents: redirected to something other than http or https")
+	}
+	return nil
+}
+
+var errStalled = failure(downloadFailed, "bind_contents: the server sent nothing for a minute")
+
+// stallConn is a connection on which a Read fails with errStalled if no byte arrives in time. The time
+// between two reads, in which the archive is unpacked, does not count.
+type stallConn struct {
+	net.Conn
+	timeout time.Duration
+}
+
+func (c stallConn) Read(p []byte) (int, error) {
+	if err := c.SetReadDeadline(time.Now().Add(c.timeout)); err != nil {
+		return 0, err
+	}
+	n, err := c.Conn.Read(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = errStalled
+	}
+	return n, err
 }
 
 // nat64 holds addresses that a translator turns into the IPv4 address in their last four bytes (RFC 6052).
 var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 
-// notPublic lists what [netip.Addr.IsGlobalUnicast] counts in though it is not public, from IANA's
-// special-purpose registries (RFC 6890). 6to4 (2002::/16) and Teredo (in 2001::/23) hold an IPv4
-// address. Of IPv6 only 2000::/3 is public at all. At 168.63.129.16 Azure tells its virtual
-// machines their secrets.
+// notPublic lists ranges that pass [netip.Addr.IsGlobalUnicast] but are not public, from IANA's
+// special-purpose registries (RFC 6890). Addresses of 6to4 (2002::/16) and Teredo (in 2001::/23) contain
+// an IPv4 address. In IPv6 only 2000::/3 is public at all. 168.63.129.16 is Azure's metadata address.
 var notPublic = prefixes("0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 " +
 	"198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 168.63.129.16/32 " +
 	"2001::/23 2001:db8::/32 2002::/16 3fff::/20 ::/3 4000::/2 8000::/1")
@@ -88,93 +111,57 @@ func prefixes(list string) (all []netip.Prefix) {
 	return all
 }
 
-// isIn reports whether an address is in one of the networks. One of IPv4 that is written as IPv6
-// is in none of IPv4: see bare.
+// isIn reports whether one of the networks contains addr, which must be unmapped (see netip.Addr.Unmap).
 func isIn(addr netip.Addr, networks []netip.Prefix) bool {
 	return slices.ContainsFunc(networks, func(network netip.Prefix) bool { return network.Contains(addr) })
 }
 
-// checkAddress returns an error unless address, an ip:port, is allowed, or public and not this host's.
+// checkAddress returns an error unless address (ip:port) is public or in allow.
 func checkAddress(address string, allow []netip.Prefix) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return err
 	}
-	addr := bare(ap)
+	addr := ap.Addr().Unmap().WithZone("") // ::ffff:127.0.0.1 is 127.0.0.1
 	if isIn(addr, allow) {
 		return nil
 	}
-	end := addr // where its packets end
+	target := addr // or the address behind NAT64
 	if nat64.Contains(addr) {
 		b := addr.As16()
-		end = netip.AddrFrom4([4]byte(b[12:]))
+		target = netip.AddrFrom4([4]byte(b[12:]))
 	}
-	refused := badRequest("bind_contents: %s is not a public address", addr)
-	if !end.IsGlobalUnicast() || end.IsPrivate() {
-		return refused
-	}
-	ours, err := net.InterfaceAddrs()
-	if err != nil {
-		return err
-	}
-	for _, network := range ours { // what listens there may trust who comes from here
-		if own, err := netip.ParsePrefix(network.String()); err == nil && own.Addr().Unmap().WithZone("") == end {
-			return errOwnAddress
-		}
-	}
-	if isIn(end, notPublic) {
-		return refused
+	if !target.IsGlobalUnicast() || target.IsPrivate() || isIn(target, notPublic) {
+		return badRequest("bind_contents: %s is not a public address", addr)
 	}
 	return nil
 }
 
-// bare returns the address alone: ::ffff:127.0.0.1 is 127.0.0.1.
-func bare(ap netip.AddrPort) netip.Addr { return ap.Addr().Unmap().WithZone("") }
-
-// errOwnAddress keeps an archive from coming from what listens on this host, such as the daemon itself.
-var errOwnAddress = badRequest("bind_contents: this is the host's own address")
-
-// checkConnection returns an error if a connection comes from where it goes to: this host, by a public
-// address that no interface of it has, of a network that the kernel was told is here.
-func checkConnection(conn net.Conn, allow []netip.Prefix) error {
-	local := bare(conn.LocalAddr().(*net.TCPAddr).AddrPort())
-	remote := bare(conn.RemoteAddr().(*net.TCPAddr).AddrPort())
-	if local != remote || isIn(remote, allow) {
-		return nil
-	}
-	return errOwnAddress
-}
-
-var errTooSlow = failure(downloadFailed,
-	"bind_contents: the server sends less than %d bytes a second", minFetchRate)
-
-// fetch downloads the archive at address and lays it out in dir, at once and in
+// fetch downloads the archive at address and unpacks it into dir while it downloads, in
 // constant memory. After an error dir holds a part of it.
 func (f *fetcher) fetch(
 	ctx context.Context, address string, dir *os.Root, limits unpackLimits, o *owner) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return badRequest("bind_contents: must be an http or https URL")
 	}
-	answer, err := f.client.Do(request)
+	resp, err := f.client.Do(request)
 	if err != nil {
 		return fetchError(ctx, err)
 	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return failure(downloadFailed, "bind_contents: the server answered %d", answer.StatusCode)
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return failure(downloadFailed, "bind_contents: the server answered %d", resp.StatusCode)
 	}
-	body := &download{body: answer.Body, window: f.window, cancel: cancel}
-	err = unpack(bufio.NewReaderSize(body, readChunk), dir, limits, o)
-	if body.err != nil { // whatever unpack made of it
+	body := &bodyReader{Reader: resp.Body}
+	err = unpack(body, dir, limits, o)
+	if body.err != nil { // the download's error, not the archive error that it causes in unpack
 		return fetchError(ctx, body.err)
 	}
 	return err
 }
 
-// fetchError says why a download failed, without its URL, which may hold a token.
+// fetchError returns the error for a failed download, without its URL, which may hold a token.
 func fetchError(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
@@ -188,32 +175,103 @@ func fetchError(ctx context.Context, err error) error {
 	return failure(downloadFailed, "bind_contents: cannot download: %s", plain(err))
 }
 
-// download is the body of an answer. It gives a server up that is too slow: one that, in the time
-// that the daemon waits for it and up to the length of a window, has not sent what minFetchRate
-// asks for. How long the daemon itself takes does not count. It remembers its error.
-type download struct {
-	body   io.Reader
-	window time.Duration
-	cancel context.CancelCauseFunc
-	waited time.Duration // in this window
-	got    int64         // bytes in this window
-	err    error         // other than io.EOF
+// bodyReader remembers its error, other than io.EOF.
+type bodyReader struct {
+	io.Reader
+	err error
 }
 
-// Read starts the clock and stops it: only the time in which the server could have sent counts. The
-// request's context is ended from the timer, since nothing else ends a read that hangs.
-func (d *download) Read(p []byte) (int, error) {
-	start := time.Now()
-	late := time.AfterFunc(d.window-d.waited, func() { d.cancel(errTooSlow) })
-	n, err := d.body.Read(p)
-	late.Stop()
-	d.waited += time.Since(start)
-	d.got += int64(n)
-	if d.got >= int64(minFetchRate*d.window.Seconds()) {
-		d.waited, d.got = 0, 0
-	}
+func (b *bodyReader) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
 	if err != nil && err != io.EOF {
-		d.err = err
+		b.err = err
 	}
 	return n, err
+}
+
+// gunzip decompresses the members of a gzip stream (RFC 1952) and ignores zeros behind the last one, as
+// gzip(1) does: the tar of macOS and the BSDs pads its compressed output with them.
+type gunzip struct {
+	packed *bufio.Reader
+	member *gzip.Reader
+	err    error // of the latest Read
+}
+
+func newGunzip(r io.Reader) (*gunzip, error) {
+	g := &gunzip{packed: bufio.NewReaderSize(r, readChunk), member: new(gzip.Reader)}
+	start, err := g.packed.Peek(blockSize)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	if !bytes.HasPrefix(start, []byte(gzipMagic)) {
+		return nil, badArchive("the archive is not gzip: it is %s", contentFormat(start))
+	}
+	return g, g.nextMember()
+}
+
+func (g *gunzip) Read(p []byte) (n int, err error) {
+	for n == 0 && g.err == nil && len(p) > 0 {
+		n, g.err = g.member.Read(p)
+		if g.err == io.EOF {
+			g.err = g.nextMember()
+		}
+	}
+	return n, g.err
+}
+
+// nextMember begins the next member, or returns io.EOF if only zeros are left.
+func (g *gunzip) nextMember() error {
+	start, _ := g.packed.Peek(len(gzipMagic))
+	if string(start) == gzipMagic {
+		err := g.member.Reset(g.packed)
+		g.member.Multistream(false)
+		return err
+	}
+	for {
+		b, err := g.packed.ReadByte()
+		if err != nil {
+			return err
+		}
+		if b != 0 {
+			return badArchive("something other than zeros follows the gzip stream")
+		}
+	}
+}
+
+// signatures are the first bytes of what is taken for a .tar.gz archive by mistake.
+var signatures = []struct{ start, format string }{
+	{gzipMagic, "gzip"}, {"\x1f\x9d", "compressed by compress"},
+	{"BZh", "compressed by bzip2"}, {"\xfd7zXZ\x00", "compressed by xz"}, {"LZIP", "compressed by lzip"},
+	{"\x28\xb5\x2f\xfd", "compressed by zstd"}, {"\x50\x2a\x4d\x18", "compressed by zstd"},
+	{"\x04\x22\x4d\x18", "compressed by lz4"}, {"7z\xbc\xaf\x27\x1c", "a 7z archive"},
+	{"PK\x03\x04", "a zip archive"}, {"PK\x05\x06", "a zip archive"}, {"PK\x07\x08", "a zip archive"},
+}
+
+// contentFormat names the format of a file by its first 512 bytes.
+func contentFormat(start []byte) string {
+	if len(start) == 0 {
+		return "empty"
+	}
+	for _, s := range signatures {
+		if bytes.HasPrefix(start, []byte(s.start)) {
+			return s.format
+		}
+	}
+	if isTar(start) {
+		return "a tar archive that is not compressed"
+	}
+	kind := http.DetectContentType(bytes.TrimPrefix(start, []byte("\uFEFF")))
+	if strings.HasPrefix(kind, "text/html") {
+		return "HTML"
+	}
+	return kind
+}
+
+// isTar reports whether a file whose first 512 bytes are start is a tar archive.
+func isTar(start []byte) bool {
+	if len(start) < blockSize {
+		return false
+	}
+	_, err := tar.NewReader(bytes.NewReader(start)).Next() // which fails otherwise if an entry needs more bytes
+	return err != tar.ErrHeader
 }

@@ -621,20 +621,6 @@ func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon)
 	return e, d
 }
 
-// between is a connection between two addresses.
-type between struct {
-	net.Conn
-	local, remote string
-}
-
-func (b between) LocalAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.local))
-}
-
-func (b between) RemoteAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(b.remote))
-}
-
 func networks(texts ...string) (list []netip.Prefix) {
 	for _, text := range texts {
 		list = append(list, netip.MustParsePrefix(text))
