@@ -144,7 +144,7 @@ func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 	if got := e.names(); !slices.Equal(got, []string{"one", "two", "web"}) {
 		t.Errorf("there are %q", got)
 	}
-	if log := d.log.String(); !strings.Contains(log, "services=2 roots=/elsewhere") {
+	if log := d.log.String(); !strings.Contains(log, "map[/elsewhere:2]") {
 		t.Errorf("the log: %s", log)
 	}
 	d.do(t, "GET", "/service", "").want(t, 200, `"/web"`)

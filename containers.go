@@ -35,7 +35,7 @@ type containers struct {
 	timeout time.Duration // of a read
 }
 
-// owner returns which service a container belongs to, if it is this daemon's: it has the labels of the
+// serviceOf returns which service a container belongs to, if it is this daemon's: it has the labels of the
 // service and of the bind root, and it mounts the service's directory. The labels alone prove nothing,
 // since an image that docker commit made of a service has them too. All that follows relies on this function.
 func (c *containers) serviceOf(labels map[string]string, mounts []container.MountPoint) (id string, ours bool) {
@@ -114,21 +114,6 @@ func (c *containers) grouped(ctx context.Context, label string) (map[string]serv
 		all[id] = group
 	}
 	return all, nil
-}
-
-// otherRoots counts the services of other bind roots on this engine, by the path of their root.
-func (c *containers) otherRoots(ctx context.Context) (map[string]int, error) {
-	list, err := c.list(ctx, filters.Arg("label", labelService))
-	if err != nil {
-		return nil, err
-	}
-	roots := map[string]int{}
-	for _, entry := range list {
-		if root := entry.Labels[labelBinds]; root != "" && root != c.binds.path {
-			roots[root]++
-		}
-	}
-	return roots, nil
 }
 
 // nameTaken reports whether any container has a service's name, whoever made it. It asks for a list because
@@ -276,7 +261,7 @@ type slot struct {
 
 func newKeyedMutex() *keyedMutex { return &keyedMutex{slots: map[string]*slot{}} }
 
-// lock waits for a key's mutex until ctx is done; the error is errBusy then. If ctx is done already, it only tries.
+// lock waits for a key's mutex until ctx is done; the error is errUnderWay then.
 func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err error) {
 	k.mu.Lock()
 	s := k.slots[key]
@@ -286,18 +271,9 @@ func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err e
 	}
 	s.users++
 	k.mu.Unlock()
-	unlock = func() {
-		<-s.held
-		k.leave(key, s)
-	}
 	select {
 	case s.held <- struct{}{}:
-		return unlock, nil
-	default: // the select below would choose at random between a free mutex and a ctx that is done
-	}
-	select {
-	case s.held <- struct{}{}:
-		return unlock, nil
+		return func() { <-s.held; k.leave(key, s) }, nil
 	case <-ctx.Done():
 		k.leave(key, s)
 		return nil, errUnderWay

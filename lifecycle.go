@@ -5,11 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"log/slog"
-	"maps"
 	"os"
-	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -38,11 +34,7 @@ import (
 // A keyed mutex holds each service from before an operation looks at its state until it returns. Reads and
 // kill do not take it.
 type services struct {
-	policy     machinePolicy
-	limits     unpackLimits
-	timeouts   waits
-	createTime time.Duration // for one create with its pull and its download
-
+	config      config
 	engine      *engine
 	binds       *bindRoot
 	containers  *containers
@@ -122,7 +114,7 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 	if err == nil {
 		return nil
 	}
-	rollBack, cancel := detached(ctx, s.ctx, s.timeouts.settle)
+	rollBack, cancel := detached(ctx, s.ctx, s.config.waits.settle)
 	defer cancel()
 	if _, err := s.settle(rollBack, p.ID); err != nil {
 		s.log.Warn("cannot undo a failed create yet", "id", p.ID, "err", err)
@@ -132,7 +124,7 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 
 // checkCreate returns the spec of a service that can be created: the id is free, and the image is present.
 func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAuth string) (serviceSpec, error) {
-	settle, cancel := detached(ctx, s.ctx, s.timeouts.settle)
+	settle, cancel := detached(ctx, s.ctx, s.config.waits.settle)
 	defer cancel()
 	existing, err := s.settle(settle, p.ID)
 	if err != nil {
@@ -155,7 +147,7 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 // provision makes a service. On an error its mark is left, with which settle takes everything back. ctx is the
 // request's; calls that change the engine's state run under a context that is detached from it.
 func (s *services) provision(ctx context.Context, spec serviceSpec) error {
-	opCtx, cancel := detached(ctx, s.ctx, s.createTime)
+	opCtx, cancel := detached(ctx, s.ctx, s.config.createTimeout)
 	defer cancel()
 	id, record := spec.Params.ID, serviceRecord{serviceSpec: spec, Revision: rand.Text()}
 	if err := s.binds.mark(id); err != nil {
@@ -199,7 +191,8 @@ func (s *services) fill(ctx context.Context, dir *os.File, p serviceParams) erro
 		return err
 	}
 	defer root.Close()
-	if err := s.fetcher.fetch(ctx, p.BindContents, root, s.limits, p.bindOwner()); err != nil {
+	limits := unpackLimits{s.config.maxBindBytes, s.config.maxBindFiles}
+	if err := s.fetcher.fetch(ctx, p.BindContents, root, limits, p.bindOwner()); err != nil {
 		return err
 	}
 	return syncFilesystem(dir)
@@ -209,7 +202,7 @@ func (s *services) fill(ctx context.Context, dir *os.File, p serviceParams) erro
 // volumes of the container that it replaces, if there is one: they stay anonymous that way, and are removed
 // with the last container that uses them.
 func (s *services) createCandidate(ctx context.Context, r serviceRecord, replaces string) (string, error) {
-	config, host := s.policy.containerSpec(r.serviceSpec, r.Revision)
+	config, host := containerSpec(s.config, r)
 	if replaces != "" {
 		host.VolumesFrom = []string{replaces}
 	}
@@ -350,7 +343,7 @@ func (s *services) stop(ctx context.Context, svc service) error {
 // may be an earlier daemon's.
 func (s *services) stopContainer(ctx context.Context, id, containerID string) error {
 	defer s.forgetStats(id)
-	seconds := int(s.policy.stopTimeout / time.Second)
+	seconds := int(s.config.stopTimeout / time.Second)
 	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
@@ -425,247 +418,4 @@ func (s *services) checkRemove(ctx context.Context, id string) error {
 		err = idTaken(id)
 	}
 	return err
-}
-
-// settle reconciles the engine with a service's record, or finishes or undoes what an earlier operation, perhaps
-// of a daemon that was killed, has left half done. It returns the service, or nil if there is none. The caller
-// holds the service's lock. It is this table, from the top:
-//
-//	found                                        done
-//	one of ours under any other name             nothing: an error that says so
-//	a mark                                       remove all its containers, erase the directory,
-//	                                             remove the record, unmark
-//	no record                                    remove the candidate, and, if there is no bind
-//	                                             directory, the container. A container with a
-//	                                             directory is left alone and reported
-//	the container has the record's revision      remove the candidate, if there is one
-//	no container or candidate has it, and        write the record: what is pending gets in force
-//	something is pending                         under a new revision; and on
-//	another revision, or no container            make the candidate if none has the record's
-//	                                             revision, removing any other; stop and remove
-//	                                             the container; rename the candidate to <id>
-func (s *services) settle(ctx context.Context, id string) (*service, error) {
-	found, err := s.containers.ofService(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	if err := found.errRenamed(id); err != nil {
-		return nil, err
-	}
-	marked, err := s.binds.marked(id)
-	if err != nil {
-		return nil, err
-	}
-	if marked {
-		return nil, s.purge(ctx, id, found)
-	}
-	record, err := s.binds.record(id)
-	if err != nil {
-		return nil, err
-	}
-	if record == nil {
-		return nil, s.removeUnrecorded(ctx, id, found)
-	}
-	if found.current.hasRevision(record.Revision) {
-		running := found.current.State == container.StateRunning
-		return &service{id, *record, found.current.ID, running}, s.removeContainers(ctx, found.candidate)
-	}
-	if !found.candidate.hasRevision(record.Revision) && record.Pending != nil {
-		*record = record.applied()
-		if err := s.binds.writeRecord(id, *record); err != nil {
-			return nil, err
-		}
-	}
-	return s.replace(ctx, *record, found)
-}
-
-// purge removes everything that belongs to a marked service. What it has removed is durable before the mark goes.
-func (s *services) purge(ctx context.Context, id string, found serviceContainers) error {
-	if err := s.removeContainers(ctx, found.candidate, found.current); err != nil {
-		return err
-	}
-	if err := s.binds.erase(ctx, id); err != nil {
-		return err
-	}
-	if err := s.binds.removeRecord(id); err != nil {
-		return err
-	}
-	return s.binds.unmark(id)
-}
-
-// removeUnrecorded removes the containers of a service that does not exist: a late call has made the candidate, and
-// a power cut has brought the container back. But a directory beside the container is somebody's data, perhaps from
-// a part of a backup.
-func (s *services) removeUnrecorded(ctx context.Context, id string, found serviceContainers) error {
-	if err := s.removeContainers(ctx, found.candidate); err != nil || found.current == nil {
-		return err
-	}
-	hasData, err := s.binds.has(id)
-	if err != nil {
-		return err
-	}
-	if hasData {
-		s.log.Warn("a container has a bind directory and no record: restore the record, or delete the service", "id", id)
-		return nil
-	}
-	return s.removeContainers(ctx, found.current)
-}
-
-// replace puts a container of the record's revision in the place of the current one, if there is one. That is stopped
-// as every stop does it, and removed by force, since a late call may have started it again.
-func (s *services) replace(ctx context.Context, record serviceRecord, found serviceContainers) (*service, error) {
-	svc := &service{id: record.Params.ID, record: record}
-	current := ""
-	if found.current != nil {
-		current = found.current.ID
-	}
-	if found.candidate.hasRevision(record.Revision) {
-		svc.containerID = found.candidate.ID
-		svc.running = found.candidate.State == container.StateRunning
-	} else {
-		if err := s.removeContainers(ctx, found.candidate); err != nil {
-			return nil, err
-		}
-		created, err := s.createCandidate(ctx, record, current)
-		if err != nil {
-			return nil, err
-		}
-		svc.containerID = created
-	}
-	if current != "" {
-		if err := s.stopContainer(ctx, svc.id, current); err != nil && !errdefs.IsNotFound(err) {
-			return nil, err
-		}
-		if err := s.removeContainers(ctx, found.current); err != nil {
-			return nil, err
-		}
-	}
-	return svc, s.engine.api().ContainerRename(ctx, svc.containerID, svc.id)
-}
-
-// removeContainers removes containers by force, with their volumes; the engine keeps a volume that another container
-// uses. A nil entry stands for a container that does not exist.
-func (s *services) removeContainers(ctx context.Context, entries ...*listEntry) error {
-	options := container.RemoveOptions{Force: true, RemoveVolumes: true}
-	for _, entry := range entries {
-		if entry == nil {
-			continue
-		}
-		err := s.engine.api().ContainerRemove(ctx, entry.ID, options)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return err
-		}
-	}
-	return nil
-}
-
-// keepSettled settles all services, and then again at every interval, until the daemon ends. It returns once the first
-// round is done, or has taken as long as an interval: a directory with a million files must not keep the core waiting.
-func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) {
-	first := make(chan struct{})
-	background.Go(func() { // ends with s.ctx
-		for round := 0; s.ctx.Err() == nil; round++ {
-			wait := s.timeouts.round
-			if err := s.settleAll(round == 0); err != nil {
-				s.log.Warn("cannot settle services", "err", err)
-				wait = min(wait, engineRetry) // the engine may be starting too
-			}
-			if round == 0 {
-				close(first)
-			}
-			select {
-			case <-time.After(wait):
-			case <-s.ctx.Done():
-			}
-		}
-	})
-	select {
-	case <-first:
-	case <-time.After(s.timeouts.round):
-	case <-ctx.Done(): // the daemon was told to stop
-	}
-}
-
-// engineRetry is how long the daemon waits before it looks for the services again after it could not.
-const engineRetry = 2 * time.Second
-
-// settleAll settles every service that needs it, one after the other, each with a deadline of its own. It logs what
-// it cannot do; the next round tries again.
-func (s *services) settleAll(first bool) error {
-	if err := s.engine.negotiate(s.ctx); err != nil {
-		return err
-	}
-	if err := s.checkRoot(s.ctx); err != nil {
-		return err
-	}
-	all, err := s.containers.all(s.ctx)
-	if err != nil {
-		return err
-	}
-	if first {
-		s.warnOfOtherRoots()
-	}
-	recorded, err := s.binds.ids(recordDir)
-	marked, markErr := s.binds.ids(markDir)
-	if err := cmp.Or(err, markErr); err != nil {
-		return err
-	}
-	ids := slices.Concat(slices.Collect(maps.Keys(all)), recorded, marked)
-	slices.Sort(ids)
-	for _, id := range slices.Compact(ids) {
-		if settled, err := s.isSettled(id, all[id]); err != nil || !settled {
-			s.settleOne(id)
-		}
-	}
-	return s.tidyImages(s.ctx)
-}
-
-// isSettled reports whether settle would have nothing to do, without another call to the engine.
-func (s *services) isSettled(id string, found serviceContainers) (bool, error) {
-	marked, err := s.binds.marked(id)
-	if err != nil || marked || len(found.renamed) > 0 || found.candidate != nil {
-		return false, err
-	}
-	record, err := s.binds.record(id)
-	if err != nil {
-		return false, err
-	}
-	if record == nil {
-		return found.current == nil, nil
-	}
-	return found.current.hasRevision(record.Revision), nil
-}
-
-// settleOne settles one service, unless an operation holds its lock: that has settled it.
-func (s *services) settleOne(id string) {
-	done, cancel := context.WithCancel(s.ctx)
-	cancel()
-	unlock, err := s.locks.lock(done, id)
-	if err != nil {
-		return
-	}
-	defer unlock()
-	ctx, cancel := context.WithTimeout(s.ctx, s.timeouts.settle)
-	defer cancel()
-	if _, err := s.settle(ctx, id); err != nil {
-		s.log.Warn("cannot settle a service", "id", id, "err", err)
-	}
-}
-
-// warnOfOtherRoots logs how many services of other bind roots the engine has: perhaps this daemon was started with
-// another path than before.
-func (s *services) warnOfOtherRoots() {
-	roots, err := s.containers.otherRoots(s.ctx)
-	if err != nil {
-		s.log.Warn("cannot look for services of other bind roots", "err", err)
-		return
-	}
-	services := 0
-	for _, count := range roots {
-		services += count
-	}
-	if services > 0 {
-		names := strings.Join(slices.Sorted(maps.Keys(roots)), ", ")
-		s.log.Warn("the engine has services of other bind roots", "services", services, "roots", names)
-	}
 }

@@ -353,14 +353,14 @@ func TestHungCallOfARoundEndsAtItsDeadline(t *testing.T) {
 	halfDone(e, s.binds.path, "later")
 	_, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "DELETE /containers/"+hung) })
 	defer release()
-	if err := s.settleAll(false); err != nil {
+	if err := s.settleAll(t.Context()); err != nil {
 		t.Error(err)
 	}
 	if got := e.names(); !slices.Equal(got, []string{candidatePrefix + "hangs"}) {
 		t.Errorf("there are %q", got)
 	}
 	release()
-	if err := s.settleAll(false); err != nil {
+	if err := s.settleAll(t.Context()); err != nil {
 		t.Error(err)
 	}
 	if got, left := e.names(), bindDirs(t, s.binds.path); len(got) > 0 || len(left) > 0 {

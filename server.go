@@ -92,19 +92,16 @@ type server struct {
 func newServer(life, serving context.Context, cfg config, key keyDigest, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
 	locks := newKeyedMutex()
+	cfg.binds = b.path // absolute
 	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.waits.read}
 	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
 		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux()}
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.waits, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.waits,
 		shutdown: serving}
-	s.services = &services{
-		policy: machinePolicy{binds: b.path, network: cfg.network, pidsLimit: cfg.pidsLimit,
-			stopTimeout: cfg.stopTimeout},
-		limits: unpackLimits{cfg.maxBindBytes, cfg.maxBindFiles}, timeouts: cfg.waits, createTime: cfg.createTimeout,
-		engine: e, binds: b, containers: own, fetcher: newFetcher(cfg.fetchAllow), locks: locks,
-		ensureImage: s.ensureImage, tidyImages: s.removeUnfinished, forgetStats: s.stats.forget, log: log, ctx: life,
-	}
+	s.services = &services{config: cfg, engine: e, binds: b, containers: own, fetcher: newFetcher(cfg.fetchAllow),
+		locks: locks, ensureImage: s.ensureImage, tidyImages: s.removeUnfinished, forgetStats: s.stats.forget, log: log,
+		ctx: life}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")

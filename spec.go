@@ -208,23 +208,14 @@ func validPort(text string, least int) bool {
 	return err == nil && n >= least && n <= math.MaxUint16 && strconv.Itoa(n) == text
 }
 
-// machinePolicy is what every service on this machine gets, whatever a client asks for.
-type machinePolicy struct {
-	binds       string // the bind root's path, as it was given
-	network     string // engine network that services join; empty for the engine's default bridge
-	pidsLimit   int64
-	stopTimeout time.Duration // between SIGTERM and SIGKILL
-}
-
 // containerSpec returns all that a service's container may do. The bind directory is a
 // mount.Mount: as a Binds string, a bind_dir of x:/etc:ro would be parsed. What is not
 // here is the engine's default: its seccomp profile, its masked paths, no devices.
-func (m machinePolicy) containerSpec(spec serviceSpec, revision string) (*container.Config, *container.HostConfig) {
-	p, stopTimeout := spec.Params, int(m.stopTimeout/time.Second)
+func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.HostConfig) {
+	p, stopTimeout := r.Params, int(cfg.stopTimeout/time.Second)
 	config := &container.Config{
-		Labels: map[string]string{
-			labelService: p.ID, labelBinds: m.binds, labelRevision: revision},
-		Image:           spec.ImageID, // a name may mean another image by now
+		Labels:          map[string]string{labelService: p.ID, labelBinds: cfg.binds, labelRevision: r.Revision},
+		Image:           r.ImageID, // a name may mean another image by now
 		Cmd:             p.Cmd,
 		Shell:           p.Shell,
 		User:            p.User,
@@ -240,17 +231,17 @@ func (m machinePolicy) containerSpec(spec serviceSpec, revision string) (*contai
 	}
 	host := &container.HostConfig{
 		Mounts: []mount.Mount{{Type: mount.TypeBind,
-			Source: filepath.Join(m.binds, p.ID), Target: bindTarget(p.BindDir)}},
+			Source: filepath.Join(cfg.binds, p.ID), Target: bindTarget(p.BindDir)}},
 		SecurityOpt:   []string{"no-new-privileges"},
 		CapDrop:       []string{"AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP"},
 		CgroupnsMode:  container.CgroupnsModePrivate,
 		IpcMode:       container.IPCModePrivate,
-		NetworkMode:   container.NetworkMode(m.network),
+		NetworkMode:   container.NetworkMode(cfg.network),
 		PortBindings:  nat.PortMap{},
 		RestartPolicy: container.RestartPolicy{Name: container.RestartPolicyDisabled},
 		LogConfig: container.LogConfig{Type: "json-file",
 			Config: map[string]string{"max-size": "10m", "max-file": "3"}},
-		Resources: container.Resources{PidsLimit: &m.pidsLimit},
+		Resources: container.Resources{PidsLimit: &cfg.pidsLimit},
 	}
 	if p.NetworkDisabled {
 		host.NetworkMode = "none"

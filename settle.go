@@ -1,0 +1,258 @@
+package main
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/filters"
+)
+
+// settle reconciles the engine with a service's record, or finishes or undoes what an earlier operation, perhaps
+// of a daemon that was killed, has left half done. It returns the service, or nil if there is none. The caller
+// holds the service's lock. It is this table, from the top:
+//
+//	found                                        done
+//	one of ours under any other name             nothing: an error that says so
+//	a mark                                       remove all its containers, erase the directory,
+//	                                             remove the record, unmark
+//	no record                                    remove the candidate, and, if there is no bind
+//	                                             directory, the container. A container with a
+//	                                             directory is left alone and reported
+//	the container has the record's revision      remove the candidate, if there is one
+//	no container or candidate has it, and        write the record: what is pending gets in force
+//	something is pending                         under a new revision; and on
+//	another revision, or no container            make the candidate if none has the record's
+//	                                             revision, removing any other; stop and remove
+//	                                             the container; rename the candidate to <id>
+func (s *services) settle(ctx context.Context, id string) (*service, error) {
+	found, err := s.containers.ofService(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := found.errRenamed(id); err != nil {
+		return nil, err
+	}
+	marked, err := s.binds.marked(id)
+	if err != nil {
+		return nil, err
+	}
+	if marked {
+		return nil, s.purge(ctx, id, found)
+	}
+	record, err := s.binds.record(id)
+	if err != nil {
+		return nil, err
+	}
+	if record == nil {
+		return nil, s.removeUnrecorded(ctx, id, found)
+	}
+	if found.current.hasRevision(record.Revision) {
+		running := found.current.State == container.StateRunning
+		return &service{id, *record, found.current.ID, running}, s.removeContainers(ctx, found.candidate)
+	}
+	if !found.candidate.hasRevision(record.Revision) && record.Pending != nil {
+		*record = record.applied()
+		if err := s.binds.writeRecord(id, *record); err != nil {
+			return nil, err
+		}
+	}
+	return s.replace(ctx, *record, found)
+}
+
+// purge removes everything that belongs to a marked service. What it has removed is durable before the mark goes.
+func (s *services) purge(ctx context.Context, id string, found serviceContainers) error {
+	if err := s.removeContainers(ctx, found.candidate, found.current); err != nil {
+		return err
+	}
+	if err := s.binds.erase(ctx, id); err != nil {
+		return err
+	}
+	if err := s.binds.removeRecord(id); err != nil {
+		return err
+	}
+	return s.binds.unmark(id)
+}
+
+// removeUnrecorded removes the containers of a service that does not exist: a late call has made the candidate, and
+// a power cut has brought the container back. But a directory beside the container is somebody's data, perhaps from
+// a part of a backup.
+func (s *services) removeUnrecorded(ctx context.Context, id string, found serviceContainers) error {
+	if err := s.removeContainers(ctx, found.candidate); err != nil || found.current == nil {
+		return err
+	}
+	hasData, err := s.binds.has(id)
+	if err != nil {
+		return err
+	}
+	if hasData {
+		s.log.Warn("a container has a bind directory and no record: restore the record, or delete the service", "id", id)
+		return nil
+	}
+	return s.removeContainers(ctx, found.current)
+}
+
+// replace puts a container of the record's revision in the place of the current one, if there is one. That is stopped
+// as every stop does it, and removed by force, since a late call may have started it again.
+func (s *services) replace(ctx context.Context, record serviceRecord, found serviceContainers) (*service, error) {
+	svc := &service{id: record.Params.ID, record: record}
+	current := ""
+	if found.current != nil {
+		current = found.current.ID
+	}
+	if found.candidate.hasRevision(record.Revision) {
+		svc.containerID = found.candidate.ID
+		svc.running = found.candidate.State == container.StateRunning
+	} else {
+		if err := s.removeContainers(ctx, found.candidate); err != nil {
+			return nil, err
+		}
+		created, err := s.createCandidate(ctx, record, current)
+		if err != nil {
+			return nil, err
+		}
+		svc.containerID = created
+	}
+	if current != "" {
+		if err := s.stopContainer(ctx, svc.id, current); err != nil && !errdefs.IsNotFound(err) {
+			return nil, err
+		}
+		if err := s.removeContainers(ctx, found.current); err != nil {
+			return nil, err
+		}
+	}
+	return svc, s.engine.api().ContainerRename(ctx, svc.containerID, svc.id)
+}
+
+// removeContainers removes containers by force, with their volumes; the engine keeps a volume that another container
+// uses. A nil entry stands for a container that does not exist.
+func (s *services) removeContainers(ctx context.Context, entries ...*listEntry) error {
+	options := container.RemoveOptions{Force: true, RemoveVolumes: true}
+	for _, entry := range entries {
+		if entry == nil {
+			continue
+		}
+		err := s.engine.api().ContainerRemove(ctx, entry.ID, options)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// keepSettled settles all services, and then again at every interval, until the daemon ends. It returns once the first
+// round is done, or has taken as long as an interval: a directory with a million files must not keep the core waiting.
+func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) {
+	first := make(chan struct{})
+	background.Go(func() { // ends with s.ctx
+		for done := sync.OnceFunc(func() { close(first) }); s.ctx.Err() == nil; {
+			wait := s.config.waits.round
+			if err := s.settleAll(s.ctx); err != nil {
+				s.log.Warn("cannot settle services", "err", err)
+				wait = min(wait, engineRetry) // the engine may be starting too
+			}
+			done()
+			select {
+			case <-time.After(wait):
+			case <-s.ctx.Done():
+			}
+		}
+	})
+	select {
+	case <-first:
+		s.warnOfOtherRoots(ctx)
+	case <-time.After(s.config.waits.round):
+	case <-ctx.Done(): // the daemon was told to stop
+	}
+}
+
+// engineRetry is how long the daemon waits before it looks for the services again after it could not.
+const engineRetry = 2 * time.Second
+
+// settleAll settles every service that needs it, one after the other, each with a deadline of its own. It logs what
+// it cannot do; the next round tries again.
+func (s *services) settleAll(ctx context.Context) error {
+	if err := s.engine.negotiate(ctx); err != nil {
+		return err
+	}
+	if err := s.checkRoot(ctx); err != nil {
+		return err
+	}
+	all, err := s.containers.all(ctx)
+	if err != nil {
+		return err
+	}
+	recorded, err := s.binds.ids(recordDir)
+	if err != nil {
+		return err
+	}
+	marked, err := s.binds.ids(markDir)
+	if err != nil {
+		return err
+	}
+	ids := slices.Concat(slices.Collect(maps.Keys(all)), recorded, marked)
+	slices.Sort(ids)
+	for _, id := range slices.Compact(ids) {
+		settled, err := s.isSettled(id, all[id])
+		if err == nil && !settled {
+			err = s.settleOne(ctx, id)
+		}
+		if err != nil {
+			s.log.Warn("cannot settle a service", "id", id, "err", err)
+		}
+	}
+	return s.tidyImages(ctx)
+}
+
+// isSettled reports whether settle would have nothing to do, without another call to the engine.
+func (s *services) isSettled(id string, found serviceContainers) (bool, error) {
+	marked, err := s.binds.marked(id)
+	if err != nil || marked || len(found.renamed) > 0 || found.candidate != nil {
+		return false, err
+	}
+	record, err := s.binds.record(id)
+	if err != nil || record == nil {
+		return found.current == nil, err
+	}
+	return found.current.hasRevision(record.Revision), nil
+}
+
+// settleOne settles one service, unless an operation holds its lock: that has settled it.
+func (s *services) settleOne(ctx context.Context, id string) error {
+	try, cancel := context.WithTimeout(ctx, lockTry)
+	defer cancel()
+	unlock, err := s.locks.lock(try, id)
+	if err != nil {
+		return nil
+	}
+	defer unlock()
+	ctx, cancel = context.WithTimeout(ctx, s.config.waits.settle)
+	defer cancel()
+	_, err = s.settle(ctx, id)
+	return err
+}
+
+// lockTry is how long a round waits for the lock of a service.
+const lockTry = 10 * time.Millisecond
+
+// warnOfOtherRoots logs how many containers the engine has for services of other bind roots: perhaps this daemon
+// was started with another path than before.
+func (s *services) warnOfOtherRoots(ctx context.Context) {
+	list, err := s.containers.list(ctx, filters.Arg("label", labelService))
+	if err != nil {
+		return // settleAll has logged it
+	}
+	roots := map[string]int{}
+	for _, entry := range list {
+		if root := entry.Labels[labelBinds]; root != s.binds.path {
+			roots[root]++
+		}
+	}
+	if len(roots) > 0 {
+		s.log.Warn("the engine has services of other bind roots", "containers", roots)
+	}
+}
