@@ -39,13 +39,15 @@ var (
 	withoutStdin   = kind{409, "no_stdin"}           // create it with open_stdin
 	withoutTTY     = kind{409, "no_tty"}             // create it with tty
 	engineConflict = kind{409, "engine_conflict"}    // such as a paused container: its words say which
+	portTaken      = kind{409, "port_taken"}         // free the host's port, or choose another one
 	tooLarge       = kind{413, "too_large"}          // send less, or no body where none belongs
 	internal       = kind{500, "internal"}           // somebody has to read the daemon's log
 	bindRootMoved  = kind{503, "bind_root_moved"}    // somebody has to restart the daemon, or mount its disk
 	engineFailed   = kind{502, "engine_failed"}      // the engine refused, or could not: its words say why
 	downloadFailed = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
 	unavailable    = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
-	timedOut       = kind{504, "timeout"}            // look what there is, or ask again
+	httpVersion    = kind{505, "http_version_not_supported"}
+	timedOut       = kind{504, "timeout"} // look what there is, or ask again
 )
 
 // apiError is an error that the client reads as it stands.
@@ -67,7 +69,7 @@ func isA[E error](err error) bool {
 func failure(k kind, format string, args ...any) error {
 	for i, arg := range args {
 		if text, ok := arg.(string); ok {
-			args[i] = quote(text)
+			args[i] = truncate(text)
 		}
 	}
 	return &apiError{k, fmt.Sprintf(format, args...)}
@@ -114,8 +116,8 @@ func plain(err error) string {
 	return goPrefix.ReplaceAllString(err.Error(), "")
 }
 
-// quote cuts a text of somebody else's to 512 bytes.
-func quote(text string) string {
+// truncate cuts third-party text to maxQuote bytes.
+func truncate(text string) string {
 	if len(text) <= maxQuote {
 		return text
 	}
@@ -132,7 +134,7 @@ func describe(err error) (k kind, description string) {
 	// The SDK puts words of its own around the engine's, in these three places.
 	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
 	message, _, _ = strings.Cut(goPrefix.ReplaceAllString(message, ""), " for API route and version ")
-	message = quote(message)
+	message = truncate(message)
 	switch {
 	case isTooLong:
 		return tooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)

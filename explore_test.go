@@ -165,7 +165,7 @@ func (w *exploration) start() {
 	sdk.NegotiateAPIVersionPing(types.Ping{APIVersion: w.engine.dialect.newest})
 	e := &engine{}
 	e.sdk.Store(sdk)
-	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
+	cfg, err := parseConfig(nil, nil, io.Discard)
 	if err != nil {
 		w.t.Fatal(err)
 	}

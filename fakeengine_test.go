@@ -412,6 +412,9 @@ func (e *fakeEngine) answer(w http.ResponseWriter, r *http.Request, path string)
 	case "GET /containers/json":
 		e.list(w, r)
 		return
+	case "GET /info":
+		replyJSON(w, 200, map[string]any{"ServerVersion": "1", "Architecture": "x86_64", "NCPU": 8, "MemTotal": 33645404160})
+		return
 	case "POST /containers/create":
 		e.create(w, r)
 		return

@@ -204,7 +204,7 @@ func newGunzip(r io.Reader) (*gunzip, error) {
 		return nil, err
 	}
 	if !bytes.HasPrefix(start, []byte(gzipMagic)) {
-		return nil, badArchive("the archive is not gzip: it is %s", contentFormat(start))
+		return nil, badArchive("the archive is %s, not gzip", contentFormat(start))
 	}
 	return g, g.nextMember()
 }

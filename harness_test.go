@@ -83,7 +83,7 @@ func (b *syncBuffer) String() string {
 // startDaemon runs the daemon against the engine at dockerHost until the test ends.
 func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon {
 	t.Helper()
-	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
+	cfg, err := parseConfig(nil, nil, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +97,7 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 	ctx, cancel := context.WithCancel(context.Background())
 	listening, ended := make(chan net.Addr, 1), make(chan error, 1)
 	go func() {
-		ended <- run(ctx, cfg, slog.New(slog.NewTextHandler(d.log, nil)), func(a net.Addr) { listening <- a })
+		ended <- run(ctx, cfg, slog.New(slog.NewTextHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug})), func(a net.Addr) { listening <- a })
 	}()
 	d.stop = sync.OnceValue(func() error {
 		d.client.CloseIdleConnections()
@@ -257,7 +257,7 @@ func waitFor(t testing.TB, what string, condition func() bool) {
 // a run that would settle: a test calls its operations.
 func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
 	t.Helper()
-	cfg, err := parseConfig(nil, func(string) (string, bool) { return "", false }, io.Discard)
+	cfg, err := parseConfig(nil, nil, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -582,7 +582,7 @@ func startError(t *testing.T, change func(*config)) (log string, err error) {
 	t.Helper()
 	dir := t.TempDir()
 	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir + "/binds"},
-		func(string) (string, bool) { return "", false }, io.Discard)
+		nil, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -713,11 +713,11 @@ func crowdSend(t *testing.T, d *daemon, method, path, body string) <-chan answer
 	return answers
 }
 
-func environment(values map[string]string) func(string) (string, bool) {
-	return func(name string) (string, bool) {
-		value, ok := values[name]
-		return value, ok
+func environment(values map[string]string) (environ []string) {
+	for name, value := range values {
+		environ = append(environ, name+"="+value)
 	}
+	return environ
 }
 
 // errorsGo is what shows only in texts that Go or its HTTP library made for programmers.

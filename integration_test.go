@@ -1345,7 +1345,7 @@ func TestTwoDaemonsNeverShareBinds(t *testing.T) {
 	m := newMachine(t, nil)
 	id := m.create(t, "")
 	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-binds", m.binds, "-corekey", filepath.Join(t.TempDir(), "corekey.bin")},
-		func(string) (string, bool) { return "", false }, io.Discard)
+		nil, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"log/slog"
 	"os"
+	"regexp"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -350,12 +351,21 @@ func (s *services) stopContainer(ctx context.Context, id, containerID string) er
 func (s *services) startContainer(ctx context.Context, svc service) error {
 	s.forgetStats(svc.id)
 	err := s.engine.api().ContainerStart(ctx, svc.containerID, container.StartOptions{})
+	if err == nil {
+		return nil
+	}
+	_, message := describe(err)
+	if portInUse.MatchString(message) {
+		return failure(portTaken, "%s", message)
+	}
 	if errdefs.IsInvalidArgument(err) { // such as a bind directory that is missing: not the client's fault
-		_, message := describe(err)
 		return failure(engineFailed, "%s", message)
 	}
 	return err
 }
+
+// portInUse matches what engines 20.10 to 29 say if a port of the host is taken by a program, or by a container.
+var portInUse = regexp.MustCompile(`address already in use|port is already allocated`)
 
 // kill kills a service that runs. It does not take the lock: it must not wait behind the stop that it is to
 // cut short.

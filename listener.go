@@ -122,7 +122,7 @@ func (l *rejectedLog) add(what string) {
 		time.AfterFunc(time.Second, l.flush)
 	}
 	l.count++
-	l.last = quote(what) // the text of a TLS error can be as long as the client likes
+	l.last = truncate(what) // the text of a TLS error can be as long as the client likes
 }
 
 func (l *rejectedLog) flush() {

@@ -57,6 +57,8 @@ type config struct {
 	maxBindBytes  int64 // of a decompressed bind_contents stream
 	maxBindFiles  int64 // entries in one
 	maxImageBytes int64 // of one uploaded image
+	logLevel      slog.Level
+	logFormat     string // text or json
 	version       bool
 	dockerHost    string // for tests; no flag. Empty: from DOCKER_HOST and its like
 	waits         waits  // no flag either
@@ -75,7 +77,7 @@ type waits struct {
 }
 
 func main() {
-	cfg, err := parseConfig(os.Args[1:], os.LookupEnv, os.Stdout)
+	cfg, err := parseConfig(os.Args[1:], os.Environ(), os.Stdout)
 	if errors.Is(err, flag.ErrHelp) {
 		return
 	}
@@ -88,8 +90,13 @@ func main() {
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal finds its default action: exit at once
-	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	context.AfterFunc(ctx, stop)  // a second signal finds its default action: exit at once
+	signal.Ignore(syscall.SIGHUP) // it means "reload" to many administrators: a daemon must not die of it
+	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	log := slog.New(slog.NewTextHandler(os.Stderr, options))
+	if cfg.logFormat == "json" {
+		log = slog.New(slog.NewJSONHandler(os.Stderr, options))
+	}
 	if err := run(ctx, cfg, log, func(net.Addr) {}); err != nil {
 		log.Error("cannot go on", "err", err)
 		os.Exit(1)
@@ -114,6 +121,9 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 		return err
 	}
 	defer listener.Close()
+	if os.Geteuid() != 0 {
+		log.Warn("not root: bind directories get no owners, and what a service writes as root cannot be deleted")
+	}
 	key, err := loadCoreKey(cfg.coreKeyPath, log)
 	if err != nil {
 		return err
@@ -210,7 +220,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // parseConfig reads the environment, then the arguments, which win. Its error lists, a line for each,
 // what is wrong in the environment, and the first argument that is wrong or else all values that
 // cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
-func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Writer) (config, error) {
+func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	c := config{preauthSlots: defaultPreauthSlots(), waits: waits{
 		json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
 		frame: 2 * time.Minute, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
@@ -225,10 +235,10 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	fs.StringVar(&c.network, "network", "",
 		"engine network that services join; empty for the engine's default bridge")
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
-	fs.DurationVar(&c.stopTimeout, "stop-timeout", 30*time.Second,
-		"time between SIGTERM and SIGKILL when a service stops")
-	fs.DurationVar(&c.createTimeout, "create-timeout", 30*time.Minute,
-		"time for one create, its pull and its download, and for one delete")
+	c.stopTimeout, c.createTimeout = 30*time.Second, 30*time.Minute
+	fs.Var((*duration)(&c.stopTimeout), "stop-timeout", "`time` between SIGTERM and SIGKILL when a service stops")
+	fs.Var((*duration)(&c.createTimeout), "create-timeout",
+		"`time` for one create, its pull and its download, and for one delete")
 	const fetchAllow = "networks (CIDR, comma-separated) that bind_contents may come from though not public"
 	fs.Func("fetch-allow", fetchAllow, func(text string) error {
 		c.fetchAllow = nil
@@ -244,15 +254,22 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	fs.Int64Var(&c.maxBindBytes, "max-bind-bytes", 10<<30, "bytes that a bind_contents archive may unpack to")
 	fs.Int64Var(&c.maxBindFiles, "max-bind-files", 250_000, "entries that a bind_contents archive may have")
 	fs.Int64Var(&c.maxImageBytes, "max-image-bytes", 16<<30, "bytes that an uploaded image may have")
-	fs.VisitAll(func(f *flag.Flag) {
-		twin := "DUXCORE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		if text, ok := lookupEnv(twin); ok {
-			if err := f.Value.Set(text); err != nil {
-				mistakes = append(mistakes, fmt.Errorf("invalid value %q of %s: %w", text, twin, err))
-			}
+	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error; successful reads are debug")
+	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
+	for _, variable := range environ {
+		twin, text, _ := strings.Cut(variable, "=")
+		name, ours := strings.CutPrefix(twin, "DUXCORE_")
+		if !ours {
+			continue
 		}
-	})
-	fs.BoolVar(&c.version, "version", false, "print the version and exit")
+		f := fs.Lookup(strings.ToLower(strings.ReplaceAll(name, "_", "-")))
+		if f == nil || name != strings.ToUpper(name) {
+			mistakes = append(mistakes, fmt.Errorf("%s is not a variable of this program: see -h", twin))
+		} else if err := f.Value.Set(text); err != nil {
+			mistakes = append(mistakes, fmt.Errorf("invalid value %q of %s: %w", text, twin, err))
+		}
+	}
+	fs.BoolVar(&c.version, "version", false, "print the version and exit") // has no variable
 	err := fs.Parse(args)
 	if errors.Is(err, flag.ErrHelp) {
 		fs.SetOutput(out)
@@ -272,6 +289,20 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool), out io.Wr
 	return c, errors.Join(append(mistakes, err)...)
 }
 
+// duration is a flag's value. Its error says what a duration looks like, which package flag's own does not.
+type duration time.Duration
+
+func (d *duration) String() string { return time.Duration(*d).String() }
+
+func (d *duration) Set(text string) error {
+	parsed, err := time.ParseDuration(text)
+	if err != nil {
+		return errors.New("must be a time with its unit, such as 30s or 5m")
+	}
+	*d = duration(parsed)
+	return nil
+}
+
 // mistakes returns what is wrong with the values themselves.
 func (c config) mistakes() (all []error) {
 	refuse := func(wrong bool, text string) {
@@ -283,6 +314,7 @@ func (c config) mistakes() (all []error) {
 	refuse((c.tlsCert == "") != (c.tlsKey == ""), "-tls-cert and -tls-key go together")
 	refuse(c.network == "host" || strings.HasPrefix(c.network, "container:"),
 		"-network: services may not share the network of the host or of a container")
+	refuse(c.logFormat != "text" && c.logFormat != "json", "-log-format: must be text or json")
 	refuse(c.pidsLimit < 1, "-pids-limit: must be at least 1")
 	refuse(c.stopTimeout < time.Second, "-stop-timeout: must be at least 1s")
 	refuse(c.createTimeout < time.Second, "-create-timeout: must be at least 1s")
@@ -295,12 +327,16 @@ func (c config) mistakes() (all []error) {
 // stamp is the version that packaging/build was given. A plain go build leaves it empty.
 var stamp string
 
-// version says what the binary was built from: without a stamp, what the Go tool recorded of the checkout.
-func version() string {
+// versionNumber returns the version alone: packaging/build's, or what the Go tool recorded of the checkout.
+func versionNumber() string {
 	build, ok := debug.ReadBuildInfo()
 	if !ok {
-		return "duxcore-daemon, built without module information"
+		return cmp.Or(stamp, "unknown")
 	}
-	return fmt.Sprintf("duxcore-daemon %s %s %s/%s",
-		cmp.Or(stamp, build.Main.Version), build.GoVersion, runtime.GOOS, runtime.GOARCH)
+	return cmp.Or(stamp, build.Main.Version)
+}
+
+// version is the line that -version prints.
+func version() string {
+	return fmt.Sprintf("duxcore-daemon %s %s %s/%s", versionNumber(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

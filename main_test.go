@@ -57,7 +57,7 @@ func TestEveryFlagHasAnEnvironmentTwinAndBeatsIt(t *testing.T) {
 		env := environment(map[string]string{f.env: f.values[0]})
 		for _, test := range []struct {
 			args []string
-			env  func(string) (string, bool)
+			env  []string
 			want any
 		}{
 			{[]string{"-" + f.name, f.values[0]}, environment(nil), f.want[0]},
@@ -154,7 +154,7 @@ func TestVersionIsAFlagAlone(t *testing.T) {
 		t.Errorf("%v, %v", c.version, err)
 	}
 	c, err = parseConfig(nil, environment(map[string]string{"DUXCORE_VERSION": "1"}), io.Discard)
-	if err != nil || c.version {
+	if err == nil || c.version {
 		t.Errorf("from the environment: %v, %v", c.version, err)
 	}
 	if got := version(); !strings.HasPrefix(got, "duxcore-daemon ") || !strings.Contains(got, "go1.") {
@@ -359,7 +359,7 @@ func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 func TestArgumentsThatAreNoFlagsAreMistakes(t *testing.T) {
 	t.Parallel()
 	for _, arguments := range []string{"---", "-=x", "-pids-limit x ---y -stop-timeout z"} {
-		_, err := parseConfig(strings.Fields(arguments), func(string) (string, bool) { return "", false }, io.Discard)
+		_, err := parseConfig(strings.Fields(arguments), nil, io.Discard)
 		if err == nil {
 			t.Errorf("%q is accepted", arguments)
 		}

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 	"unicode/utf8"
 )
@@ -65,6 +66,7 @@ func (s *server) routes() []route {
 			handle: svc.handleSetEnv},
 		{pattern: "POST /docker/image", success: 201, body: s.maxImageBytes, limit: forever,
 			handle: s.importImage},
+		{pattern: "GET /machine", success: 200, limit: s.waits.read, handle: s.machine},
 		{pattern: "GET /health", success: 204, limit: s.waits.read, handle: s.health},
 	}
 }
@@ -83,6 +85,7 @@ type server struct {
 	stats      *stats
 	rejected   *rejectedLog
 	mux        *http.ServeMux
+	software   string          // for the Server header
 	life       context.Context // done when the daemon no longer waits for operations in progress
 	serving    context.Context // done when the daemon starts to shut down: streams end with it
 }
@@ -95,7 +98,8 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	cfg.binds = b.path // absolute
 	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.waits.read}
 	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
-		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux()}
+		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
+		software: "duxcore-daemon/" + versionNumber()}
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.waits, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.waits,
 		shutdown: serving}
@@ -125,13 +129,14 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	return s
 }
 
-// ServeHTTP admits a request, and logs it. Nothing but the key check sees one without the key.
+// ServeHTTP authenticates a request, routes it and logs it. Nothing but the key check sees a request without the key.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.waits.write}
 	defer s.conclude(w, r, r.Body, start)
 	if len(r.TransferEncoding) > 0 {
-		// net/http drops a Content-Length beside it: RFC 9112, section 6.1, wants the end of the connection then.
+		// net/http ignores a Content-Length sent together with it, and hides that it was there: RFC 9112, section
+		// 6.1, requires the end of the connection after such a request.
 		w.Header().Set("Connection", "close")
 	}
 	if !s.key.authorizes(r) {
@@ -140,6 +145,11 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	markAuthenticated(r)
+	w.Header().Set("Server", s.software)
+	if !r.ProtoAtLeast(1, 1) { // HTTP/1.0 cannot tell an answer that was broken off from a whole one
+		s.fail(w, r, failure(httpVersion, "HTTP/1.1 is required"))
+		return
+	}
 	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
 		s.fail(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
 	} else {
@@ -147,13 +157,13 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// conclude logs a request whose handler has returned or broken off, and bounds what net/http still does for
-// it. body is the request's, as it came.
+// conclude logs a request whose handler has returned or was aborted, and sets the deadlines for what net/http does
+// after that: it flushes the answer and drains the body. body is the original, without the limit on its size.
 func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, start time.Time) {
-	// net/http sends what it still has of the answer, and waits for a client that does not read.
+	// The deadline of the last Write may be long past in a quiet stream: its final chunk could not be sent.
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	// It reads the rest of the body, up to 256 KiB, and waits for a client that does not send. Where there is no
-	// body it reads already what follows: a deadline that passes there ends the context of all that follows.
+	// net/http reads up to 256 KiB of the rest of the body. Without a body it is already reading the next request
+	// in the background (connReader), whose context a read deadline would cancel.
 	if body != http.NoBody {
 		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
@@ -161,13 +171,39 @@ func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, star
 		s.rejected.add(r.RemoteAddr + ": no core key, or a wrong one")
 		return
 	}
-	s.log.Info("request", "method", r.Method, "route", r.Pattern, "id", r.PathValue("id"), "status", w.status,
-		"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr)
+	s.logRequest(w, r, start)
 	if w.status >= 400 {
-		// Of a longer body it leaves the rest unread, and closes the connection. The kernel resets that then, and
-		// the answer is lost to a client that is still sending: so what it sends is read here, for lingerTime.
+		// With more of the body unread net/http closes the connection, the kernel sends a RST, and a client that is
+		// still sending may never see the answer. So the body is drained here, for lingerTime.
 		w.ctl.Flush()
 		io.Copy(io.Discard, body)
+	}
+}
+
+// logRequest writes the line of a request. Those of changes are the audit trail; a successful read is for debugging.
+func (s *server) logRequest(w *response, r *http.Request, start time.Time) {
+	level := slog.LevelInfo
+	if w.status < 400 && (r.Method == http.MethodGet || r.Method == http.MethodHead) {
+		level = slog.LevelDebug
+	}
+	fields := []any{"method", r.Method, "route", r.Pattern, "id", cmp.Or(w.id, r.PathValue("id")), "status", w.status,
+		"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr}
+	if w.op != "" {
+		fields = append(fields, "op", w.op)
+	}
+	if id := r.Header.Get("X-Request-Id"); requestID.MatchString(id) {
+		fields = append(fields, "request_id", id)
+	}
+	s.log.Log(context.Background(), level, "request", fields...)
+}
+
+// requestID matches a header X-Request-Id that may be logged.
+var requestID = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,64}$`)
+
+// noteChange adds to the log line of a request which service it changes, and how.
+func noteChange(w http.ResponseWriter, id, op string) {
+	if logged, ok := w.(*response); ok {
+		logged.id, logged.op = id, op
 	}
 }
 
@@ -367,7 +403,8 @@ type response struct {
 	ctl     *http.ResponseController
 	status  int // 0 until the answer has begun
 	written int64
-	wait    time.Duration // for the client to read
+	wait    time.Duration // for the client to read one write
+	id, op  string        // see noteChange
 }
 
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -400,4 +437,23 @@ func (s *server) health(_ http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return s.services.checkRoot(r.Context())
+}
+
+// machine answers GET /machine. A core needs it to decide where a service goes. Sizes are bytes.
+func (s *server) machine(w http.ResponseWriter, r *http.Request) error {
+	info, err := s.engine.api().Info(r.Context())
+	if err != nil {
+		return err
+	}
+	var disk syscall.Statfs_t
+	if err := syscall.Fstatfs(int(s.binds.dir.Fd()), &disk); err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, map[string]any{
+		"version": versionNumber(), "engine": info.ServerVersion, "api": s.engine.api().ClientVersion(),
+		"arch": info.Architecture, "cpus": info.NCPU, "memory": info.MemTotal,
+		"bind_root": map[string]uint64{"size": disk.Blocks * uint64(disk.Bsize), "free": disk.Bavail * uint64(disk.Bsize),
+			"inodes": disk.Files, "free_inodes": disk.Ffree},
+	})
+	return nil
 }

@@ -302,6 +302,39 @@ func TestDaemonStartsBeforeItsEngine(t *testing.T) {
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 }
 
+func TestHTTP10IsRefused(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	before := len(e.calls())
+	for _, request := range []string{"GET /service", "DELETE /service/web", "GET /nothing"} {
+		a, _ := sendRaw(t, d, request+" HTTP/1.0\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+		a.want(t, 505, "http_version_not_supported")
+		a, _ = sendRaw(t, d, request+" HTTP/1.0\r\nHost: h\r\n\r\n")
+		if a.want(t, 401); a.header.Get("Server") != "" {
+			t.Error("without the key the answer names the program")
+		}
+	}
+	e.wantAskedNothing(t, before)
+	if got := d.do(t, "GET", "/nothing", "").want(t, 404).header.Get("Server"); !strings.HasPrefix(got, "duxcore-daemon/") {
+		t.Errorf("Server: %q", got)
+	}
+}
+
+func TestMachineSaysWhatACoreNeedsToPlaceAService(t *testing.T) {
+	t.Parallel()
+	_, d := startWithService(t)
+	var machine struct {
+		Version, Engine, API, Arch string
+		CPUs, Memory               int64
+		BindRoot                   struct{ Size, Free, Inodes, FreeInodes int64 } `json:"bind_root"`
+	}
+	body := d.do(t, "GET", "/machine", "").want(t, 200, `"free_inodes":`, `"api":`).body
+	if err := json.Unmarshal([]byte(body), &machine); err != nil || machine.Version == "" || machine.CPUs != 8 || machine.Memory != 33645404160 ||
+		machine.Engine != "1" || machine.Arch != "x86_64" || machine.BindRoot.Size < machine.BindRoot.Free || machine.BindRoot.Free == 0 {
+		t.Errorf("%s: %+v, %v", body, machine, err)
+	}
+}
+
 func TestOneLogLineForEachRequest(t *testing.T) {
 	t.Parallel()
 	_, d := startWithService(t)
@@ -312,6 +345,11 @@ func TestOneLogLineForEachRequest(t *testing.T) {
 	}{
 		{"GET", "/v1/service/web", "", `method=GET route="GET /v1/service/{id}" id=web status=200`},
 		{"PATCH", "/service/web/env", `{"BODYMARK":"1"}`, `method=PATCH route="PATCH /service/{id}/env" id=web status=204`},
+		{"POST", "/service/web/ctl", `{"op":"stop"}`, `level=INFO msg=request method=POST route="POST /service/{id}/ctl" id=web status=204`},
+		{"POST", "/service/web/ctl", `{"op":"kill"}`, `op=kill request_id=1.a-B`},
+		{"POST", "/service", createBodyJSON("new", `"image":"none:1"`), `route="POST /service" id=new status=404`},
+		{"POST", "/service", createBodyJSON("web", ""), `op=create`},
+		{"GET", "/health", "", `level=DEBUG msg=request method=GET route="GET /health" id="" status=204`},
 		{"DELETE", "/service/nobody", "", `method=DELETE route="DELETE /service/{id}" id=nobody status=404`},
 		{"GET", "/service/a%0Amsg=request%20b", "", `route="GET /service/{id}" id="a\nmsg=request b" status=404`},
 		{"POST", "/service", "BODYMARK", `method=POST route="POST /service" id="" status=400`},
@@ -321,6 +359,10 @@ func TestOneLogLineForEachRequest(t *testing.T) {
 	for _, test := range tests {
 		r := d.request(t, test.method, test.path, strings.NewReader(test.body))
 		r.Header.Set("X-Registry-Auth", "HEADERMARK")
+		r.Header.Set("X-Request-Id", "1.a-B")
+		if test.path == "/health" {
+			r.Header.Set("X-Request-Id", "HEADERMARK x=1")
+		}
 		d.send(t, r)
 	}
 	lines := func() []string { return strings.Split(strings.TrimSpace(d.log.String()[before:]), "\n") }

@@ -30,6 +30,7 @@ func readParams(r *http.Request) (serviceParams, error) {
 // handleCreate answers POST /service.
 func (s *services) handleCreate(w http.ResponseWriter, r *http.Request) error {
 	params, err := readParams(r)
+	noteChange(w, truncate(params.ID), "create")
 	if err != nil {
 		return err
 	}
@@ -136,7 +137,9 @@ func (s *services) handleControl(w http.ResponseWriter, r *http.Request) error {
 	if err := readJSON(r, &body); err != nil {
 		return err
 	}
-	switch ctx, id := r.Context(), r.PathValue("id"); body.Op {
+	ctx, id := r.Context(), r.PathValue("id")
+	noteChange(w, id, body.Op)
+	switch body.Op {
 	case "start":
 		return s.change(ctx, id, s.start)
 	case "stop":

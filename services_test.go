@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -95,15 +96,32 @@ func TestHostPortThatIsTaken(t *testing.T) {
 	d.do(t, "POST", "/service", createBodyJSON("second", publish)).want(t, 201)
 	d.do(t, "POST", "/service/first/ctl", `{"op":"start"}`).want(t, 204)
 	before := state(t, e, d)
-	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 502, "0.0.0.0:8080", "address already in use")
+	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 409, "port_taken", "0.0.0.0:8080", "address already in use")
 	if after := state(t, e, d); after != before {
 		t.Errorf("left %s, before it was %s", after, before)
 	}
 	d.do(t, "POST", "/service/first/ctl", `{"op":"stop"}`).want(t, 204)
 	e.takePort("8080")
-	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 502, "0.0.0.0:8080", "address already in use")
+	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 409, "port_taken", "0.0.0.0:8080", "address already in use")
 	e.takePort("")
 	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 204)
+}
+
+func TestStopSignal(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	for i, value := range []string{`"SIGINT"`, `"INT"`, `2`, `"2"`, `64`, `"RTMIN+3"`, `"SIGRTMAX-14"`} {
+		id := fmt.Sprint("web", i)
+		d.do(t, "POST", "/service", createBodyJSON(id, `"stop_signal":`+value)).want(t, 201)
+		if c, _ := e.container(id); c.Config.StopSignal != strings.Trim(value, `"`) {
+			t.Errorf("%s: the engine was told %q", value, c.Config.StopSignal)
+		}
+	}
+	for _, value := range []string{`"SIGFOO"`, `0`, `65`, `-1`, `2.0`, `""x`, `"int"`, `true`, `["INT"]`, `{}`, `null`, `"INT "`, `"RTMIN+16"`} {
+		d.do(t, "POST", "/service", createBodyJSON("bad", `"stop_signal":`+value)).want(t, 400, "")
+	}
 }
 
 // Each bad value of POST /service, and what the answer must name. A value replaces that

@@ -36,7 +36,11 @@ var (
 	userName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 	imageID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{64}$`)
 	// partOfID is what the engine takes for an id that it begins.
-	partOfID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)
+	partOfID = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)
+	// signalName is what the engine takes: the names of signal(7) and SIGRTMIN to SIGRTMAX, or a number.
+	signalName = regexp.MustCompile(`^((SIG)?(ABRT|ALRM|BUS|CHLD|CLD|CONT|FPE|HUP|ILL|INT|IO|IOT|KILL|PIPE|POLL|` +
+		`PROF|PWR|QUIT|SEGV|STKFLT|STOP|SYS|TERM|TRAP|TSTP|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ|` +
+		`RTMIN(\+([1-9]|1[0-5]))?|RTMAX(-([1-9]|1[0-4]))?)|[1-9]|[1-5][0-9]|6[0-4])$`)
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
 
@@ -62,10 +66,19 @@ type serviceParams struct {
 	OpenStdin       *bool            `json:"open_stdin,omitempty"`
 	TTY             *bool            `json:"tty,omitempty"`
 	Hostname        string           `json:"hostname,omitempty"`
+	StopSignal      stopSignal       `json:"stop_signal,omitempty"`
 	PortMap         map[string]hosts `json:"port_map,omitempty"` // by <port>/<protocol>
 	NetworkDisabled bool             `json:"network_disabled,omitempty"`
 	MaxCPU          *int64           `json:"max_cpu,omitempty"` // microseconds per cpuPeriod
 	MaxRAM          *int64           `json:"max_ram,omitempty"` // bytes
+}
+
+// stopSignal is the signal that stops a service. JSON may give it as a string or as a number.
+type stopSignal string
+
+func (s *stopSignal) UnmarshalJSON(text []byte) error {
+	*s = stopSignal(strings.Trim(string(text), `"`)) // what is neither is refused by signalName
+	return nil
 }
 
 // hosts are the host's ends of one published port. JSON may give one or an array.
@@ -148,6 +161,8 @@ func (p *serviceParams) check() error {
 			"working_dir: must be an absolute path, not under /proc"},
 		{p.Hostname != "" && !hostLabel.MatchString(p.Hostname),
 			"hostname: must be 1 to 63 letters, digits or -, and begin and end with a letter or digit"},
+		{p.StopSignal != "" && !signalName.MatchString(string(p.StopSignal)),
+			"stop_signal: must be a signal's name, with or without SIG, or a number from 1 to 64"},
 		{p.MaxCPU != nil && (*p.MaxCPU < minCPU || *p.MaxCPU > maxCPU),
 			"max_cpu: must be 1000 to 100000000 microseconds per 100000"},
 		{p.NetworkDisabled && len(p.PortMap) > 0, "port_map: must be empty with network_disabled"},
@@ -226,6 +241,7 @@ func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.H
 		Hostname:        p.Hostname,
 		ExposedPorts:    nat.PortSet{},
 		NetworkDisabled: p.NetworkDisabled,
+		StopSignal:      string(p.StopSignal),
 		StopTimeout:     &stopTimeout,
 		Healthcheck:     &container.HealthConfig{Test: []string{"NONE"}}, // an image's own runs beside all limits
 	}
