@@ -24,6 +24,7 @@ import (
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/docker/api/types/mount"
+	"github.com/docker/docker/api/types/system"
 	"github.com/docker/docker/api/types/versions"
 	"github.com/docker/docker/pkg/stdcopy"
 )
@@ -88,6 +89,7 @@ type fakeEngine struct {
 	intercept  func(http.ResponseWriter, *http.Request) bool
 	containers []*fakeContainer // in order of creation
 	images     []*fakeImage
+	dataRoot   string
 	volumes    map[string]bool // anonymous ones: each container has one, as if each image asked for it
 	remote     map[string]bool // images that a pull finds; false: and of which a layer is missing
 	taken      string          // a host port that another program has
@@ -147,7 +149,7 @@ func newFakeEngine(t testing.TB) *fakeEngine {
 
 // bareFakeEngine returns one that listens nowhere.
 func bareFakeEngine(t testing.TB) *fakeEngine {
-	return &fakeEngine{t: t, dialect: dialects[*dialectName], changed: make(chan struct{}), volumes: map[string]bool{}, remote: map[string]bool{}}
+	return &fakeEngine{t: t, dialect: dialects[*dialectName], dataRoot: t.TempDir(), changed: make(chan struct{}), volumes: map[string]bool{}, remote: map[string]bool{}}
 }
 
 func (e *fakeEngine) host() string { return "unix://" + e.socket }
@@ -369,6 +371,13 @@ func (e *fakeEngine) answer(w http.ResponseWriter, r *http.Request, path string)
 		return
 	case "GET /images/json":
 		e.listImages(w, r)
+		return
+	case "GET /info":
+		info := system.Info{DockerRootDir: e.dataRoot}
+		if e.dialect.containerd {
+			info.DriverStatus = [][2]string{{"driver-type", "io.containerd.snapshotter.v1"}}
+		}
+		replyJSON(w, 200, info)
 		return
 	case "POST /images/create":
 		if r.URL.Query().Has("fromSrc") {

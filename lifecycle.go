@@ -37,7 +37,7 @@ import (
 //	or an empty file            has to go                        a create's undoing
 //
 // A container with our labels that does not mount the service's directory, such as one made of
-// another's docker commit, is nobody's business. Images have such a journal too: see importPrefix.
+// another's docker commit, is nobody's business. Images have such a journal too: see images.tempPrefix.
 //
 // A create gives its container a random word, its birth, and the number 0; the containers that
 // PATCHes make inherit the birth and get higher numbers. The highest number wins. So the last call
@@ -102,7 +102,7 @@ func (s *server) create(asked context.Context, p serviceParams, registryAuth str
 		if current != nil || taken {
 			return failure(takenID, "there is a container %q already", p.ID)
 		}
-		if err := s.ensureImage(asked, p, registryAuth); err != nil {
+		if _, err := s.images.ensure(asked, p.Image, p.WorkingDir, registryAuth); err != nil {
 			return err
 		}
 		if err := s.binds.free(p.ID); err != nil {
@@ -438,7 +438,7 @@ func (s *server) settleRound() error {
 			finish, cancel := context.WithTimeout(s.life, s.waits.settle)
 			defer cancel()
 			if strings.HasPrefix(name, importName) {
-				err = s.dropImport(finish, name)
+				err = s.images.dropImport(finish, name)
 			} else {
 				_, _, err = s.settle(finish, name)
 			}
@@ -467,6 +467,6 @@ func (s *server) unsettled() (names []string, err error) {
 		}
 	}
 	gone, goneErr := s.binds.allGone()
-	imports, err := s.unfinishedImports()
+	imports, err := s.images.unfinishedImports()
 	return slices.Concat(names, gone, imports), cmp.Or(goneErr, err)
 }

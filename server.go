@@ -59,7 +59,8 @@ func (s *server) routes() []route {
 		{"POST /service/{id}/stdin", 204, math.MaxInt64, forever, false, nil, (*server).serviceStdin},
 		{"POST /service/{id}/tty", 204, maxJSON, s.waits.read, false, nil, (*server).resizeTTY},
 		{"PATCH /service/{id}/env", 204, maxJSON, change, true, nil, (*server).setServiceEnv},
-		{"POST /docker/image", 201, s.maxImageBytes, forever, false, nil, (*server).importImage},
+		{"POST /docker/image", 201, s.maxImageBytes, forever, false, nil,
+			func(s *server, w http.ResponseWriter, r *http.Request) error { return s.images.importImage(w, r) }},
 		{"GET /health", 204, 0, s.waits.read, false, nil, (*server).health},
 	}
 }
@@ -70,6 +71,7 @@ type server struct {
 	key      coreKey
 	engine   *engine
 	binds    *bindRoot
+	images   *images
 	log      *slog.Logger
 	fetcher  *fetcher
 	locks    serviceLocks // by service id
@@ -88,7 +90,8 @@ func newServer(life, serving context.Context, cfg config, key coreKey, e *engine
 	log *slog.Logger) *server {
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, life: life, serving: serving,
 		fetcher: newFetcher(cfg.fetchAllow), locks: newServiceLocks(), stdin: newServiceLocks(),
-		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux()}
+		stats: statsFeeds{byID: map[string]*statsFeed{}}, mux: http.NewServeMux(),
+		images: newImages(life, cfg, e, b.root, b.path, log)}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
@@ -237,6 +240,7 @@ var (
 	downloadFailed = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
 	unavailable    = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
 	timedOut       = kind{504, "timeout"}            // look what there is, or ask again
+	diskFull       = kind{507, "disk_full"}          // somebody has to make room on the machine
 )
 
 // apiError is an error that the client reads as it stands.
@@ -362,6 +366,8 @@ func describe(err error) (k kind, description string) {
 		return unavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return invalid, message
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return diskFull, "the disk is full"
 	case isA[syscall.Errno](err), errors.Is(err, errMoved):
 		// The file system's. All other errors are the engine's.
 		return internal, "internal error; the daemon's log has the details"
