@@ -75,6 +75,7 @@ type tarCheck struct {
 	archive  *tar.Reader // reads from the tarCheck
 	headers  []byte      // what archive has read to get to the last entry: padding, extended headers, header
 	inHeader bool
+	offset   int64 // in the stream, of what archive reads next
 	entries  int
 	// At the top of the archive: oci-layout; manifest.json; and blobs, or the layer.tar of some directory.
 	layout, manifest, layers bool
@@ -83,6 +84,7 @@ type tarCheck struct {
 // Read reads for archive, and keeps headers.
 func (c *tarCheck) Read(p []byte) (int, error) {
 	n, err := c.in.Read(p)
+	c.offset += int64(n)
 	if !c.inHeader {
 		return n, err
 	}
@@ -100,15 +102,14 @@ var headerOrder = regexp.MustCompile(`^(g|(x|LK?|KL?)?[^gxLK])$`)
 
 // next skips to the next entry and returns its header, or io.EOF at the archive's end marker.
 func (c *tarCheck) next() (*tar.Header, error) {
-	size, err := io.Copy(io.Discard, c.archive) // the content of the entry before
-	if err != nil {
+	if _, err := io.Copy(io.Discard, c.archive); err != nil { // the content of the entry before
 		return nil, err
 	}
+	padding := int(-c.offset & 511)
 	c.headers, c.inHeader = c.headers[:0], true
 	header, err := c.archive.Next()
 	c.inHeader = false
-	padding := min(int(-size&511), len(c.headers))
-	raw := c.headers[padding:]
+	raw := c.headers[min(padding, len(c.headers)):]
 	types, last := scanHeaders(raw)
 	switch {
 	case strings.HasSuffix(types, "S") && header == nil: // archive/tar cannot read each of these
