@@ -444,7 +444,7 @@ func syncFilesystem(f *os.File) error {
 		return nil
 	}
 	if _, _, errno := syscall.Syscall(number, f.Fd(), 0, 0); errno != 0 {
-		return fmt.Errorf("cannot sync the bind directories: %w", errno)
+		return fmt.Errorf("cannot sync %s: %w", f.Name(), errno)
 	}
 	return nil
 }

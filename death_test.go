@@ -1280,7 +1280,7 @@ func TestFullDiskDuringCreateUndoesIt(t *testing.T) {
 	})
 	w.start(t)
 	w.begin(t, deathOps[0])
-	w.mustSend(t, deathCreate, http.StatusInternalServerError)
+	w.mustSend(t, deathCreate, http.StatusInsufficientStorage)
 	if got := w.look(t); got != (deathState{}) {
 		t.Errorf("left %+v, want nothing", got)
 	}

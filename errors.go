@@ -47,7 +47,8 @@ var (
 	downloadFailed = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
 	unavailable    = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
 	httpVersion    = kind{505, "http_version_not_supported"}
-	timedOut       = kind{504, "timeout"} // look what there is, or ask again
+	diskFull       = kind{507, "disk_full"} // somebody has to make room on the machine
+	timedOut       = kind{504, "timeout"}   // look what there is, or ask again
 )
 
 // apiError is an error that the client reads as it stands.
@@ -154,6 +155,8 @@ func describe(err error) (k kind, description string) {
 		return unavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return invalid, message
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return diskFull, "the disk is full"
 	case isA[syscall.Errno](err): // the file system's; all other errors are the engine's
 		return internal, internalText
 	}

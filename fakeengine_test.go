@@ -25,6 +25,7 @@ import (
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/docker/api/types/mount"
+	"github.com/docker/docker/api/types/system"
 	"github.com/docker/docker/api/types/versions"
 	"github.com/docker/docker/pkg/stdcopy"
 )
@@ -89,6 +90,7 @@ type fakeEngine struct {
 	intercept  func(http.ResponseWriter, *http.Request) bool
 	containers []*fakeContainer // in order of creation
 	images     []*fakeImage
+	dataRoot   string
 	volumes    map[string]bool // anonymous ones: each container has one, as if each image asked for it
 	remote     map[string]bool // images that a pull finds; false: and of which a layer is missing
 	taken      string          // a host port that another program has
@@ -140,6 +142,7 @@ func newFakeEngine(t testing.TB) *fakeEngine {
 		t.Fatal(err)
 	}
 	e := bareFakeEngine(t)
+	e.dataRoot = t.TempDir()
 	e.socket = filepath.Join(dir, "s")
 	e.reopen()
 	t.Cleanup(func() { e.close(); os.RemoveAll(dir) })
@@ -412,14 +415,18 @@ func (e *fakeEngine) answer(w http.ResponseWriter, r *http.Request, path string)
 	case "GET /containers/json":
 		e.list(w, r)
 		return
-	case "GET /info":
-		replyJSON(w, 200, map[string]any{"ServerVersion": "1", "Architecture": "x86_64", "NCPU": 8, "MemTotal": 33645404160})
-		return
 	case "POST /containers/create":
 		e.create(w, r)
 		return
 	case "GET /images/json":
 		e.listImages(w, r)
+		return
+	case "GET /info":
+		info := system.Info{DockerRootDir: e.dataRoot, ServerVersion: "1", Architecture: "x86_64", NCPU: 8, MemTotal: 33645404160}
+		if e.dialect.containerd {
+			info.DriverStatus = [][2]string{{"driver-type", "io.containerd.snapshotter.v1"}}
+		}
+		replyJSON(w, 200, info)
 		return
 	case "POST /images/create":
 		if r.URL.Query().Has("fromSrc") {

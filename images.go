@@ -1,10 +1,8 @@
 package main
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -12,285 +10,304 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
+	"io/fs"
+	"log/slog"
 	"net/http"
-	"net/url"
+	"os"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
-	"sync/atomic"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/api/types/image"
+	"github.com/docker/docker/client"
 )
 
-// importName is the repository of imported images. Each has a tag of its own: the
-// engine prunes an image without a name, and one name for all would leave the last one.
+// importName is the repository of imported images. Each has its own tag: docker image prune removes
+// untagged images, and a shared tag would untag the previous one.
 const importName = "duxcore/import"
 
 const (
-	imageChunk    = 256 << 10 // bytes of an upload that are passed on at a time
-	maxPadding    = 1 << 20   // bytes behind an archive's end mark; tar fills up to 10 KiB
-	maxInspection = 1 << 20   // bytes of what the engine says of an image
+	imageChunk     = 256 << 10 // bytes of an upload that are read, or passed to the engine, at a time
+	maxImageConfig = 64 << 10  // bytes of an image's configuration, as JSON
+	maxVolumes     = 32        // of an image
+	uploadName     = ".upload"
+	containerdRoot = "/var/lib/containerd"            // of a containerd that the engine does not run itself
+	oTmpfile       = 0o20000000 | syscall.O_DIRECTORY // package syscall lacks it
 )
 
-// importPrefix is what the names begin with under which this daemon's imports are made. They are
-// its journal for images: what has one while no request is at work on it gets removed, be it of a
-// daemon that died, or what an engine keeps of an archive that it could not unpack.
-func (s *server) importPrefix() string {
-	sum := sha256.Sum256([]byte(s.binds.path))
+// images imports images, and makes sure that the image of a service is present.
+type images struct {
+	engine        *engine
+	dir           *os.Root // the bind root: uploads are written to unnamed files in it
+	log           *slog.Logger
+	life          context.Context // ends when what has begun must end
+	createTimeout time.Duration   // for one import by the engine
+	readTimeout   time.Duration   // for listing images, and for removing a temporary tag
+	// tempPrefix is the prefix of the temporary tags of this daemon's imports. They are a journal: an image
+	// with such a tag and no import in progress is removed. It was left by a killed daemon, or by an engine
+	// that keeps images it failed to unpack (containerd's store).
+	tempPrefix string
+	inProgress sync.Map   // the temporary tags of imports in progress; none is ever used twice
+	naming     sync.Mutex // held while uploadName exists
+	notSynced  sync.Once  // logs that imports are not synced
+}
+
+// newImages returns the images of the daemon whose bind root is opened as dir. It removes
+// the file that a daemon may have left that died before it could remove its name.
+func newImages(life context.Context, cfg config, e *engine, dir *os.Root, log *slog.Logger) *images {
+	if err := dir.Remove(uploadName); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		log.Warn("cannot remove an upload that an earlier daemon has left", "err", err)
+	}
+	return &images{engine: e, dir: dir, log: log, life: life, createTimeout: cfg.createTimeout,
+		readTimeout: cfg.waits.read, tempPrefix: tempPrefix(cfg.binds)}
+}
+
+// tempPrefix returns images.tempPrefix for the daemon whose bind root is at path.
+func tempPrefix(path string) string {
+	sum := sha256.Sum256([]byte(path))
 	return fmt.Sprintf("%s:new-%x-", importName, sum[:6])
 }
 
-// importImage answers POST /docker/image when the image has its tag.
-func (s *server) importImage(w http.ResponseWriter, r *http.Request) error {
-	entry := s.importPrefix() + rand.Text()
-	unlock, err := s.locks.lock(s.life, entry)
+// importImage answers POST /docker/image. The engine is asked only when the whole archive is here and has
+// passed the check; from then on the import runs to its end even if the client disconnects.
+func (x *images) importImage(w http.ResponseWriter, r *http.Request) error {
+	archive, err := x.receive(w, r)
+	if err != nil {
+		w.Header().Set("Connection", "close") // a part of the body may be unread
+		return err
+	}
+	defer archive.Close()
+	id, err := x.makeImage(archive)
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	id, err := s.passUpload(w, r, entry)
-	finish, cancel := context.WithTimeout(s.life, s.waits.read)
-	defer cancel()
-	hex, ok := strings.CutPrefix(id, "sha256:")
-	if err == nil && (!ok || len(hex) != 64) {
-		err = failure(engineFailed, "the engine did not say which image it imported")
-	}
-	if err == nil {
-		err = s.engine.api().ImageTag(finish, id, importName+":"+hex[:12]) // the commit
-	}
-	if dropErr := s.dropImport(finish, entry); dropErr != nil {
-		s.log.Warn("an import is still to be finished or undone", "image", entry, "err", dropErr)
-	}
-	if err == nil {
-		writeJSON(w, http.StatusCreated, map[string]string{"image_id": id})
-	}
-	return err
+	writeJSON(w, http.StatusCreated, map[string]string{"image_id": id})
+	return nil
 }
 
 var (
-	errSlowUpload = badRequest("the body came too slowly")
-	errSlowImport = failure(timedOut, "the engine did not take the image in time")
-	errShortTake  = failure(engineFailed, "the engine did not take the whole image")
+	errSlowUpload   = badRequest("the body came too slowly")
+	errBrokenUpload = badRequest("the body is incomplete")
 )
 
-// passUpload has the engine make an image of a request's body, which passes through as it comes.
-// The engine takes an empty or a cut-off archive for an empty or smaller image: so this follows the
-// archive on its way, and breaks the engine's request off before its end unless it was whole. Of
-// all that can fail here, at either end or by its time, the first is the error.
-func (s *server) passUpload(w http.ResponseWriter, r *http.Request, entry string) (id string, err error) {
-	// Not the request's context: once the upload is complete, the image gets its tag.
-	ctx, cancel := context.WithCancelCause(s.life)
-	defer cancel(nil)
-	giveUp := func(after time.Duration, err error) *time.Timer {
-		return time.AfterFunc(after, func() { cancel(err) })
+// receive writes a request's body to an unnamed file while checkTar reads it. It returns the file of a
+// whole archive that passed. The caller closes it, and with that it is gone, as it is with this process.
+func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, error) {
+	file, err := x.unnamedFile()
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a file for an upload: %w", err)
 	}
-	out, in := io.Pipe()
-	// net/http ends no request before its body's Read has returned.
-	defer context.AfterFunc(ctx, func() { in.CloseWithError(context.Cause(ctx)) })()
-	made := make(chan string)
-	var taken atomic.Bool // all of the upload, by the engine
-	upload := readerFunc(func(p []byte) (int, error) {
-		n, err := out.Read(p)
-		if err == io.EOF {
-			taken.Store(true)
+	ctl := http.NewResponseController(w)
+	body := readerFunc(func(p []byte) (int, error) {
+		ctl.SetReadDeadline(time.Now().Add(uploadStall))
+		n, err := r.Body.Read(p)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return n, errSlowUpload
+		case err != nil && err != io.EOF && !isA[*http.MaxBytesError](err):
+			return n, errBrokenUpload
 		}
 		return n, err
 	})
-	go func() { // ends with ctx; passUpload waits for it
-		// No pipe: net/http would close it when the engine answers, and the error would be that.
-		id, err := s.makeImage(ctx, entry, bufio.NewReaderSize(upload, imageChunk))
-		if err == nil && !taken.Load() {
-			err = errShortTake
-		}
-		if err != nil {
-			cancel(err)
-			// A read that is under way ends soon, but not one of a client that still sends: net/http
-			// could not read the rest of its chunks, and the answer would be lost.
-			http.NewResponseController(w).SetReadDeadline(time.Now().Add(lingerTime))
-		}
-		out.CloseWithError(errShortTake)
-		made <- id
-	}()
-	client := readerFunc(func(p []byte) (int, error) {
-		defer giveUp(uploadStall, errSlowUpload).Stop()
-		return r.Body.Read(p)
-	})
-	engine := writerFunc(func(p []byte) (int, error) {
-		defer giveUp(uploadStall, errSlowImport).Stop()
-		return in.Write(p)
-	})
-	if err := followTar(engine, client); err != nil {
-		cancel(err)
-	} else {
-		in.Close() // the engine sees the end
+	err = checkTar(io.TeeReader(body, file))
+	// Left in place it would end the request's context: net/http reads on once the body has ended.
+	ctl.SetReadDeadline(time.Time{})
+	if err != nil {
+		file.Close()
+		return nil, err
 	}
-	defer giveUp(s.createTimeout, errSlowImport).Stop()
-	id = <-made
-	if err = context.Cause(ctx); err != nil { // more may follow, or the deadline may have ended its context
-		w.Header().Set("Connection", "close")
-	}
-	return id, err
+	return file, nil
 }
 
-// readerFunc and writerFunc are functions as an io.Reader and an io.Writer.
-type (
-	readerFunc func([]byte) (int, error)
-	writerFunc func([]byte) (int, error)
-)
+// readerFunc adapts a function to io.Reader.
+type readerFunc func([]byte) (int, error)
 
-func (f readerFunc) Read(p []byte) (int, error)  { return f(p) }
-func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-// makeImage has the engine make an image of a tar stream, under the name of its journal entry.
-func (s *server) makeImage(ctx context.Context, entry string, archive io.Reader) (id string, err error) {
-	source := image.ImportSource{Source: archive, SourceName: "-"}
-	_, tag, _ := strings.Cut(entry, ":")
-	answer, err := s.engine.api().ImageImport(ctx, source, importName, image.ImportOptions{Tag: tag})
+// unnamedFile returns a new file in the bind root that has no name: open(2), O_TMPFILE.
+func (x *images) unnamedFile() (*os.File, error) {
+	file, err := x.dir.OpenFile(".", os.O_RDWR|oTmpfile, 0o600)
+	if errors.Is(err, syscall.EOPNOTSUPP) {
+		return x.removedFile()
+	}
+	return file, err
+}
+
+// removedFile is unnamedFile for file systems without O_TMPFILE, such as NFS. If the daemon dies between the
+// two steps, an empty file is left until its next start.
+func (x *images) removedFile() (*os.File, error) {
+	x.naming.Lock()
+	defer x.naming.Unlock()
+	file, err := x.dir.OpenFile(uploadName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := x.dir.Remove(uploadName); err != nil {
+		file.Close()
+		return nil, err
+	}
+	return file, nil
+}
+
+// makeImage has the engine make an image of an archive, with a tag of its own, and returns its id when
+// that will survive a power cut. Whatever fails, no image is left.
+func (x *images) makeImage(archive *os.File) (id string, err error) {
+	ctx, cancel := context.WithTimeout(x.life, x.createTimeout) // not the request's: see importImage
+	defer cancel()
+	tempTag := x.tempPrefix + rand.Text()
+	x.inProgress.Store(tempTag, true)
+	defer x.inProgress.Delete(tempTag)
+	defer func() {
+		ctx, cancel := context.WithTimeout(x.life, x.readTimeout)
+		defer cancel()
+		if err := x.dropImport(ctx, tempTag); err != nil {
+			x.log.Warn("an import is still to be finished or undone", "image", tempTag, "err", err)
+		}
+	}()
+	id, err = x.importArchive(ctx, archive, tempTag)
 	if err != nil {
 		return "", err
 	}
-	defer answer.Close()
-	return lastStatus(answer)
+	hex, ok := strings.CutPrefix(id, "sha256:")
+	if !ok || len(hex) != 64 {
+		return "", failure(engineFailed, "the engine did not say which image it imported")
+	}
+	tag := importName + ":" + hex[:12]
+	if err := x.engine.api().ImageTag(ctx, id, tag); err != nil {
+		return "", err
+	}
+	if err := x.syncEngine(ctx); err != nil {
+		return "", errors.Join(err, x.dropImport(ctx, tag))
+	}
+	return id, nil
 }
 
-// dropImport removes the name of an import, and the image with it unless that has its tag.
-func (s *server) dropImport(finish context.Context, entry string) error {
-	_, err := s.engine.api().ImageRemove(finish, entry, image.RemoveOptions{})
+// importArchive has the engine import an archive under a temporary tag.
+func (x *images) importArchive(ctx context.Context, archive *os.File, tempTag string) (id string, err error) {
+	info, err := archive.Stat()
+	if err != nil {
+		return "", err
+	}
+	// net/http copies 32 KiB at a time, unless its source has a WriteTo as bufio.Reader does.
+	source := bufio.NewReaderSize(io.NewSectionReader(archive, 0, info.Size()), imageChunk)
+	_, tag, _ := strings.Cut(tempTag, ":")
+	options := image.ImportOptions{Tag: tag}
+	answer, err := x.engine.api().ImageImport(ctx,
+		image.ImportSource{Source: source, SourceName: "-"}, importName, options)
+	if err == nil {
+		defer answer.Close()
+		id, err = lastStatus(answer)
+	}
+	if err == nil {
+		return id, nil
+	}
+	if reason := cannotUnpack.FindStringSubmatch(err.Error()); reason != nil {
+		_, words := describe(err)
+		return "", failure(refusedArchive, "the engine cannot unpack the archive (%s): %s", reason[1], words)
+	}
+	return "", err
+}
+
+// cannotUnpack matches the engine's errors for archives that it will never unpack, by how they end.
+// Engines 20.10 to 29 put different words ahead of that, and none ahead of some. What can go better on
+// another day, such as on a full disk, is not among these.
+var cannotUnpack = regexp.MustCompile(`(duplicates of file paths not supported|archive/tar: [^:]+|` +
+	`no such file or directory|file exists|file name too long|not a directory|is a directory|` +
+	`directory not empty|operation not permitted|too many levels of symbolic links|invalid argument|` +
+	`argument list too long|numerical result out of range|device or resource busy|` +
+	`cannot be mapped to a host ID|invalid (?:symlink|hardlink) .*)\W*$`)
+
+// dropImport removes a tag of an import, and the image with it unless it has another.
+func (x *images) dropImport(ctx context.Context, tag string) error {
+	_, err := x.engine.api().ImageRemove(ctx, tag, image.RemoveOptions{})
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	return err
 }
 
-// removeUnfinished removes what imports have left whose daemon was killed.
-func (s *server) removeUnfinished(ctx context.Context) error {
-	entries, err := s.unfinishedImports()
+// removeUnfinished removes the temporary tags of this daemon's imports that are not in progress.
+func (x *images) removeUnfinished(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, x.readTimeout)
+	defer cancel()
+	list, err := x.imported(ctx)
 	if err != nil {
 		return err
 	}
-	done, cancel := context.WithCancel(ctx)
-	cancel()
-	for _, entry := range entries {
-		unlock, err := s.locks.lock(done, entry)
-		if err != nil {
-			continue // under way
-		}
-		err = s.dropImport(ctx, entry)
-		unlock()
-		if err != nil {
-			return err
+	for _, found := range list {
+		for _, tag := range found.RepoTags {
+			// The list comes first: an import that is in it and not in progress has ended.
+			if _, busy := x.inProgress.Load(tag); busy || !strings.HasPrefix(tag, x.tempPrefix) {
+				continue
+			}
+			if err := x.dropImport(ctx, tag); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// unfinishedImports returns the names of this daemon's imports, those under way among them.
-func (s *server) unfinishedImports() (entries []string, err error) {
-	ctx, cancel := context.WithTimeout(s.life, s.waits.read)
-	defer cancel()
+// imported returns the images that were imported, by any daemon.
+func (x *images) imported(ctx context.Context) ([]image.Summary, error) {
 	options := image.ListOptions{Filters: filters.NewArgs(filters.Arg("reference", importName))}
-	list, err := s.engine.api().ImageList(ctx, options)
-	for _, found := range list {
-		for _, name := range found.RepoTags {
-			if strings.HasPrefix(name, s.importPrefix()) {
-				entries = append(entries, name)
-			}
-		}
-	}
-	return entries, err
+	return x.engine.api().ImageList(ctx, options)
 }
 
-// compressed lists how gzip, bzip2, xz, zstd and lz4 streams begin. The engine decompresses them,
-// even one that is a tar archive as well, whose first entry has such a name.
-var compressed = []string{
-	"\x1f\x8b", "BZh", "\xfd7zXZ", "\x28\xb5\x2f\xfd", "\x04\x22\x4d\x18", "\x02\x21\x4c\x18"}
-
-// skippable is how a frame for users of zstd and lz4 begins, behind its first byte.
-const skippable = "\x2a\x4d\x18"
-
-// followTar copies r to w, and returns nil if that was one whole tar archive, with an entry at
-// least and with its end mark, and else an error for the client. The last byte that it has looked at
-// stays behind until the next: so w never has the whole header of an entry that is refused.
-func followTar(w io.Writer, r io.Reader) error {
-	in, out := bufio.NewReaderSize(r, imageChunk), bufio.NewWriterSize(w, imageChunk)
-	start, _ := in.Peek(8) // what is shorter has no entry
-	isCompressed := func(magic string) bool { return strings.HasPrefix(string(start), magic) }
-	if slices.ContainsFunc(compressed, isCompressed) || len(start) > 4 && string(start[1:4]) == skippable {
-		return failure(refusedArchive, "the body is compressed: it must be a plain tar archive")
-	}
-	stream := &limitedReader{r: io.TeeReader(in, out), left: math.MaxInt64}
-	archive := tar.NewReader(stream)
-	entries := 0
-	header, err := archive.Next()
-	for ; err == nil; header, err = archive.Next() {
-		if err := checkEntry(header); err != nil {
-			return failure(refusedArchive, "entry %q: %v", header.Name, err)
-		}
-		if header.Typeflag != tar.TypeXGlobalHeader {
-			entries++
-		}
-	}
-	if err == io.EOF && entries == 0 {
-		return failure(refusedArchive, "the body is not a tar archive: it has no entry")
-	}
-	if err == io.EOF {
-		padding := 0
-		err = stream.drain(writerFunc(func(p []byte) (int, error) {
-			// The engine keeps all of it, and other programs may find another archive there.
-			if padding += len(p); padding > maxPadding || len(bytes.Trim(p, "\x00")) > 0 {
-				return 0, errors.New("something stands behind its end mark")
-			}
-			return len(p), nil
-		}))
-	}
-	if err == nil {
-		err = out.Flush()
-	}
-	if err == nil || isA[*http.MaxBytesError](err) || isA[*apiError](err) {
+// syncEngine makes durable what the engine has written. Engines do not: after a power cut an image can be
+// there with files full of zeros (seen on 28.5). Where the engine's directories cannot be opened here, such
+// as with an engine on another machine, it logs that once and returns nil.
+func (x *images) syncEngine(ctx context.Context) error {
+	info, err := x.engine.api().Info(ctx)
+	if err != nil {
 		return err
 	}
-	return failure(refusedArchive, "the body is not a whole tar archive: %s", plain(err))
-}
-
-// checkEntry returns an error for an entry that an image cannot have, or in which not all programs see
-// the same. Of a few bytes of a sparse file the engine writes as many zeros as they say.
-func checkEntry(h *tar.Header) error {
-	for record := range h.PAXRecords {
-		if strings.HasPrefix(record, "GNU.sparse") {
-			return errors.New("it is a sparse file")
-		}
-		if h.Typeflag == tar.TypeXGlobalHeader && record != "comment" { // git's is one
-			return errors.New("a global header changes all entries for some programs, for others none")
+	dirs := []string{info.DockerRootDir}
+	if slices.Contains(info.DriverStatus, [2]string{"driver-type", "io.containerd.snapshotter.v1"}) {
+		dirs = append(dirs, containerdRoot) // if it is missing, containerd's root is below the engine's
+	}
+	for _, path := range dirs {
+		dir, err := x.openEngineDir(path)
+		if err == nil {
+			err = syncFilesystem(dir)
+			dir.Close()
+			if err != nil {
+				return err
+			}
+		} else if path != containerdRoot || !errors.Is(err, fs.ErrNotExist) {
+			x.notSynced.Do(func() {
+				x.log.Warn("imports are not synced: a power cut soon after one can damage the image", "err", err)
+			})
 		}
 	}
-	switch h.Typeflag {
-	case tar.TypeReg:
-		return nil
-	case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo,
-		tar.TypeXGlobalHeader:
-		if h.Size != 0 { // what follows would be its content, or the next entry
-			return errors.New("only a file can have a size")
-		}
-		return nil
-	}
-	return errors.New("it is not a file, directory, link, device or FIFO")
+	return nil
 }
 
-// ensureImage makes sure that the engine has the service's image, and pulls it if it does not.
-// registryAuth is passed on to the engine as its X-Registry-Auth.
-func (s *server) ensureImage(ctx context.Context, p serviceParams, registryAuth string) (string, error) {
-	id, err := s.checkImage(ctx, p)
+// openEngineDir opens a directory of the engine if that runs on this machine.
+func (x *images) openEngineDir(path string) (*os.File, error) {
+	if host := x.engine.api().DaemonHost(); !strings.HasPrefix(host, "unix:") {
+		return nil, fmt.Errorf("the engine at %s may be on another machine", host)
+	}
+	return os.Open(path)
+}
+
+// ensure makes sure that the engine has an image that a service may have, pulls it if it is missing, and
+// returns its id. workingDir is the service's own. registryAuth is passed on as X-Registry-Auth.
+func (x *images) ensure(ctx context.Context, name, workingDir, registryAuth string) (id string, err error) {
+	id, err = x.check(ctx, name, workingDir)
 	if !errdefs.IsNotFound(err) {
 		return id, err
 	}
-	if imageID.MatchString(p.Image) { // no registry knows it
-		return "", noSuchImage(p.Image)
+	if imageID.MatchString(name) { // no registry knows it
+		return "", noSuchImage(name)
 	}
-	progress, err := s.engine.api().ImagePull(ctx, p.Image, image.PullOptions{RegistryAuth: registryAuth})
+	progress, err := x.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
 		_, text := describe(err)
 		return "", failure(unknownImage, "cannot pull the image: %s", text)
@@ -302,35 +319,32 @@ func (s *server) ensureImage(ctx context.Context, p serviceParams, registryAuth 
 	if _, err := lastStatus(progress); err != nil {
 		return "", err
 	}
-	id, err = s.checkImage(ctx, p)
-	if errdefs.IsNotFound(err) { // a pull that said nothing of its failure
-		return "", noSuchImage(p.Image)
+	id, err = x.check(ctx, name, workingDir)
+	if errdefs.IsNotFound(err) { // the pull failed without an error
+		return "", noSuchImage(name)
 	}
 	return id, err
 }
 
-// checkImage returns a 400 if an image says what a service must not have: containers inherit it.
-// Its labels come with each list of containers, and its working directory can be where params
-// would be refused. What lies in it, links among it, is the engine's and the runtime's to confine.
-func (s *server) checkImage(ctx context.Context, p serviceParams) (string, error) {
-	call := url.URL{Path: "/images/" + p.Image + "/json"}
-	answer, err := s.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
-	if err != nil {
+// check returns the id of an image. It returns a 400 for one whose configuration a container would inherit
+// and must not: a large one, since it comes with each list of containers, or a working directory that the
+// parameters would be refused for. Symbolic links inside the image are the runtime's concern.
+func (x *images) check(ctx context.Context, name, workingDir string) (id string, err error) {
+	var text bytes.Buffer
+	found, err := x.engine.api().ImageInspect(ctx, name, client.ImageInspectWithRawResponse(&text))
+	if err != nil || found.Config == nil {
+		return found.ID, err
+	}
+	var raw struct{ Config json.RawMessage }
+	if err := json.Unmarshal(text.Bytes(), &raw); err != nil {
 		return "", err
 	}
-	defer answer.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(answer.Body, maxInspection+1))
-	if len(text) > maxInspection {
-		return "", badRequest("image: its configuration has more than %d bytes", maxInspection)
-	}
-	var found struct {
-		ID     string
-		Config struct{ WorkingDir string }
-	}
-	if err = cmp.Or(err, json.Unmarshal(text, &found)); err != nil {
-		return "", err
-	}
-	if p.WorkingDir == "" && within(path.Clean("/"+found.Config.WorkingDir), "/proc") {
+	switch {
+	case len(raw.Config) > maxImageConfig:
+		return "", badRequest("image: its configuration has more than %d bytes", maxImageConfig)
+	case len(found.Config.Volumes) > maxVolumes:
+		return "", badRequest("image: it has more than %d volumes", maxVolumes)
+	case workingDir == "" && within(path.Clean("/"+found.Config.WorkingDir), "/proc"):
 		return "", badRequest("image: its working directory is under /proc")
 	}
 	return found.ID, nil

@@ -3,17 +3,24 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"compress/bzip2"
 	"compress/gzip"
+	"encoding/json"
+	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -222,10 +229,6 @@ func TestUploadThatBeginsLikeACompressedOneIsRefused(t *testing.T) {
 		if a.status != 400 || !strings.Contains(a.body, "compressed") || len(e.imageTags()) > 0 {
 			t.Errorf("%s: %d %s, images %q", name, a.status, a.body, e.imageTags())
 		}
-		var passed bytes.Buffer
-		if err := followTar(&passed, strings.NewReader(polyglot(magic))); err == nil || passed.Len() > 0 {
-			t.Errorf("%s: the engine was sent %d bytes; %v", name, passed.Len(), err)
-		}
 	}
 }
 
@@ -268,14 +271,6 @@ func TestSparseFileIsRefused(t *testing.T) {
 	if got := e.imageTags(); len(got) > 0 {
 		t.Errorf("images %q", got)
 	}
-	// The engine would write the holes out before it reads on: it must not see the whole header.
-	for before := ""; len(before) < 3*imageChunk; before += wholeTar()[:1024] {
-		var passed bytes.Buffer
-		err := followTar(&passed, strings.NewReader(before+fileOfHoles(1<<40)))
-		if err == nil || passed.Len() >= len(before)+4*512 { // the last is the map
-			t.Fatalf("behind %d bytes the engine was sent %d: %v", len(before), passed.Len(), err)
-		}
-	}
 }
 
 // GNU tar takes some records of a global header for those of all entries, Go none.
@@ -291,32 +286,301 @@ func TestGlobalHeaderThatChangesEntriesIsRefused(t *testing.T) {
 		"a comment and an owner":  {[]entry{global("comment=0123", "uid=5"), file("a", "x")}, "global header"},
 		"nothing but the comment": {[]entry{global("comment=0123")}, "no entry"},
 	} {
-		err := followTar(io.Discard, bytes.NewReader(append(tarOf(test.entries...), tarEnd...)))
+		err := checkTar(bytes.NewReader(append(tarOf(test.entries...), tarEnd...)))
 		if (err == nil) != (test.text == "") || err != nil && !strings.Contains(err.Error(), test.text) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
 
-// An engine that is content before it has all of an upload has not made the image that was uploaded.
-func TestEngineThatAnswersBeforeTheEndOfAnUpload(t *testing.T) {
+// Each of these is one tree for archive/tar and another for GNU tar or bsdtar.
+func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
+	t.Parallel()
+	inner := string(tarOf(file("evil", "EVIL")))
+	rawSize := func(field string) []byte {
+		block := file("file", "").bytes()
+		copy(block[124:136], field)
+		sealHeader(block)
+		return block
+	}
+	gnuPrefix := file("file", "").bytes()
+	copy(gnuPrefix[257:], "ustar  \x00")
+	copy(gnuPrefix[345:], "directory")
+	sealHeader(gnuPrefix)
+	oldFile := file("foo/", inner).bytes() // whose type is NUL
+	oldFile[156] = 0
+	sealHeader(oldFile[:512])
+	long := func(kind byte, name string) entry {
+		return entry{name: "././@LongLink", kind: kind, body: name + "\x00"}
+	}
+	for name, archive := range map[string][]byte{
+		"a file with a directory's name":               tarOf(file("foo/", "")),
+		"one with content":                             tarOf(file("foo/", inner)),
+		"one by an extended header":                    tarOf(pax("path=foo/"), file("foo", inner)),
+		"one by a long name":                           tarOf(long('L', "foo/"), file("foo", inner)),
+		"one of the oldest format":                     oldFile,
+		"a global header behind an extended one":       tarOf(pax("size=1024"), global("comment=c"), file("n", ""), file("evil", "EVIL")),
+		"a global header behind a long name":           tarOf(long('L', "other"), global("comment=c"), file("n", "")),
+		"a global header behind a long link":           tarOf(long('K', "other"), global("comment=c"), symlink("n", "m")),
+		"two extended headers":                         tarOf(pax("size=1024"), pax("comment=c"), file("n", ""), file("evil", "EVIL")),
+		"an extended header and a long name":           tarOf(pax("path=a"), long('L', "b"), file("n", "")),
+		"a long name and an extended header":           tarOf(long('L', "b"), pax("path=a"), file("n", "")),
+		"two long names":                               tarOf(long('L', "a"), long('L', "b"), file("n", "")),
+		"an extended header at the end":                tarOf(file("n", ""), pax("path=a")),
+		"a size with a plus":                           tarOf(pax("size=+1024"), file("n", inner)),
+		"a size with a minus":                          tarOf(pax("size=-0"), file("n", "")),
+		"a size with a space":                          tarOf(pax("size= 1024"), file("n", inner)),
+		"a size with a point":                          tarOf(pax("size=1024.0"), file("n", inner)),
+		"a hexadecimal size":                           tarOf(pax("size=0x400"), file("n", inner)),
+		"an empty size":                                tarOf(pax("size="), file("n", inner)),
+		"an empty name":                                tarOf(pax("path="), file("n", "")),
+		"an empty link":                                tarOf(pax("linkpath="), symlink("n", "m")),
+		"a NUL ahead of a header's size":               slices.Concat(rawSize("\x00\x000000002000"), []byte(inner)),
+		"a NUL within spaces ahead of a header's size": slices.Concat(rawSize(" \x00 000002000"), []byte(inner)),
+		"a prefix in GNU's format":                     gnuPrefix,
+		"a sparse file of star":                        tarOf(pax("SCHILY.realsize=1048576"), file("n", "")),
+	} {
+		err := checkTar(bytes.NewReader(slices.Concat(tarOf(file("first", "x")), archive, tarEnd)))
+		if kind, _ := describeOrNone(err); kind != refusedArchive {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, archive := range map[string][]byte{
+		"a directory of the oldest format": tarOf(dir("foo/")),
+		"a long name and a long link":      tarOf(long('L', "a"), long('K', "b"), symlink("n", "m")),
+		"an extended header for each":      tarOf(pax("path=a"), file("n", "x"), pax("size=3"), file("m", "abc")),
+		"global headers":                   tarOf(global("comment=c"), global("comment=d"), file("n", "x")),
+		"a size padded with spaces":        slices.Concat(rawSize("       2000 "), []byte(inner)),
+		"no size":                          rawSize(strings.Repeat("\x00", 12)),
+		"a size in base 256":               slices.Concat(rawSize("\x80"+strings.Repeat("\x00", 9)+"\x04\x00"), []byte(inner)),
+	} {
+		if err := checkTar(bytes.NewReader(append(archive, tarEnd...))); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// describeOrNone is describe for what may be no error.
+func describeOrNone(err error) (kind, string) {
+	if err == nil {
+		return kind{}, ""
+	}
+	return describe(err)
+}
+
+func TestSavedImageIsRefusedWithAdvice(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	manifest := file("manifest.json", `[{"Config":"c.json","Layers":["0123/layer.tar"]}]`)
+	for name, entries := range map[string][]entry{
+		"of docker save":                     {dir("0123/"), file("0123/layer.tar", ""), file("c.json", "{}"), manifest},
+		"of docker save, manifest first":     {manifest, file("0123/layer.tar", "")},
+		"of docker save since engine 25":     {dir("blobs/"), dir("blobs/sha256/"), file("blobs/sha256/0123", "{}"), manifest},
+		"of tar, of what docker save wrote":  {dir("./"), file("./manifest.json", "[]"), symlink("./0123/layer.tar", "../4567/layer.tar")},
+		"an OCI layout":                      {file("oci-layout", `{"imageLayoutVersion":"1.0.0"}`), file("index.json", "{}")},
+		"an OCI layout, with absolute names": {file("/index.json", "{}"), file("/oci-layout", "{}")},
+		"an OCI layout, its blobs ahead":     {file("blobs/sha256/0123", ""), file("index.json", "{}"), file("./oci-layout", "{}")},
+	} {
+		a := d.do(t, "POST", "/docker/image", string(append(tarOf(entries...), tarEnd...)))
+		if a.status != 400 || !strings.Contains(a.body, `"archive_refused"`) || !strings.Contains(a.body, "docker export") {
+			t.Errorf("%s: %d %s", name, a.status, a.body)
+		}
+	}
+	root := []entry{manifest, dir("oci-layout/"), file("app/oci-layout", ""), file("app/blobs/x", ""), file("a/b/layer.tar", ""), file("layer.tar", "")}
+	d.do(t, "POST", "/docker/image", string(append(tarOf(root...), tarEnd...))).want(t, 201)
+}
+
+func TestSparseFileOfAnyFormatIsRefused(t *testing.T) {
+	t.Parallel()
+	sparse := func(extended byte, version string) []byte {
+		block := entry{name: "holes", kind: 'S', realSize: 1 << 40}.bytes()
+		block[482] = extended
+		copy(block[257:], version)
+		sealHeader(block)
+		return block
+	}
+	for name, archive := range map[string][]byte{
+		"GNU tar's own":                    sparse(0, "ustar  \x00"),
+		"one whose map goes on":            append(sparse(1, "ustar  \x00"), make([]byte, 512)...),
+		"one that archive/tar cannot read": sparse(0, "ustar\x0000"),
+		"POSIX 0.0":                        tarOf(pax("GNU.sparse.size=1024", "GNU.sparse.numblocks=1", "GNU.sparse.offset=0", "GNU.sparse.numbytes=1"), file("holes", "x")),
+		"POSIX 0.1":                        tarOf(pax("GNU.sparse.size=1024", "GNU.sparse.numblocks=1", "GNU.sparse.map=0,1"), file("holes", "x")),
+		"POSIX 1.0":                        []byte(fileOfHoles(1 << 40)[:2560]),
+	} {
+		err := checkTar(bytes.NewReader(slices.Concat(tarOf(file("first", "x")), archive, tarEnd)))
+		if err == nil || !strings.Contains(err.Error(), `"holes": it is a sparse file`) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// manyEntries is an archive of n entries that are always the same.
+func manyEntries(n int, e entry) io.Reader {
+	const batch = 1000
+	part := bytes.Repeat(e.bytes(), batch)
+	return readerFunc(func(p []byte) (int, error) {
+		if n == 0 {
+			return 0, io.EOF
+		}
+		if len(part) == 0 {
+			part, n = bytes.Repeat(e.bytes(), batch), n-batch
+		}
+		copied := copy(p, part)
+		part = part[copied:]
+		return copied, nil
+	})
+}
+
+func TestArchiveOfTooManyEntriesIsRefused(t *testing.T) {
+	if testing.Short() {
+		t.Skip("reads 512 MB")
+	}
+	t.Parallel()
+	archive := func(more ...entry) io.Reader {
+		return io.MultiReader(io.LimitReader(manyEntries(2*maxImageEntries, dir("a")), maxImageEntries*512),
+			bytes.NewReader(append(tarOf(more...), tarEnd...)))
+	}
+	if err := checkTar(archive()); err != nil {
+		t.Error(err)
+	}
+	if err := checkTar(archive(file("one", ""))); err == nil || !strings.Contains(err.Error(), `"one": the archive has more than 1000000 entries`) {
+		t.Error(err)
+	}
+}
+
+func TestCheckOfALargeUploadTakesLittleMemory(t *testing.T) {
+	// Not parallel: it counts what the process allocates.
+	archive := io.MultiReader(io.LimitReader(manyEntries(1<<20, file("a", strings.Repeat("x", 16<<10))), 1000*(512+16<<10)),
+		bytes.NewReader(tarOf(pax("comment="+strings.Repeat("c", 500_000)), file("b", ""))), bytes.NewReader(tarEnd))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	err := checkTar(archive)
+	runtime.ReadMemStats(&after)
+	if got := (after.TotalAlloc - before.TotalAlloc) >> 20; err != nil || got > 64 {
+		t.Errorf("it allocated %d MiB; %v", got, err)
+	}
+}
+
+// uploadsIn returns what is left of uploads in a bind root: entries, and open files without a name.
+func uploadsIn(t *testing.T, binds string) (left []string) {
+	t.Helper()
+	entries, err := os.ReadDir(binds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.Name() != recordDir && e.Name() != markDir {
+			left = append(left, e.Name())
+		}
+	}
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range open {
+		to, _ := os.Readlink("/proc/self/fd/" + fd.Name()) // one that is closed meanwhile has none
+		if strings.HasPrefix(to, binds+"/") && strings.HasSuffix(to, "(deleted)") {
+			left = append(left, to)
+		}
+	}
+	return left
+}
+
+func TestUploadLeavesNoFile(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.URL.Query().Has("fromSrc") {
-			http.NewResponseController(w).EnableFullDuplex() // or net/http would read on before it answers
-			replyJSON(w, 200, map[string]string{"status": e.addImage(r.URL.Query().Get("repo") + ":" + r.URL.Query().Get("tag"))})
-			return true
+	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = 1 << 20 })
+	link := string(append(tarOf(hardLink("link", "nothing")), tarEnd...))
+	for upload, status := range map[string]int{wholeTar(): 201, "": 400, "no tar": 400, wholeTar()[:700]: 400, link: 400,
+		wholeTar() + strings.Repeat("\x00", 1<<20): 413} {
+		d.do(t, "POST", "/docker/image", upload).want(t, status)
+	}
+	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\nContent-Length: 99999\r\n\r\n"+wholeTar())
+	waitFor(t, "the upload's file", func() bool { return len(uploadsIn(t, d.binds)) == 1 })
+	if names := uploadsIn(t, d.binds); !strings.HasSuffix(names[0], "(deleted)") {
+		t.Errorf("during an upload the bind root has %q", names)
+	}
+	conn.Close()
+	waitFor(t, "the file to go", func() bool { return len(uploadsIn(t, d.binds)) == 0 })
+}
+
+func TestUploadOnAFileSystemWithoutUnnamedFiles(t *testing.T) {
+	t.Parallel()
+	path := t.TempDir()
+	if err := os.WriteFile(filepath.Join(path, uploadName), nil, 0o600); err != nil { // of a daemon that died
+		t.Fatal(err)
+	}
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	x := newImages(t.Context(), config{}, nil, root, slog.New(slog.DiscardHandler))
+	for range 2 {
+		f, err := x.removedFile()
+		if err != nil {
+			t.Fatal(err)
 		}
-		return false
+		defer f.Close()
+		if entries, err := os.ReadDir(path); err != nil || len(entries) > 0 {
+			t.Errorf("the directory has %v, %v", entries, err)
+		}
+	}
+}
+
+func TestUploadOnAFullDisk(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts a file system, which takes root")
+	}
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) {
+		if err := cmp.Or(os.MkdirAll(c.binds, 0o700), syscall.Mount("tmpfs", c.binds, "tmpfs", 0, "size=1m")); err != nil {
+			t.Fatal("this test needs CAP_SYS_ADMIN too: ", err)
+		}
+		t.Cleanup(func() { syscall.Unmount(c.binds, syscall.MNT_DETACH) })
 	})
+	large := string(append(tarOf(file("large", strings.Repeat("x", 2<<20))), tarEnd...))
+	d.do(t, "POST", "/docker/image", large).want(t, 507, `"disk_full"`, "the disk is full")
+	for _, call := range e.calls() {
+		if strings.Contains(call, "fromSrc") {
+			t.Errorf("the engine was asked %s", call)
+		}
+	}
+	for range 3 { // there is room again
+		d.do(t, "POST", "/docker/image", string(append(tarOf(file("most", strings.Repeat("x", 900<<10))), tarEnd...))).want(t, 201)
+	}
+}
+
+func TestEngineGetsOnlyArchivesThatPassed(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), nil)
-	body, upload := io.Pipe()
-	defer upload.Close()
-	go io.WriteString(upload, wholeTar()[:600]) // and no more
-	d.send(t, d.request(t, "POST", "/docker/image", body)).want(t, 502, "did not take the whole image")
-	if got := e.imageTags(); len(got) > 0 {
-		t.Errorf("images %q", got)
+	for _, upload := range []string{"", "no tar", wholeTar()[:1024], wholeTar() + "x", fileOfHoles(1 << 40), polyglot("BZh9")} {
+		d.do(t, "POST", "/docker/image", upload).want(t, 400)
+	}
+	for _, call := range e.calls() {
+		if strings.Contains(call, "/images/create") {
+			t.Errorf("the engine was asked %s", call)
+		}
+	}
+}
+
+// What an engine on another machine writes cannot be synced from here.
+func TestImportThatCannotBeSyncedIsLoggedOnce(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.dataRoot = filepath.Join(e.dataRoot, "missing")
+	d := startDaemon(t, e.host(), nil)
+	for range 2 {
+		d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+	}
+	if got := strings.Count(d.log.String(), "imports are not synced"); got != 1 {
+		t.Errorf("logged %d times:\n%s", got, d.log)
 	}
 }
 
@@ -346,7 +610,8 @@ func TestFailedImportLeavesNothing(t *testing.T) {
 		status int
 		text   string
 	}{
-		"cannot be unpacked": {"/images/create", message(`{"error":"failed to unpack: no such file"}`), 502, "no such file"},
+		"cannot be unpacked": {"/images/create", message(`{"error":"failed to unpack: link /b /a: no such file or directory"}`), 400, "no such file or directory): engine: failed"},
+		"does not fit":       {"/images/create", message(`{"error":"failed to unpack: write /a: no space left on device"}`), 502, "no space left"},
 		"has no id":          {"/images/create", message(`{"status":"done"}`), 502, "which image"},
 		"breaks off":         {"/images/create", func(*fakeEngine, http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, 503, "reached"},
 		"cannot be tagged": {"/tag", func(_ *fakeEngine, w http.ResponseWriter, _ *http.Request) {
@@ -380,7 +645,7 @@ func TestWholeArchiveThatTheEngineCannotUnpackLeavesNothing(t *testing.T) {
 	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), nil)
 	archive := string(append(tarOf(file("first", "abc"), hardLink("link", "nothing")), tarEnd...))
-	d.do(t, "POST", "/docker/image", archive).want(t, 502, "no such file or directory")
+	d.do(t, "POST", "/docker/image", archive).want(t, 400, `"archive_refused"`, "(no such file or directory): engine: ")
 	if got := e.imageTags(); len(got) > 0 {
 		t.Errorf("images %q", got)
 	}
@@ -395,7 +660,7 @@ func TestStartRemovesImportsThatADaemonLeft(t *testing.T) {
 	var binds string
 	startDaemon(t, e.host(), func(c *config) {
 		binds = c.binds
-		e.addImage((&server{binds: &bindRoot{path: binds}}).importPrefix() + "X")
+		e.addImage(tempPrefix(binds) + "X")
 	})
 	if got := strings.Join(e.imageTags(), " "); got != want {
 		t.Errorf("images %s, want %s", got, want)
@@ -421,7 +686,7 @@ func TestRoundsRemoveNoImportUnderWay(t *testing.T) {
 	}
 	before := rounds()
 	waitFor(t, "three rounds", func() bool { return rounds() > before+3 })
-	prefix := (&server{binds: &bindRoot{path: d.binds}}).importPrefix()
+	prefix := tempPrefix(d.binds)
 	if got := e.imageTags(); len(got) != 1 || !strings.HasPrefix(got[0], prefix) {
 		t.Errorf("in the middle of an import there are the images %q", got)
 	}
@@ -433,39 +698,13 @@ func TestRoundsRemoveNoImportUnderWay(t *testing.T) {
 	})
 }
 
-// The engine gives up while the client is silent: that does not hold the client's goroutine for the
-// minute that it may be silent.
-func TestClientOfAFailedImportIsNotWaitedFor(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.URL.Query().Has("fromSrc") {
-			http.NewResponseController(w).EnableFullDuplex() // or net/http would read on before it answers
-			reply(w, 500, "no space")
-			return true
-		}
-		return false
-	})
-	d := startDaemon(t, e.host(), nil)
-	var clients sync.WaitGroup
-	for range 20 {
-		clients.Go(func() {
-			conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			defer conn.Close()
-			io.WriteString(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+
-				"\r\nContent-Length: 99999\r\n\r\n"+wholeTar()[:600])
-			conn.SetReadDeadline(time.Now().Add(uploadStall / 2))
-			answer, err := io.ReadAll(conn)
-			if err != nil || !strings.Contains(string(answer), "502 Bad Gateway") || !strings.Contains(string(answer), "no space") {
-				t.Errorf("answered %q, %v", answer, err)
-			}
-		})
+func imageWithVolumes(n int) string {
+	volumes := map[string]struct{}{}
+	for i := range n {
+		volumes[fmt.Sprintf("/volume-%d", i)] = struct{}{}
 	}
-	clients.Wait()
+	text, _ := json.Marshal(map[string]any{"Config": map[string]any{"Volumes": volumes}})
+	return string(text)
 }
 
 func TestImageThatSaysTooMuchIsRefused(t *testing.T) {
@@ -475,8 +714,11 @@ func TestImageThatSaysTooMuchIsRefused(t *testing.T) {
 		status            int
 		text              string
 	}{
-		"labels of 1 MiB":               {`{"Config":{"Labels":{"a":"` + strings.Repeat("x", maxInspection) + `"}}}`, "", 400, "image: "},
-		"less":                          {`{"Config":{"Labels":{"a":"` + strings.Repeat("x", maxInspection-100) + `"}}}`, "", 201, ""},
+		"a configuration of 64 KiB":     {`{"Config":{"Labels":{"a":"` + strings.Repeat("x", maxImageConfig-19) + `"}}}`, "", 201, ""},
+		"a larger one":                  {`{"Config":{"Labels":{"a":"` + strings.Repeat("x", maxImageConfig-18) + `"}}}`, "", 400, "image: its configuration has more than 65536 bytes"},
+		"much beside it":                {`{"Comment":"` + strings.Repeat("x", maxImageConfig) + `","Config":{}}`, "", 201, ""},
+		"32 volumes":                    {imageWithVolumes(32), "", 201, ""},
+		"33 volumes":                    {imageWithVolumes(33), "", 400, "image: it has more than 32 volumes"},
 		"working directory":             {`{"Config":{"WorkingDir":"/proc/self/fd/8"}}`, "", 400, "image: "},
 		"working directory by a detour": {`{"Config":{"WorkingDir":"/a/..//proc"}}`, "", 400, "image: "},
 		"working directory, relative":   {`{"Config":{"WorkingDir":"proc/self"}}`, "", 400, "image: "},
@@ -516,19 +758,6 @@ func TestImageThatSaysTooMuchIsRefused(t *testing.T) {
 // loses matches what GNU tar says when it does not see how an archive goes on.
 var loses = regexp.MustCompile(`next header|Unexpected EOF|look like a tar|zero block|not recoverable|extended header: (missing|length)`)
 
-// likeGNU returns an archive with checksums, and without sizes that begin with a zero byte: GNU tar
-// takes such a one for 0, Go and the engines for what follows.
-func likeGNU(archive string) string {
-	changed := []byte(archive)
-	for block := range slices.Chunk(changed, 512) {
-		isEnd := strings.Trim(string(block), "\x00") == ""
-		for i := 124; len(block) == 512 && i < 135 && block[i] == 0 && !isEnd; i++ {
-			block[i] = '0'
-		}
-	}
-	return string(withChecksums(changed))
-}
-
 // FuzzImport: whatever passes for an image is one plain archive for GNU tar as for Go's reader, with
 // the same entries, is nothing that the engine would decompress, and arrives byte for byte.
 func FuzzImport(f *testing.F) {
@@ -550,17 +779,17 @@ func FuzzImport(f *testing.F) {
 			}
 		}
 	}
-	if err := followTar(io.Discard, strings.NewReader(likeGNU(wholeTar()))); err != nil {
+	if err := checkTar(bytes.NewReader(withChecksums([]byte(wholeTar())))); err != nil {
 		f.Fatalf("nothing passes: %v", err)
 	}
 	f.Fuzz(func(t *testing.T, archive []byte) {
-		archive = []byte(likeGNU(string(archive)))
+		archive = withChecksums(bytes.Clone(archive))
 		var passed bytes.Buffer
-		if followTar(&passed, bytes.NewReader(archive)) != nil {
+		if checkTar(io.TeeReader(bytes.NewReader(archive), &passed)) != nil {
 			return
 		}
 		if !bytes.Equal(passed.Bytes(), archive) {
-			t.Fatal("other bytes were passed on than came")
+			t.Fatal("the check read other bytes than came")
 		}
 		if _, err := gzip.NewReader(bytes.NewReader(archive)); err == nil {
 			t.Error("this is a gzip stream too")

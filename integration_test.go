@@ -1061,7 +1061,7 @@ func TestFailedImportLeavesNoImage(t *testing.T) {
 	}
 	t.Run("cannot be unpacked", func(t *testing.T) {
 		link := imageEntry{tar.Header{Name: "link", Typeflag: tar.TypeLink, Linkname: "nothing"}, ""}
-		m.do(t, "POST", "/docker/image", string(imageOf(t, imageFile(marker, marker), link))).want(t, http.StatusBadGateway)
+		m.do(t, "POST", "/docker/image", string(imageOf(t, imageFile(marker, marker), link))).want(t, http.StatusBadRequest, `"archive_refused"`)
 	})
 	t.Run("broken off", func(t *testing.T) { m.breakOff(t, archive, 20_000) })
 	t.Run("broken off before the end mark", func(t *testing.T) { m.breakOff(t, archive, lastBlock) })

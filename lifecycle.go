@@ -35,16 +35,15 @@ import (
 // A keyed mutex holds each service from before an operation looks at its state until it returns. Reads and
 // kill do not take it.
 type services struct {
-	config      config
-	engine      *engine
-	binds       *bindRoot
-	containers  *containers
-	fetcher     *fetcher
-	locks       *keyedMutex // by service id
-	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (imageID string, err error)
-	tidyImages  func(ctx context.Context) error // removes what imports of killed daemons have left
-	forgetStats func(id string)                 // the next statistics must come from another run or container
-	log         *slog.Logger
+	config     config
+	engine     *engine
+	binds      *bindRoot
+	containers *containers
+	fetcher    *fetcher
+	locks      *keyedMutex // by service id
+	images     *images
+	stats      *stats
+	log        *slog.Logger
 
 	ctx context.Context // the daemon's: done when it no longer waits for operations in progress
 }
@@ -138,7 +137,7 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	if existing != nil || taken {
 		return serviceSpec{}, idTaken(p.ID)
 	}
-	imageID, err := s.ensureImage(ctx, p, registryAuth)
+	imageID, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth)
 	if err != nil {
 		return serviceSpec{}, err
 	}
@@ -229,7 +228,7 @@ func (s *services) setParams(ctx context.Context, id string, p serviceParams, re
 	if bindTarget(p.BindDir) != bindTarget(record.Params.BindDir) {
 		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
 	}
-	imageID, err := s.ensureImage(ctx, p, registryAuth) // without the lock: a pull can take long
+	imageID, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth) // without the lock: a pull can take long
 	if err != nil {
 		return err
 	}
@@ -343,13 +342,13 @@ func (s *services) stop(ctx context.Context, svc service) error {
 // stopContainer stops a service's container in the time that the daemon's flag gives it: the container's own
 // may be an earlier daemon's.
 func (s *services) stopContainer(ctx context.Context, id, containerID string) error {
-	defer s.forgetStats(id)
+	defer s.stats.forget(id)
 	seconds := int(s.config.stopTimeout / time.Second)
 	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
 func (s *services) startContainer(ctx context.Context, svc service) error {
-	s.forgetStats(svc.id)
+	s.stats.forget(svc.id)
 	err := s.engine.api().ContainerStart(ctx, svc.containerID, container.StartOptions{})
 	if err == nil {
 		return nil
@@ -377,7 +376,7 @@ func (s *services) kill(ctx context.Context, id string) error {
 	if err != nil || !current.State.Running {
 		return err
 	}
-	defer s.forgetStats(id)
+	defer s.stats.forget(id)
 	err = s.engine.api().ContainerKill(ctx, current.ID, "KILL")
 	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) { // it has exited meanwhile
 		return nil
@@ -398,7 +397,7 @@ func (s *services) remove(ctx context.Context, id string) error {
 	if err := s.binds.mark(id); err != nil { // the commit
 		return err
 	}
-	defer s.forgetStats(id)
+	defer s.stats.forget(id)
 	_, err = s.settle(ctx, id)
 	return err
 }

@@ -65,7 +65,7 @@ func (s *server) routes() []route {
 		{pattern: "PATCH /service/{id}/env", success: 204, body: maxJSON, limit: change, detached: true,
 			handle: svc.handleSetEnv},
 		{pattern: "POST /docker/image", success: 201, body: s.maxImageBytes, limit: forever,
-			handle: s.importImage},
+			handle: s.images.importImage},
 		{pattern: "GET /machine", success: 200, limit: s.waits.read, handle: s.machine},
 		{pattern: "GET /health", success: 204, limit: s.waits.read, handle: s.health},
 	}
@@ -82,6 +82,7 @@ type server struct {
 	log        *slog.Logger
 	locks      *keyedMutex // by service id
 	console    *console
+	images     *images
 	stats      *stats
 	rejected   *rejectedLog
 	mux        *http.ServeMux
@@ -100,11 +101,12 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
 		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
+	s.images = newImages(life, cfg, e, b.root, log)
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.waits, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.waits,
 		shutdown: serving}
 	s.services = &services{config: cfg, engine: e, binds: b, containers: own, fetcher: newFetcher(cfg.fetchAllow),
-		locks: locks, ensureImage: s.ensureImage, tidyImages: s.removeUnfinished, forgetStats: s.stats.forget, log: log,
+		locks: locks, images: s.images, stats: s.stats, log: log,
 		ctx: life}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {

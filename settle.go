@@ -205,7 +205,7 @@ func (s *services) settleAll(ctx context.Context) error {
 			s.log.Warn("cannot settle a service", "id", id, "err", err)
 		}
 	}
-	return s.tidyImages(ctx)
+	return s.images.removeUnfinished(ctx)
 }
 
 // isSettled reports whether settle would have nothing to do, without another call to the engine.
