@@ -167,15 +167,17 @@ func (f *feed) wait(ctx context.Context, seen time.Time) (frame, error) {
 }
 
 // follow publishes the engine's frames of a running container until that stops, nobody asks for them, the
-// engine is silent for timeouts.frame, or f.ctx ends.
+// engine is silent for timeouts.frame, or f.ctx ends. It returns why.
 func (f *feed) follow(e *engine, containerID string, timeouts waits) error {
+	ctx, cancel := context.WithCancelCause(f.ctx)
+	defer cancel(nil)
 	watchdog := time.AfterFunc(timeouts.frame, func() {
-		f.end(failure(timedOut, "the engine has sent no statistics of this service for %s", timeouts.frame))
+		cancel(failure(timedOut, "the engine has sent no statistics of this service for %s", timeouts.frame))
 	})
 	defer watchdog.Stop()
-	resp, err := e.api().ContainerStats(f.ctx, containerID, true)
+	resp, err := e.api().ContainerStats(ctx, containerID, true)
 	if err != nil {
-		return err
+		return cmp.Or(context.Cause(ctx), err)
 	}
 	defer resp.Body.Close()
 	lines := bufio.NewScanner(resp.Body)
@@ -184,7 +186,7 @@ func (f *feed) follow(e *engine, containerID string, timeouts waits) error {
 		watchdog.Reset(timeouts.frame)
 		var sample struct{ Read, PreRead time.Time }
 		if err := json.Unmarshal(lines.Bytes(), &sample); err != nil { // the Scanner returns a cut line, too
-			return cmp.Or(lines.Err(), err)
+			return cmp.Or(context.Cause(ctx), lines.Err(), err)
 		}
 		if sample.Read.IsZero() { // the container does not run: the engine goes on, without samples
 			return errContainerReplaced
@@ -194,7 +196,7 @@ func (f *feed) follow(e *engine, containerID string, timeouts waits) error {
 			close(f.newest.Swap(next).superseded)
 		}
 	}
-	return cmp.Or(lines.Err(), errContainerReplaced)
+	return cmp.Or(context.Cause(ctx), lines.Err(), errContainerReplaced)
 }
 
 // idle reports whether nobody has asked since the newest frame arrived, and for as long as limit.

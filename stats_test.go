@@ -310,7 +310,7 @@ func TestKillForgetsTheStatsOfWhatRan(t *testing.T) {
 // An engine with many watched services needs longer for one round of frames than a request waits.
 func TestFeedOutlivesRequestsThatTimeOut(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.waits.read = time.Second })
+	e, d := startWithRunning(t, func(c *config) { c.waits.read = 2 * time.Second })
 	frames := make(chan string)
 	statsFrames(e, frames)
 	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=true"} {
@@ -327,7 +327,7 @@ func TestFeedOutlivesRequestsThatTimeOut(t *testing.T) {
 // Once a stream has begun, only the feed limits the wait for a frame.
 func TestStreamWaitsForASlowEngine(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.waits.read = time.Second })
+	e, d := startWithRunning(t, func(c *config) { c.waits.read = 2 * time.Second })
 	frames, pause := make(chan string), make(chan struct{})
 	statsFrames(e, frames)
 	go func() { // ends with pause
@@ -366,7 +366,7 @@ func TestFeedEndsWithoutAFrame(t *testing.T) {
 	d.do(t, "GET", "/service/web/stats?stream=true", "").want(t, 504, "no statistics")
 	<-ended
 	e.setIntercept(nil)
-	d.do(t, "GET", "/service/web/stats", "").want(t, 200, `"/web"`)
+	waitFor(t, "statistics", func() bool { return d.do(t, "GET", "/service/web/stats", "").status == 200 })
 }
 
 // A request that waits for a frame keeps the feed, however long the frame takes.
@@ -454,7 +454,7 @@ func TestEngineWithoutStatistics(t *testing.T) {
 				t.Errorf("the engine was asked %d times", after-before)
 			}
 			e.setIntercept(nil)
-			d.do(t, "GET", "/service/web/stats", "").want(t, 200)
+			waitFor(t, "statistics", func() bool { return d.do(t, "GET", "/service/web/stats", "").status == 200 })
 		})
 	}
 }
