@@ -269,6 +269,21 @@ func (b *bindRoot) ids(dir string) (ids []string, err error) {
 	return ids, err
 }
 
+// usesImage reports whether the record of a service needs an image, now or from its next start on.
+func (b *bindRoot) usesImage(imageID string) (bool, error) {
+	ids, err := b.ids(recordDir)
+	if err != nil {
+		return false, err
+	}
+	for _, id := range ids {
+		record, err := b.record(id)
+		if err != nil || record != nil && (record.ImageID == imageID || record.latest().ImageID == imageID) {
+			return true, err
+		}
+	}
+	return false, nil
+}
+
 // checkUnused returns a conflict if the service has a bind directory with something in it: using that
 // would mix the data of two services.
 func (b *bindRoot) checkUnused(id string) error {

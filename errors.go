@@ -39,6 +39,7 @@ var (
 	withoutStdin   = kind{409, "no_stdin"}           // create it with open_stdin
 	withoutTTY     = kind{409, "no_tty"}             // create it with tty
 	engineConflict = kind{409, "engine_conflict"}    // such as a paused container: its words say which
+	imageInUse     = kind{409, "image_in_use"}       // delete or change the services that use it
 	portTaken      = kind{409, "port_taken"}         // free the host's port, or choose another one
 	tooLarge       = kind{413, "too_large"}          // send less, or no body where none belongs
 	internal       = kind{500, "internal"}           // somebody has to read the daemon's log

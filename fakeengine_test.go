@@ -133,6 +133,7 @@ type fakeImage struct {
 	id   string
 	tags []string
 	cmd  []string
+	user string
 }
 
 func newFakeEngine(t testing.TB) *fakeEngine {
@@ -1074,7 +1075,7 @@ func (e *fakeEngine) onImage(w http.ResponseWriter, r *http.Request, name, actio
 		img.tags = append(img.tags, tagged(r.URL.Query().Get("repo")+":"+r.URL.Query().Get("tag")))
 		w.WriteHeader(http.StatusCreated)
 	default:
-		replyJSON(w, 200, map[string]any{"Id": img.id, "RepoTags": img.tags, "Config": map[string]any{"Cmd": img.cmd}})
+		replyJSON(w, 200, map[string]any{"Id": img.id, "RepoTags": img.tags, "Config": map[string]any{"Cmd": img.cmd, "User": img.user}})
 	}
 }
 

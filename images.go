@@ -44,7 +44,7 @@ const (
 // images imports images, and makes sure that the image of a service is present.
 type images struct {
 	engine        *engine
-	dir           *os.Root // the bind root: uploads are written to unnamed files in it
+	binds         *bindRoot // uploads are written to unnamed files in it
 	log           *slog.Logger
 	life          context.Context // ends when what has begun must end
 	createTimeout time.Duration   // for one import by the engine
@@ -58,14 +58,13 @@ type images struct {
 	notSynced  sync.Once  // logs that imports are not synced
 }
 
-// newImages returns the images of the daemon whose bind root is opened as dir. It removes
-// the file that a daemon may have left that died before it could remove its name.
-func newImages(life context.Context, cfg config, e *engine, dir *os.Root, log *slog.Logger) *images {
-	if err := dir.Remove(uploadName); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// newImages returns the images of a daemon. It removes the upload file whose name a killed daemon has left.
+func newImages(life context.Context, cfg config, e *engine, b *bindRoot, log *slog.Logger) *images {
+	if err := b.root.Remove(uploadName); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		log.Warn("cannot remove an upload that an earlier daemon has left", "err", err)
 	}
-	return &images{engine: e, dir: dir, log: log, life: life, createTimeout: cfg.createTimeout,
-		readTimeout: cfg.waits.read, tempPrefix: tempPrefix(cfg.binds)}
+	return &images{engine: e, binds: b, log: log, life: life, createTimeout: cfg.createTimeout,
+		readTimeout: cfg.waits.read, tempPrefix: tempPrefix(b.path)}
 }
 
 // tempPrefix returns images.tempPrefix for the daemon whose bind root is at path.
@@ -73,6 +72,44 @@ func tempPrefix(path string) string {
 	sum := sha256.Sum256([]byte(path))
 	return fmt.Sprintf("%s:new-%x-", importName, sum[:6])
 }
+
+// listImages answers GET /docker/image with the engine's entries of imported images.
+func (x *images) listImages(w http.ResponseWriter, r *http.Request) error {
+	list, err := x.imported(r.Context())
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, list)
+	return nil
+}
+
+// removeImage answers DELETE /docker/image/{image}. An image that is not an import does not exist here.
+func (x *images) removeImage(_ http.ResponseWriter, r *http.Request) error {
+	id := r.PathValue("image")
+	list, err := x.imported(r.Context())
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(list, func(found image.Summary) bool { return found.ID == id }) {
+		return noSuchImage(id)
+	}
+	used, err := x.binds.usesImage(id)
+	if err != nil {
+		return err
+	}
+	if used {
+		return failure(imageInUse, "a service uses the image %q", id)
+	}
+	err = x.dropImport(r.Context(), importTag(id))
+	if errdefs.IsConflict(err) { // a container uses it
+		_, message := describe(err)
+		return failure(imageInUse, "%s", message)
+	}
+	return err
+}
+
+// importTag returns the tag that an import gets: the beginning of its image's id.
+func importTag(imageID string) string { return importName + ":" + imageID[len("sha256:"):][:12] }
 
 // importImage answers POST /docker/image. The engine is asked only when the whole archive is here and has
 // passed the check; from then on the import runs to its end even if the client disconnects.
@@ -132,7 +169,7 @@ func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 // unnamedFile returns a new file in the bind root that has no name: open(2), O_TMPFILE.
 func (x *images) unnamedFile() (*os.File, error) {
-	file, err := x.dir.OpenFile(".", os.O_RDWR|oTmpfile, 0o600)
+	file, err := x.binds.root.OpenFile(".", os.O_RDWR|oTmpfile, 0o600)
 	if errors.Is(err, syscall.EOPNOTSUPP) {
 		return x.removedFile()
 	}
@@ -144,11 +181,11 @@ func (x *images) unnamedFile() (*os.File, error) {
 func (x *images) removedFile() (*os.File, error) {
 	x.naming.Lock()
 	defer x.naming.Unlock()
-	file, err := x.dir.OpenFile(uploadName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	file, err := x.binds.root.OpenFile(uploadName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := x.dir.Remove(uploadName); err != nil {
+	if err := x.binds.root.Remove(uploadName); err != nil {
 		file.Close()
 		return nil, err
 	}
@@ -174,11 +211,10 @@ func (x *images) makeImage(archive *os.File) (id string, err error) {
 	if err != nil {
 		return "", err
 	}
-	hex, ok := strings.CutPrefix(id, "sha256:")
-	if !ok || len(hex) != 64 {
+	if !imageID.MatchString(id) || !strings.HasPrefix(id, "sha256:") {
 		return "", failure(engineFailed, "the engine did not say which image it imported")
 	}
-	tag := importName + ":" + hex[:12]
+	tag := importTag(id)
 	if err := x.engine.api().ImageTag(ctx, id, tag); err != nil {
 		return "", err
 	}
@@ -236,7 +272,7 @@ func (x *images) dropImport(ctx context.Context, tag string) error {
 func (x *images) removeUnfinished(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, x.readTimeout)
 	defer cancel()
-	list, err := x.imported(ctx)
+	list, err := x.repository(ctx)
 	if err != nil {
 		return err
 	}
@@ -254,10 +290,18 @@ func (x *images) removeUnfinished(ctx context.Context) error {
 	return nil
 }
 
-// imported returns the images that were imported, by any daemon.
-func (x *images) imported(ctx context.Context) ([]image.Summary, error) {
+// repository returns the images in the repository of imports, with the temporary ones.
+func (x *images) repository(ctx context.Context) ([]image.Summary, error) {
 	options := image.ListOptions{Filters: filters.NewArgs(filters.Arg("reference", importName))}
 	return x.engine.api().ImageList(ctx, options)
+}
+
+// imported returns the images of imports that have been answered, by any daemon on this engine.
+func (x *images) imported(ctx context.Context) ([]image.Summary, error) {
+	list, err := x.repository(ctx)
+	return slices.DeleteFunc(list, func(found image.Summary) bool {
+		return !imageID.MatchString(found.ID) || !slices.Contains(found.RepoTags, importTag(found.ID))
+	}), err
 }
 
 // syncEngine makes durable what the engine has written. Engines do not: after a power cut an image can be
@@ -297,57 +341,69 @@ func (x *images) openEngineDir(path string) (*os.File, error) {
 	return os.Open(path)
 }
 
-// ensure makes sure that the engine has an image that a service may have, pulls it if it is missing, and
-// returns its id. workingDir is the service's own. registryAuth is passed on as X-Registry-Auth.
-func (x *images) ensure(ctx context.Context, name, workingDir, registryAuth string) (id string, err error) {
-	id, err = x.check(ctx, name, workingDir)
+// checkedImage is what a service needs to know of its image.
+type checkedImage struct {
+	id   string // sha256:…
+	user string // USER of the image's configuration
+}
+
+// ensure makes sure that the engine has an image that a service may have, and pulls it if it is missing.
+// workingDir is the service's own. registryAuth is passed on as X-Registry-Auth.
+func (x *images) ensure(ctx context.Context, name, workingDir, registryAuth string) (checkedImage, error) {
+	found, err := x.check(ctx, name, workingDir)
 	if !errdefs.IsNotFound(err) {
-		return id, err
+		return found, err
 	}
 	if imageID.MatchString(name) { // no registry knows it
-		return "", noSuchImage(name)
+		return found, noSuchImage(name)
 	}
+	if err := x.pull(ctx, name, registryAuth); err != nil {
+		return found, err
+	}
+	found, err = x.check(ctx, name, workingDir)
+	if errdefs.IsNotFound(err) { // the pull failed without an error
+		return found, noSuchImage(name)
+	}
+	return found, err
+}
+
+// pull has the engine pull an image.
+func (x *images) pull(ctx context.Context, name, registryAuth string) error {
 	progress, err := x.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
 		_, text := describe(err)
-		return "", failure(unknownImage, "cannot pull the image: %s", text)
+		return failure(unknownImage, "cannot pull the image: %s", text)
 	}
 	if err != nil {
-		return "", fmt.Errorf("cannot pull the image: %w", err)
+		return fmt.Errorf("cannot pull the image: %w", err)
 	}
 	defer progress.Close()
-	if _, err := lastStatus(progress); err != nil {
-		return "", err
-	}
-	id, err = x.check(ctx, name, workingDir)
-	if errdefs.IsNotFound(err) { // the pull failed without an error
-		return "", noSuchImage(name)
-	}
-	return id, err
+	_, err = lastStatus(progress)
+	return err
 }
 
-// check returns the id of an image. It returns a 400 for one whose configuration a container would inherit
-// and must not: a large one, since it comes with each list of containers, or a working directory that the
-// parameters would be refused for. Symbolic links inside the image are the runtime's concern.
-func (x *images) check(ctx context.Context, name, workingDir string) (id string, err error) {
+// check inspects an image. It returns a 400 for one whose configuration a container would inherit and must
+// not: a large one, since it comes with each list of containers, or a working directory that the parameters
+// would be refused for. Symbolic links inside the image are the runtime's concern.
+func (x *images) check(ctx context.Context, name, workingDir string) (checkedImage, error) {
 	var text bytes.Buffer
 	found, err := x.engine.api().ImageInspect(ctx, name, client.ImageInspectWithRawResponse(&text))
 	if err != nil || found.Config == nil {
-		return found.ID, err
+		return checkedImage{id: found.ID}, err
 	}
 	var raw struct{ Config json.RawMessage }
 	if err := json.Unmarshal(text.Bytes(), &raw); err != nil {
-		return "", err
+		return checkedImage{}, err
 	}
 	switch {
 	case len(raw.Config) > maxImageConfig:
-		return "", badRequest("image: its configuration has more than %d bytes", maxImageConfig)
+		err = badRequest("image: its configuration has more than %d bytes", maxImageConfig)
 	case len(found.Config.Volumes) > maxVolumes:
-		return "", badRequest("image: it has more than %d volumes", maxVolumes)
+		err = badRequest("image: it has more than %d volumes", maxVolumes)
 	case workingDir == "" && within(path.Clean("/"+found.Config.WorkingDir), "/proc"):
-		return "", badRequest("image: its working directory is under /proc")
+		err = badRequest("image: its working directory is under /proc")
 	}
-	return found.ID, nil
+	return checkedImage{found.ID, found.Config.User}, err
 }
 
 // lastStatus reads the engine's progress messages to their end and returns the last

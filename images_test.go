@@ -519,7 +519,7 @@ func TestUploadOnAFileSystemWithoutUnnamedFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	x := newImages(t.Context(), config{}, nil, root, slog.New(slog.DiscardHandler))
+	x := newImages(t.Context(), config{}, nil, &bindRoot{root: root}, slog.New(slog.DiscardHandler))
 	for range 2 {
 		f, err := x.removedFile()
 		if err != nil {
@@ -734,7 +734,8 @@ func TestImageThatSaysTooMuchIsRefused(t *testing.T) {
 				if !strings.HasSuffix(r.URL.Path, "/images/img:1/json") || pulled && !there {
 					return false
 				}
-				io.WriteString(w, test.inspection)
+				id := `{"Id":"` + e.addImage("img:1") + `",`
+				io.WriteString(w, strings.Replace(strings.Replace(test.inspection, "{", id, 1), ",}", "}", 1))
 				return true
 			})
 			if pulled {
@@ -820,4 +821,43 @@ func FuzzImport(f *testing.F) {
 			t.Errorf("GNU tar has %d entries, Go %d: %v\n%s%s", got, entries, err, out, complaints.Bytes())
 		}
 	})
+}
+
+func TestImportedImagesAreListedAndRemoved(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	pulled := e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	d.do(t, "GET", "/docker/image", "").want(t, 200, "[]")
+	imported := func() (id string) {
+		t.Helper()
+		var body struct {
+			ID string `json:"image_id"`
+		}
+		if err := json.Unmarshal([]byte(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body), &body); err != nil {
+			t.Fatal(err)
+		}
+		return body.ID
+	}
+	id, pending := imported(), imported()
+	if list := d.do(t, "GET", "/docker/image", "").want(t, 200, id, pending).body; strings.Contains(list, pulled) {
+		t.Errorf("the list has an image that was not imported: %s", list)
+	}
+	for _, other := range []string{pulled, "sha256:" + strings.Repeat("0", 64), "img:1", "sha256:1", id[7:], id[:19], "duxcore%2Fimport:" + id[7:19]} {
+		d.do(t, "DELETE", "/docker/image/"+other, "").want(t, 404, "no_such_image")
+	}
+	d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"image":%q,"cmd":["x"]`, id))).want(t, 201)
+	d.do(t, "PUT", "/service/web", createBodyJSON("web", fmt.Sprintf(`"image":%q,"cmd":["x"]`, pending))).want(t, 204)
+	for _, used := range []string{id, pending} {
+		d.do(t, "DELETE", "/docker/image/"+used, "").want(t, 409, "image_in_use")
+	}
+	e.prune() // only the record speaks for the images now
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 409, "image_in_use")
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	e.answerWith("/import:"+id[7:19], 409, `{"message":"conflict: unable to remove repository reference: container 1 is using it"}`)
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 409, "image_in_use", "container 1 is using it")
+	e.setIntercept(nil)
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 204)
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 404)
+	d.do(t, "GET", "/docker/image", "").want(t, 200, pending)
 }

@@ -137,11 +137,11 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	if existing != nil || taken {
 		return serviceSpec{}, idTaken(p.ID)
 	}
-	imageID, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth)
+	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth)
 	if err != nil {
 		return serviceSpec{}, err
 	}
-	return serviceSpec{p, imageID}, s.binds.checkUnused(p.ID)
+	return serviceSpec{p, image.id, image.user}, s.binds.checkUnused(p.ID)
 }
 
 // provision makes a service. On an error its mark is left, with which settle takes everything back. ctx is the
@@ -153,7 +153,7 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	if err := s.binds.mark(id); err != nil {
 		return err
 	}
-	dir, err := s.binds.create(id, spec.Params.bindOwner())
+	dir, err := s.binds.create(id, spec.bindOwner())
 	if err != nil {
 		return err
 	}
@@ -162,7 +162,7 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	if err != nil {
 		return err
 	}
-	if err := s.fill(ctx, dir, spec.Params); err != nil {
+	if err := s.fill(ctx, dir, spec); err != nil {
 		return err
 	}
 	err = s.engine.api().ContainerRename(opCtx, candidate, id)
@@ -182,7 +182,8 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 }
 
 // fill unpacks bind_contents into a new bind directory, and syncs the directory.
-func (s *services) fill(ctx context.Context, dir *os.File, p serviceParams) error {
+func (s *services) fill(ctx context.Context, dir *os.File, spec serviceSpec) error {
+	p := spec.Params
 	if p.BindContents == "" {
 		return cmp.Or(dir.Sync(), s.binds.sync("."))
 	}
@@ -192,7 +193,7 @@ func (s *services) fill(ctx context.Context, dir *os.File, p serviceParams) erro
 	}
 	defer root.Close()
 	limits := unpackLimits{s.config.maxBindBytes, s.config.maxBindFiles}
-	if err := s.fetcher.fetch(ctx, p.BindContents, root, limits, p.bindOwner()); err != nil {
+	if err := s.fetcher.fetch(ctx, p.BindContents, root, limits, spec.bindOwner()); err != nil {
 		return err
 	}
 	return syncFilesystem(dir)
@@ -228,11 +229,11 @@ func (s *services) setParams(ctx context.Context, id string, p serviceParams, re
 	if bindTarget(p.BindDir) != bindTarget(record.Params.BindDir) {
 		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
 	}
-	imageID, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth) // without the lock: a pull can take long
+	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth) // without the lock: a pull can take long
 	if err != nil {
 		return err
 	}
-	return s.setPending(ctx, id, func(serviceSpec) serviceSpec { return serviceSpec{p, imageID} })
+	return s.setPending(ctx, id, func(serviceSpec) serviceSpec { return serviceSpec{p, image.id, image.user} })
 }
 
 // setEnv replaces a service's variables from its next start on.

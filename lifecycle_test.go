@@ -180,7 +180,7 @@ func (f found) put(t *testing.T, e *fakeEngine, b *bindRoot, image string, runni
 	}
 	if f.record != "" {
 		spec := func(env string) serviceSpec {
-			return serviceSpec{serviceParams{ID: "web", Image: "img:1", BindDir: "/data", Env: []string{env}}, image}
+			return serviceSpec{serviceParams{ID: "web", Image: "img:1", BindDir: "/data", Env: []string{env}}, image, ""}
 		}
 		env, pending, isPending := strings.Cut(f.record, "/")
 		record := serviceRecord{serviceSpec: spec(env), Revision: "right"}

@@ -64,6 +64,9 @@ func (s *server) routes() []route {
 		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.waits.read, handle: s.console.resizeTTY},
 		{pattern: "PATCH /service/{id}/env", success: 204, body: maxJSON, limit: change, detached: true,
 			handle: svc.handleSetEnv},
+		{pattern: "GET /docker/image", success: 200, limit: s.waits.read, handle: s.images.listImages},
+		{pattern: "DELETE /docker/image/{image}", success: 204, limit: s.waits.read, detached: true,
+			handle: s.images.removeImage},
 		{pattern: "POST /docker/image", success: 201, body: s.maxImageBytes, limit: forever,
 			handle: s.images.importImage},
 		{pattern: "GET /machine", success: 200, limit: s.waits.read, handle: s.machine},
@@ -101,7 +104,7 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
 		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
-	s.images = newImages(life, cfg, e, b.root, log)
+	s.images = newImages(life, cfg, e, b, log)
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.waits, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.waits,
 		shutdown: serving}

@@ -104,7 +104,7 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 		{"DELETE", "/service", 405, "GET, POST"}, {"OPTIONS", "/v1/service", 405, "GET, POST"},
 		{"PATCH", "/service/web", 405, "DELETE, GET, PUT"}, {"POST", "/v1/service/web", 405, "DELETE, GET, PUT"},
 		{"GET", "/service/web/ctl", 405, "POST"}, {"POST", "/service/web/stats", 405, "GET"},
-		{"PUT", "/service/web/env", 405, "PATCH"}, {"GET", "/docker/image", 405, "POST"},
+		{"PUT", "/service/web/env", 405, "PATCH"}, {"PUT", "/docker/image", 405, "GET, POST"}, {"GET", "/docker/image/sha256:1", 405, "DELETE"},
 		{"POST", "/service/web/logs", 405, "GET"}, {"GET", "/service/web/stdin", 405, "POST"}, {"PUT", "/v1/service/web/tty", 405, "POST"},
 		{"TRACE", "/health", 405, "GET"}, {"BREW", "/v1/health", 405, "GET"},
 	} {

@@ -9,11 +9,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -105,6 +108,33 @@ func TestHostPortThatIsTaken(t *testing.T) {
 	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 409, "port_taken", "0.0.0.0:8080", "address already in use")
 	e.takePort("")
 	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 204)
+}
+
+func TestImagesNumericUserOwnsTheBindDirectory(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a directory away")
+	}
+	for _, test := range []struct {
+		imageUser, user string
+		uid, gid        uint32
+	}{
+		{"1000", "", 1000, 0}, {"1000:1001", "", 1000, 1001}, {"1000", "2000:3", 2000, 3}, {"nobody", "", 0, 0}, {"", "", 0, 0},
+		{"-5", "", 0, 0}, {"4294967295", "", 0, 0}, {"7:-1", "", 7, 0}, {"1000", "nobody", 0, 0},
+	} {
+		e := newFakeEngine(t)
+		e.addImage("img:1")
+		e.images[0].user = test.imageUser
+		d := startDaemon(t, e.host(), nil)
+		d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"user":%q`, test.user))).want(t, 201)
+		info, err := os.Stat(filepath.Join(d.binds, "web"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stat := info.Sys().(*syscall.Stat_t); stat.Uid != test.uid || stat.Gid != test.gid {
+			t.Errorf("%+v: the owner is %d:%d", test, stat.Uid, stat.Gid)
+		}
+	}
 }
 
 func TestStopSignal(t *testing.T) {

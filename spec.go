@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"maps"
 	"math"
@@ -103,6 +104,8 @@ func (h *hosts) UnmarshalJSON(text []byte) error {
 type serviceSpec struct {
 	Params  serviceParams `json:"params"`
 	ImageID string        `json:"image_id"` // what Params.Image meant when it was checked: sha256:…
+
+	imageUser string // USER of the image; not in the record, since only a create needs it
 }
 
 // serviceRecord is what a service is meant to be. Whenever it differs from the engine, it is right.
@@ -277,15 +280,15 @@ func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.H
 	return config, host
 }
 
-// bindOwner is who owns the bind directory and all that bind_contents puts there: the
-// service's user if that is a number. Nil leaves it to the archive: a name means
-// nothing on the host.
-func (p *serviceParams) bindOwner() *owner {
-	user, group, _ := strings.Cut(p.User, ":")
+// bindOwner returns the owner of the bind directory and of everything that bind_contents puts there: the
+// service's user, or else the image's, if that is a number. Nil leaves it to the archive: a name has no
+// meaning on the host.
+func (s serviceSpec) bindOwner() *owner {
+	user, group, _ := strings.Cut(cmp.Or(s.Params.User, s.imageUser), ":")
 	uid, err := strconv.ParseInt(user, 10, 32)
-	if err != nil {
+	if err != nil || uid < 0 {
 		return nil
 	}
-	gid, _ := strconv.ParseInt(group, 10, 32) // group 0 if it is no number
-	return &owner{int(uid), int(gid)}
+	gid, _ := strconv.ParseInt(group, 10, 32) // group 0 if it is not a number
+	return &owner{int(uid), int(max(gid, 0))}
 }
