@@ -128,7 +128,7 @@ func (b *bindRoot) adopt() error {
 	if err := b.root.Mkdir(recordDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	return b.sync(".")
+	return cmp.Or(b.sync(recordDir), b.sync("."))
 }
 
 // has reports whether the root has an entry.
