@@ -483,7 +483,7 @@ var apiFailures = map[string]struct {
 	}},
 	"ImageNotDone":     {change: apiHaste, absent: true, setUp: apiMuteEngine},
 	"InternalError":    {only: "POST /service", setUp: func(t *testing.T, w apiWorld) { apiRecord(t, w, "damaged") }},
-	"BindRootMoved":    {setUp: func(_ *testing.T, w apiWorld) { os.Rename(w.binds, w.binds+"-moved") }},
+	"BindRootMoved":    {setUp: func(_ *testing.T, w apiWorld) { os.RemoveAll(w.binds); os.Mkdir(w.binds, 0o700) }},
 	"ContainerMissing": {setUp: func(_ *testing.T, w apiWorld) { w.drop("demo") }},
 	"UnderWay": {change: func(c *config) { c.stopTimeout, c.waits.read = 0, time.Second }, setUp: func(t *testing.T, w apiWorld) {
 		held, release := crowdHold(w.fakeEngine, func(call string) bool { return strings.HasPrefix(call, "DELETE ") })
