@@ -1874,7 +1874,7 @@ func TestServicesAreMadeAgainAfterTheirContainersAreGone(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	port, _ := freePorts(t)
-	id := m.create(t, fmt.Sprintf(`"env":["A=1"],"max_ram":67108864,"max_cpu":50000,"user":"1000:7","port_map":{"8080/tcp":{"HostIp":"127.0.0.1","HostPort":%q}}`, port))
+	id := m.create(t, fmt.Sprintf(`"env":["A=1"],"hostname":"named","max_ram":67108864,"max_cpu":50000,"user":"1000:7","port_map":{"8080/tcp":{"HostIp":"127.0.0.1","HostPort":%q}}`, port))
 	plain := m.create(t, "")
 	before := m.get(t, id)
 	wantSame := func(when string) {
