@@ -514,7 +514,16 @@ func pollStats(b *testing.B, d *daemon, ids []string, clients int) (late int64) 
 func BenchmarkWatched(b *testing.B) {
 	for _, count := range []int{500, 10_000} {
 		b.Run(fmt.Sprint(count), func(b *testing.B) {
-			var binds string
+			var binds atomic.Value // of a string
+			binds.Store("")
+			ids := make([]string, count)
+			for i := range ids {
+				ids[i] = fmt.Sprintf("service-%d", i)
+			}
+			labelsAndMounts := func(id string) []any {
+				return []any{fmt.Sprintf(`{%q:%q,%q:%q,%q:"1"}`, labelService, id, labelBinds, binds.Load(), labelRevision),
+					fmt.Sprintf(`[{"Source":%q}]`, filepath.Join(binds.Load().(string), id))}
+			}
 			frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","pad":"` + strings.Repeat("x", 2500) + `"}` + "\n"
 			socket := filepath.Join(b.TempDir(), "s")
 			listener, err := net.Listen("unix", socket)
@@ -526,15 +535,24 @@ func BenchmarkWatched(b *testing.B) {
 				id, call, _ := strings.Cut(call, "/")
 				switch {
 				case call == "json":
-					fmt.Fprintf(w, `{"Id":%q,"Name":%q,"State":{"Running":true},"Config":{"Labels":{%q:%q,%q:%q}}}`,
-						id, "/"+id, labelService, id, labelBinds, binds)
+					fmt.Fprintf(w, `{"Id":%q,"Name":%q,"State":{"Running":true},"Config":{"Labels":%s},"Mounts":%s}`,
+						append([]any{id, "/" + id}, labelsAndMounts(id)...)...)
 				case call == "stats":
 					for second := time.Tick(time.Second); r.Context().Err() == nil; <-second {
 						io.WriteString(w, frame)
 						w.(http.Flusher).Flush()
 					}
 				case id == "json":
+					var list []string
+					for _, id := range ids {
+						list = append(list, fmt.Sprintf(`{"Id":%q,"Names":[%q],"State":"running","Labels":%s,"Mounts":%s}`,
+							append([]any{id, "/" + id}, labelsAndMounts(id)...)...))
+					}
+					io.WriteString(w, "["+strings.Join(list, ",")+"]")
+				case strings.HasSuffix(r.URL.Path, "/images/json"):
 					io.WriteString(w, "[]")
+				case strings.HasSuffix(r.URL.Path, "/version"):
+					io.WriteString(w, `{"Components":[{"Name":"Engine"}]}`)
 				default:
 					w.Header().Set("Api-Version", "1.41")
 				}
@@ -542,12 +560,14 @@ func BenchmarkWatched(b *testing.B) {
 			go engine.Serve(listener) // ends with Close
 			defer engine.Close()
 			d, pid := wireProcess(b, "unix://"+socket)
-			binds = d.binds
-			d.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
-			ids := make([]string, count)
-			for i := range ids {
-				ids[i] = fmt.Sprintf("service-%d", i)
+			for _, id := range ids {
+				record := fmt.Sprintf(`{"params":{"id":%q},"revision":"1"}`, id)
+				if err := os.WriteFile(filepath.Join(d.binds, recordDir, id), []byte(record), 0o600); err != nil {
+					b.Fatal(err)
+				}
 			}
+			binds.Store(d.binds)
+			d.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
 			pollStats(b, d, ids, 64)
 			for b.Loop() {
 				before, begin := processorTime(b, pid), time.Now()

@@ -128,7 +128,7 @@ func (b *bindRoot) adopt() error {
 	if err := b.root.Mkdir(recordDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	return b.sync(".")
+	return cmp.Or(b.sync(recordDir), b.sync("."))
 }
 
 // has reports whether the root has an entry.
@@ -163,13 +163,18 @@ func (b *bindRoot) sync(dir string) error {
 	return f.Sync()
 }
 
-// exists reports whether there is a service: it has a record, and no mark.
+// exists reports whether there is a service: it has a record, and no mark. In a root that was moved to another disk
+// no file is left, so it is errMoved that the caller gets, and not that the service is gone.
 func (b *bindRoot) exists(id string) (bool, error) {
 	marked, err := b.marked(id)
 	if err != nil || marked {
 		return false, err
 	}
-	return b.has(recordDir + "/" + id)
+	there, err := b.has(recordDir + "/" + id)
+	if err == nil && !there {
+		err = b.check()
+	}
+	return there, err
 }
 
 // marked reports whether a service is being created or deleted.
@@ -258,8 +263,8 @@ func (b *bindRoot) existing() ([]string, error) {
 // ids returns the entries of a directory that are services' ids, sorted.
 func (b *bindRoot) ids(dir string) (ids []string, err error) {
 	entries, err := fs.ReadDir(b.root.FS(), dir)
-	if errors.Is(err, fs.ErrNotExist) { // not adopted yet
-		return nil, nil
+	if errors.Is(err, fs.ErrNotExist) { // not adopted yet, or moved away
+		return nil, b.check()
 	}
 	for _, entry := range entries {
 		if serviceID.MatchString(entry.Name()) {

@@ -31,6 +31,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -623,8 +624,8 @@ func TestEnvChangesAtTheNextStart(t *testing.T) {
 	m.ctl(t, id, "restart")
 	wantStarted("without variables", "FROM_IMAGE=underneath")
 	m.setEnv(t, id, `{"ENV":"never used"}`)
-	if list := m.containers(t, m.binds); len(list) != 2 {
-		t.Errorf("the service has %d containers, want the current one and the next", len(list))
+	if list := m.containers(t, m.binds); len(list) != 1 {
+		t.Errorf("the service has %d containers", len(list))
 	}
 
 	volume := first.Mounts[slices.IndexFunc(first.Mounts, func(p container.MountPoint) bool { return p.Destination == "/vol" })].Name
@@ -642,8 +643,7 @@ func TestEnvChangesAtTheNextStart(t *testing.T) {
 func withoutEnv(t testing.TB, c container.InspectResponse) string {
 	t.Helper()
 	c.Config.Env, c.Config.Image, c.HostConfig.VolumesFrom = nil, "", nil
-	delete(c.Config.Labels, labelParams)
-	delete(c.Config.Labels, labelNumber)
+	delete(c.Config.Labels, labelRevision)
 	return toJSON(t, []any{c.Name, c.Image, c.Config, c.HostConfig})
 }
 
@@ -767,7 +767,6 @@ func TestListShowsOnlyThisDaemonsServices(t *testing.T) {
 	other.cleanUp(t, other.binds, "")
 	mine := []string{m.create(t, ""), m.create(t, "")}
 	theirs := []string{other.create(t, "")}
-	m.setEnv(t, mine[0], `{"A":"1"}`) // has a second container, which is no service
 	m.foreign(t, newID(), nil)
 
 	for d, want := range map[*machine][]string{m: mine, other: theirs} {
@@ -1858,4 +1857,165 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 	if is := strings.ReplaceAll(fmt.Sprint(got), id, "demo"); anyID.ReplaceAllString(is, "ID") != anyID.ReplaceAllString(fmt.Sprint(want), "ID") {
 		t.Errorf("got  %s\nwant %s", is, want)
 	}
+}
+
+// restarted stops the daemon, has something done meanwhile, and starts one on the same bind root.
+func (m *machine) restarted(t *testing.T, meanwhile func()) {
+	t.Helper()
+	if err := m.stop(); err != nil {
+		t.Fatal(err)
+	}
+	meanwhile()
+	m.daemon = startDaemon(t, "", func(c *config) { c.binds = m.binds })
+}
+
+// The engine forgets what it did not sync, and administrators prune: the records are enough to make all services again.
+func TestServicesAreMadeAgainAfterTheirContainersAreGone(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	port, _ := freePorts(t)
+	id := m.create(t, fmt.Sprintf(`"env":["A=1"],"hostname":"named","max_ram":67108864,"max_cpu":50000,"user":"1000:7","port_map":{"8080/tcp":{"HostIp":"127.0.0.1","HostPort":%q}}`, port))
+	plain := m.create(t, "")
+	before := m.get(t, id)
+	wantSame := func(when string) {
+		t.Helper()
+		after := m.get(t, id)
+		if got, want := withoutEnv(t, after), withoutEnv(t, before); after.ID == before.ID || got != want || !slices.Equal(after.Config.Env, before.Config.Env) {
+			t.Errorf("%s: %s\n%s\nwant another container like\n%s\n%s", when, after.ID, got, before.ID, want)
+		}
+		if len(m.containers(t, m.binds)) != 2 {
+			t.Errorf("%s: there are %d containers", when, len(m.containers(t, m.binds)))
+		}
+		before = after
+	}
+
+	m.restarted(t, func() {
+		for _, c := range m.containers(t, m.binds) {
+			if err := m.engine.ContainerRemove(t.Context(), c.ID, container.RemoveOptions{Force: true, RemoveVolumes: true}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	wantSame("after all containers were removed")
+	if before.State.Running {
+		t.Error("the service runs")
+	}
+	m.ctl(t, id, "start")
+	r := m.report(t, id)
+	if !slices.Contains(r.Env, "A=1") || r.limit("memory.limit_in_bytes", "memory.max") != "67108864" || r.UID != 1000 {
+		t.Errorf("the service sees %+v", r)
+	}
+	if got := ask(t, "tcp", "127.0.0.1:"+port); got != "tcp hello\n" {
+		t.Errorf("its port answers %q", got)
+	}
+	m.ctl(t, id, "stop")
+
+	m.setEnv(t, plain, `{"A":"pending"}`)
+	pruned, err := m.engine.ContainersPrune(t.Context(), filters.NewArgs(filters.Arg("label", labelBinds+"="+m.binds)))
+	if err != nil || len(pruned.ContainersDeleted) != 2 {
+		t.Fatalf("pruned %q, %v", pruned.ContainersDeleted, err)
+	}
+	m.do(t, "GET", "/service/"+id, "").want(t, http.StatusServiceUnavailable, "unavailable")
+	m.ctl(t, plain, "start")
+	if r := m.report(t, plain); !slices.Contains(r.Env, "A=pending") {
+		t.Errorf("the service sees %q", r.Env)
+	}
+	m.ctl(t, id, "stop")
+	wantSame("after a prune")
+}
+
+// A deleted customer's data must not appear in the next customer's service.
+func TestMovedBindRootGivesNobodyAnothersData(t *testing.T) {
+	t.Parallel()
+	mount := func(t *testing.T, dir string) {
+		t.Helper()
+		if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+			t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
+		}
+		t.Cleanup(func() {
+			if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for name, move := range map[string]func(t *testing.T, binds string){
+		"to another file system, with a link left": func(t *testing.T, binds string) {
+			disk := t.TempDir()
+			mount(t, disk)
+			command(t, "cp", "-a", binds, disk+"/binds")
+			if err := cmp.Or(os.RemoveAll(binds), os.Symlink(disk+"/binds", binds)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"under a disk that is mounted over it": func(t *testing.T, binds string) {
+			disk := t.TempDir()
+			command(t, "cp", "-a", binds, disk+"/binds")
+			mount(t, binds)
+			command(t, "cp", "-a", disk+"/binds/.", binds)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t, nil)
+			id := m.create(t, "")
+			writeFile(t, filepath.Join(m.binds, id, "secret"), "the first customer's")
+			move(t, m.binds)
+			for _, request := range []struct{ method, path, body string }{
+				{"DELETE", "/service/" + id, ""}, {"POST", "/service", createBodyJSON(newID(), "")},
+				{"PUT", "/service/" + id, createBodyJSON(id, fmt.Sprintf(`"image":%q`, m.image))}, {"PATCH", "/service/" + id + "/env", "{}"},
+				{"POST", "/service/" + id + "/ctl", `{"op":"start"}`}, {"POST", "/service/" + id + "/ctl", `{"op":"stop"}`},
+				{"POST", "/service/" + id + "/ctl", `{"op":"restart"}`}, {"POST", "/service/" + id + "/ctl", `{"op":"kill"}`}, {"GET", "/health", ""},
+			} {
+				m.do(t, request.method, request.path, request.body).want(t, http.StatusServiceUnavailable, "bind_root_moved")
+			}
+			m.restarted(t, func() {})
+			m.ctl(t, id, "start")
+			if files := m.report(t, id).Files; !strings.HasSuffix(files["secret"], "the first customer's") {
+				t.Errorf("the service has lost its data: %q", files)
+			}
+			m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+			m.createAs(t, id, "").want(t, http.StatusCreated)
+			m.ctl(t, id, "start")
+			if files := m.report(t, id).Files; files["secret"] != "" {
+				t.Errorf("the next service reads %q", files)
+			}
+			m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+		})
+	}
+}
+
+// The engine takes such an id for the beginning of several containers' ids, and inspects none.
+func TestServiceWhoseIDSeveralContainerIDsBeginWith(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	begin, id := map[string]bool{}, ""
+	for id == "" {
+		created, err := m.engine.ContainerCreate(t.Context(), &container.Config{Image: m.image, Cmd: []string{"/probe"}}, nil, nil, nil, newID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := m.engine.ContainerRemove(context.Background(), created.ID, container.RemoveOptions{}); err != nil {
+				t.Error(err)
+			}
+		})
+		if two := created.ID[:2]; begin[two] {
+			id = two
+		} else {
+			begin[two] = true
+		}
+	}
+	if err := os.Mkdir(filepath.Join(m.binds, id), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	m.do(t, "GET", "/service/"+id, "").want(t, http.StatusNotFound)
+	m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+	m.createAs(t, id, "").want(t, http.StatusCreated)
+	m.ctl(t, id, "start")
+	m.report(t, id)
+	m.setEnv(t, id, `{"A":"1"}`)
+	m.ctl(t, id, "restart")
+	m.report(t, id)
+	m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+	m.wantNothing(t)
 }

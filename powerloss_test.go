@@ -19,13 +19,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-
-	"github.com/docker/docker/client"
 )
 
 // disk is a file system in a file. What the kernel has only in its memory is not in that file, so
 // that a copy of it, taken while the file system is in use, is what a power cut would leave.
-type disk struct{ image, dir string }
+type disk struct{ kind, image, dir string }
 
 // On an ext4 with a journal a sync of any directory makes all durable but what is in files. On one
 // without, it does that for the directory alone, and its name: POSIX promises no more. So that this
@@ -43,33 +41,38 @@ func newDisk(t *testing.T, kind string) *disk {
 		t.Fatal(err)
 	}
 	command(t, "mkfs.ext4", "-q", "-b1024", "-I1024", "-N5000", "-Elazy_itable_init=0", diskKinds[kind].mkfs, image)
-	return &disk{image, mountImage(t, image, diskKinds[kind].mount)}
+	d := &disk{kind, image, t.TempDir()}
+	d.mount(t)
+	return d
 }
 
 func command(t *testing.T, name string, args ...string) {
 	t.Helper()
 	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-		t.Fatalf("this test makes file systems with mkfs.ext4, of e2fsprogs, in files, and mounts them, which takes root,\n"+
+		t.Fatalf("this test makes file systems with e2fsprogs, in files, and mounts them, which takes root,\n"+
 			"CAP_SYS_ADMIN and loop devices: %s %q: %v\n%s", name, args, err, out)
 	}
 }
 
-// mountImage mounts a disk, or a copy of one, until the test ends.
-func mountImage(t *testing.T, image, options string) (dir string) {
+// mount mounts the disk until the test ends, over what is mounted there.
+func (d *disk) mount(t *testing.T) {
 	t.Helper()
-	dir = t.TempDir()
-	command(t, "mount", "-t", "ext4", "-o", options, image, dir)
+	command(t, "mount", "-t", "ext4", "-o", diskKinds[d.kind].mount, d.image, d.dir)
 	t.Cleanup(func() {
 		// A process that another test just starts can still have a descriptor of what is there.
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+		if err := syscall.Unmount(d.dir, syscall.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})
-	return dir
 }
 
-func (d *disk) copyTo(image string) error {
-	return exec.Command("cp", "--sparse=always", d.image, image).Run()
+// afterCut returns the disk as a power cut at this moment would leave it, not mounted.
+func (d *disk) afterCut(t *testing.T) *disk {
+	image := filepath.Join(t.TempDir(), "image")
+	if out, err := exec.Command("cp", "--sparse=always", d.image, image).CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	return &disk{d.kind, image, d.dir}
 }
 
 // The trees here have of each path what describePath says, without the content itself.
@@ -90,18 +93,17 @@ func describePath(mode fs.FileMode, o owner, content string) string {
 // wantAfterCut fails the test unless a power cut at this moment leaves all of want, and nothing else.
 func (d *disk) wantAfterCut(t *testing.T, want tree) {
 	t.Helper()
-	image := filepath.Join(t.TempDir(), "image")
-	if err := d.copyTo(image); err != nil {
-		t.Fatal(err)
-	}
-	wantOnImage(t, image, want)
+	copied := d.afterCut(t)
+	copied.dir = t.TempDir()
+	copied.mount(t)
+	copied.wantTree(t, want)
 }
 
-func wantOnImage(t *testing.T, image string, want tree) {
+// wantTree fails the test unless a disk that was mounted after a power cut has all of want, and nothing else.
+func (d *disk) wantTree(t *testing.T, want tree) {
 	t.Helper()
-	dir := mountImage(t, image, "loop")
 	got, all := tree{}, maps.Clone(want)
-	for name, n := range readTree(t, dir, filepath.Join(dir, "lost+found")) {
+	for name, n := range readTree(t, d.dir, filepath.Join(d.dir, "lost+found")) {
 		if name != "." {
 			got[name] = describePath(n.mode, owner{int(n.uid), int(n.gid)}, n.content)
 			all[name] = ""
@@ -134,6 +136,10 @@ func TestPowerCutLeavesOnlyWhatWasSynced(t *testing.T) {
 	}
 }
 
+// emptyRoot is the tree of a bind root without a service.
+var emptyRoot = tree{"binds": private, "binds/.services": private, "binds/.incomplete": private,
+	"binds/.incomplete/.mark": describePath(0o600, owner{}, "")}
+
 func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 	t.Parallel()
 	for kind := range diskKinds {
@@ -148,7 +154,7 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 				}
 				keyFile, root := filepath.Join(keys.dir, "corekey.bin"), filepath.Join(binds.dir, "lib", "binds")
 				if anotherDied { // before it synced what it had made
-					if err := cmp.Or(os.WriteFile(keyFile, make([]byte, 32), 0o600), os.MkdirAll(filepath.Join(root, goneDir), 0o700)); err != nil {
+					if err := cmp.Or(os.WriteFile(keyFile, make([]byte, 32), 0o600), os.MkdirAll(filepath.Join(root, markDir), 0o700)); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -158,7 +164,10 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 					t.Errorf("the key has %d bytes, %v, want 32", len(key), err)
 				}
 				wantKeys["corekey.bin"] = describePath(0o600, owner{}, string(key))
-				wantBinds["lib"], wantBinds["lib/binds"], wantBinds["lib/binds/.gone"] = private, private, private
+				wantBinds["lib"] = private
+				for name, what := range emptyRoot {
+					wantBinds["lib/"+name] = what
+				}
 				for range 2 {
 					keys.wantAfterCut(t, wantKeys)
 					binds.wantAfterCut(t, wantBinds)
@@ -169,6 +178,7 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 	}
 }
 
+// After each answer the power is cut, and the next request goes to a daemon that was started on what that has left.
 func TestAnswersSurviveAPowerCut(t *testing.T) {
 	t.Parallel()
 	for kind := range diskKinds {
@@ -179,94 +189,138 @@ func TestAnswersSurviveAPowerCut(t *testing.T) {
 	}
 }
 
-// testPowerCuts takes steps. Each step's power cuts also leave what the steps before it were answered.
-func testPowerCuts(t *testing.T, d *disk) {
-	engine, err := client.NewClientWithOpts(client.FromEnv)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { engine.Close() })
-	sockets, err := os.MkdirTemp("", "power") // t.TempDir's name can be too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(sockets) })
-	proxy := newDeathProxy(t, filepath.Join(sockets, "s"), engine)
-	m := newMachine(t, func(c *config) {
-		c.fetchAllow, c.binds, c.dockerHost = loopback, filepath.Join(d.dir, "binds"), "unix://"+proxy.socket
-	})
-	want := tree{"binds": private, "binds/.gone": private}
-	bare, taken, full := newID(), newID(), newID()
-	create := func(t *testing.T, id, extra, dir string) {
-		m.createAs(t, id, extra).want(t, http.StatusCreated)
-		want["binds/"+id] = dir
-		d.wantAfterCut(t, want)
-	}
-	remove := func(t *testing.T, id string) {
-		during := tree{}
-		for name, what := range want {
-			if below, its := strings.CutPrefix(name, "binds/"+id); its {
-				delete(want, name)
-				name = "binds/.gone/" + id + below
-			}
-			during[name] = what
-		}
-		image, copied := filepath.Join(t.TempDir(), "image"), make(chan error, 1)
-		proxy.setHook(func(r *http.Request) (*http.Response, error) {
-			if r.Method == http.MethodDelete && len(copied) == 0 {
-				copied <- d.copyTo(image)
-			}
-			return proxy.transport.RoundTrip(r)
-		})
-		m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
-		proxy.setHook(nil)
-		d.wantAfterCut(t, want)
-		select {
-		case err := <-copied:
-			if err != nil {
-				t.Fatal(err)
-			}
-			wantOnImage(t, image, during) // it is on record that all has to go before the container does
-		default:
-			t.Error("the engine was not asked to remove the container")
-		}
-	}
+// powerCuts are a daemon on a disk, an engine, and the paths that a power cut has to leave of the disk.
+type powerCuts struct {
+	disk   *disk
+	engine *fakeEngine
+	daemon *daemon
+	want   tree
+	ids    []string // of the services that exist
+}
 
-	for _, step := range []struct {
-		name string
-		do   func(t *testing.T)
-	}{
-		{"create without contents", func(t *testing.T) { create(t, bare, "", public) }},
-		{"create with a directory that is there", func(t *testing.T) {
-			dir := filepath.Join(m.binds, taken)
-			if err := os.Mkdir(dir, 0o700); err != nil {
-				t.Fatal(err)
-			}
-			command(t, "sync", dir, m.binds)
-			create(t, taken, `"user":"1234:2345"`, theirs)
-		}},
-		{"create with contents", func(t *testing.T) {
-			var entries []imageEntry
-			for i := range 3001 {
-				name, size := fmt.Sprintf("%d/%d", i%40, i), i
-				if i == 3000 {
-					name, size = "big", 24<<20
-				}
-				content := strings.Repeat(rand.Text(), size/26+1)[:size]
-				entries = append(entries, imageFile(name, content))
-				name = "binds/" + full + "/" + name
-				want[path.Dir(name)], want[name] = theirs, describePath(0o755, owner{1234, 2345}, content)
-			}
-			url := serveArchives(t, map[string][]byte{"/a": gzipOf(t, imageOf(t, entries...))})
-			create(t, full, fmt.Sprintf(`"user":"1234:2345","bind_contents":"%s/a"`, url), theirs)
-		}},
-		{"delete without contents", func(t *testing.T) { remove(t, taken) }},
-		{"delete with contents", func(t *testing.T) { remove(t, full) }},
-	} {
-		if !t.Run(step.name, step.do) {
-			t.Fatal("the steps after this one need it")
-		}
+func (p *powerCuts) start(t *testing.T) {
+	p.daemon = startDaemon(t, p.engine.host(), func(c *config) {
+		c.fetchAllow, c.binds = loopback, filepath.Join(p.disk.dir, "binds")
+	})
+}
+
+// services describes all services, and whether the engine has other containers.
+func (p *powerCuts) services(t *testing.T) string {
+	text := fmt.Sprintf("containers %q\n", p.engine.names())
+	for _, id := range p.ids {
+		text += p.daemon.do(t, "GET", "/service/"+id+"/params", "").want(t, http.StatusOK).body
+		c, _ := p.engine.container(id)
+		text += toJSON(t, []any{c.Name, c.Config, c.HostConfig.Mounts, c.HostConfig.Memory, c.HostConfig.PortBindings}) + "\n"
 	}
-	m.do(t, "GET", "/service", "").want(t, http.StatusOK)
-	d.wantAfterCut(t, want)
+	return text
+}
+
+// withRecords returns the paths that have to be on the disk now, with the records of all services.
+func (p *powerCuts) withRecords(t *testing.T) tree {
+	t.Helper()
+	all := maps.Clone(p.want)
+	for _, id := range p.ids {
+		text, err := os.ReadFile(filepath.Join(p.daemon.binds, recordDir, id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all["binds/.services/"+id] = describePath(0o600, owner{}, string(text))
+	}
+	return all
+}
+
+// request makes a request, cuts the power, and starts a daemon on the copy of the disk. The engine is put back to
+// before the request.
+func (p *powerCuts) request(t *testing.T, method, path, body string, status int) {
+	t.Helper()
+	before := p.engine.now()
+	p.daemon.do(t, method, path, body).want(t, status)
+	left := p.disk.afterCut(t)
+	answered := p.services(t)
+	want := p.withRecords(t)
+	if err := p.daemon.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.disk = left
+	// A machine does this when it starts; the status is 1 if something was repaired. Without a journal it always is.
+	check := exec.Command("e2fsck", "-fy", left.image)
+	if out, err := check.CombinedOutput(); check.ProcessState.ExitCode() != 0 && check.ProcessState.ExitCode() != 1 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p.disk.mount(t)
+	p.disk.wantTree(t, want)
+	p.engine.cutPower(before)
+	p.start(t)
+	if after := p.services(t); after != answered {
+		t.Errorf("answered\n%safter a power cut\n%s", answered, after)
+	}
+}
+
+// create has a service created, and its directory and contents be there after a power cut.
+func (p *powerCuts) create(t *testing.T, id, extra, dir string) {
+	t.Helper()
+	p.ids = append(p.ids, id)
+	p.want["binds/"+id] = dir
+	p.request(t, "POST", "/service", createBodyJSON(id, extra), http.StatusCreated)
+}
+
+// remove deletes a service. When the engine is asked to remove the container, it is on record that all has to go.
+func (p *powerCuts) remove(t *testing.T, id string) {
+	t.Helper()
+	during := p.withRecords(t)
+	during["binds/.incomplete/"+id] = during["binds/.incomplete/.mark"]
+	maps.DeleteFunc(p.want, func(name, _ string) bool { return name == "binds/"+id || strings.HasPrefix(name, "binds/"+id+"/") })
+	p.ids = slices.DeleteFunc(p.ids, func(other string) bool { return other == id })
+	var copied *disk
+	p.engine.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodDelete && copied == nil {
+			copied = p.disk.afterCut(t)
+		}
+		return false
+	})
+	p.request(t, "DELETE", "/service/"+id, "", http.StatusNoContent)
+	p.engine.setIntercept(nil)
+	copied.dir = t.TempDir()
+	copied.mount(t)
+	copied.wantTree(t, during)
+}
+
+func testPowerCuts(t *testing.T, d *disk) {
+	p := &powerCuts{disk: d, engine: newFakeEngine(t), want: maps.Clone(emptyRoot)}
+	p.engine.addImage("img:1")
+	p.start(t)
+	p.create(t, "bare", `"env":["A=1"],"max_ram":67108864,"port_map":{"80/tcp":{"HostPort":"8080"}}`, public)
+
+	dir := filepath.Join(p.daemon.binds, "taken")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	command(t, "sync", dir, p.daemon.binds)
+	p.create(t, "taken", `"user":"1234:2345"`, theirs)
+
+	// What a start applies, and what a restart of a running service does.
+	p.request(t, "PATCH", "/service/bare/env", `{"A":"2"}`, http.StatusNoContent)
+	p.request(t, "POST", "/service/bare/ctl", `{"op":"start"}`, http.StatusNoContent)
+	p.request(t, "PUT", "/service/bare", createBodyJSON("bare", `"env":["A=3"],"max_ram":134217728`), http.StatusNoContent)
+	p.request(t, "PATCH", "/service/bare/env", `{"A":"4"}`, http.StatusNoContent)
+	p.daemon.do(t, "POST", "/service/taken/ctl", `{"op":"start"}`).want(t, http.StatusNoContent)
+	p.request(t, "POST", "/service/bare/ctl", `{"op":"restart"}`, http.StatusNoContent)
+	p.request(t, "POST", "/service/bare/ctl", `{"op":"restart"}`, http.StatusNoContent)
+	p.remove(t, "taken")
+
+	var entries []imageEntry
+	for i := range 3001 {
+		name, size := fmt.Sprintf("%d/%d", i%40, i), i
+		if i == 3000 {
+			name, size = "big", 24<<20
+		}
+		content := strings.Repeat(rand.Text(), size/26+1)[:size]
+		entries = append(entries, imageFile(name, content))
+		name = "binds/full/" + name
+		p.want[path.Dir(name)], p.want[name] = theirs, describePath(0o755, owner{1234, 2345}, content)
+	}
+	url := serveArchives(t, map[string][]byte{"/a": gzipOf(t, imageOf(t, entries...))})
+	p.create(t, "full", fmt.Sprintf(`"user":"1234:2345","bind_contents":"%s/a"`, url), theirs)
+	p.remove(t, "full")
+	p.daemon.do(t, "POST", "/service/bare/ctl", `{"op":"start"}`).want(t, http.StatusNoContent)
 }
