@@ -104,7 +104,8 @@ var errMoved = failure(bindRootMoved, "the bind root was moved, or something was
 	"since the daemon started: restart the daemon")
 
 // check returns errMoved unless the root's path still leads to the directory that this daemon has open. The
-// engine resolves the path at each start of a service: if the two differ, one customer could read another's data.
+// engine resolves the path at each start of a service: if the two differ, one customer could read another's
+// data.
 func (b *bindRoot) check() error {
 	there, err := os.Stat(b.path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -163,8 +164,8 @@ func (b *bindRoot) sync(dir string) error {
 	return f.Sync()
 }
 
-// exists reports whether there is a service: it has a record, and no mark. In a root that was moved to another disk
-// no file is left, so it is errMoved that the caller gets, and not that the service is gone.
+// exists reports whether there is a service: it has a record, and no mark. In a root that was moved to
+// another disk no file is left, so it is errMoved that the caller gets, and not that the service is gone.
 func (b *bindRoot) exists(id string) (bool, error) {
 	marked, err := b.marked(id)
 	if err != nil || marked {
@@ -211,8 +212,12 @@ func (b *bindRoot) record(id string) (*serviceRecord, error) {
 		return nil, err
 	}
 	r := &serviceRecord{}
-	if err := json.Unmarshal(text, r); err != nil || r.Params.ID != id || r.Revision == "" {
-		return nil, fmt.Errorf("%w: %s/%s: %w", errBadRecord, recordDir, id, cmp.Or(err, errors.New("not this service's")))
+	err = json.Unmarshal(text, r)
+	if err == nil && (r.Params.ID != id || r.Revision == "") {
+		err = errors.New("it is not this service's")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s/%s: %w", errBadRecord, recordDir, id, err)
 	}
 	return r, nil
 }

@@ -38,8 +38,8 @@ type containers struct {
 // serviceOf returns which service a container belongs to, if it is this daemon's: it has the labels of the
 // service and of the bind root, and it mounts the service's directory. The labels alone prove nothing,
 // since an image that docker commit made of a service has them too. All that follows relies on this function.
-func (c *containers) serviceOf(labels map[string]string, mounts []container.MountPoint) (id string, ours bool) {
-	id = labels[labelService]
+func (c *containers) serviceOf(labels map[string]string, mounts []container.MountPoint) (string, bool) {
+	id := labels[labelService]
 	if !serviceID.MatchString(id) || labels[labelBinds] != c.binds.path {
 		return "", false
 	}
@@ -223,7 +223,7 @@ func (c *containers) lookupLocked(ctx context.Context, id string) (inspected, er
 	if !exists {
 		return inspected{}, noSuchService(id)
 	}
-	return inspected{}, failure(unavailable, "the container of service %q is missing, and has yet to be made again", id)
+	return inspected{}, failure(unavailable, "the container of service %q is missing; it will be made again", id)
 }
 
 // inspect inspects a container by its name or full id if it is the one of a service. The engine also answers
@@ -240,7 +240,8 @@ func (c *containers) inspect(ctx context.Context, id, nameOrID string) (inspecte
 	if found.ID == "" {
 		return inspected{}, errUnreadable
 	}
-	if owner, ours := c.serviceOf(found.Config.Labels, found.Mounts); !ours || owner != id || found.Name != "/"+id {
+	service, ours := c.serviceOf(found.Config.Labels, found.Mounts)
+	if !ours || service != id || found.Name != "/"+id {
 		return inspected{}, noSuchService(id)
 	}
 	return found, nil

@@ -29,9 +29,9 @@ const (
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
 	sdk atomic.Pointer[client.Client]
-	// negotiated says that sdk speaks a version that the Docker Engine at the address accepts. negotiate sets it.
-	// lost resets it after an error that may mean that another engine is there now: the next request negotiates
-	// again before it asks for anything.
+	// negotiated says that sdk speaks a version that the Docker Engine at the address accepts. negotiate sets
+	// it. lost resets it after an error that may mean that another engine is there now: the next request
+	// negotiates again before it asks for anything.
 	negotiated atomic.Bool
 }
 

@@ -236,7 +236,8 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 		"engine network that services join; empty for the engine's default bridge")
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
 	c.stopTimeout, c.createTimeout = 30*time.Second, 30*time.Minute
-	fs.Var((*duration)(&c.stopTimeout), "stop-timeout", "`time` between SIGTERM and SIGKILL when a service stops")
+	fs.Var((*duration)(&c.stopTimeout), "stop-timeout",
+		"`time` between SIGTERM and SIGKILL when a service stops")
 	fs.Var((*duration)(&c.createTimeout), "create-timeout",
 		"`time` for one create, its pull and its download, and for one delete")
 	const fetchAllow = "networks (CIDR, comma-separated) that bind_contents may come from though not public"
@@ -254,7 +255,8 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	fs.Int64Var(&c.maxBindBytes, "max-bind-bytes", 10<<30, "bytes that a bind_contents archive may unpack to")
 	fs.Int64Var(&c.maxBindFiles, "max-bind-files", 250_000, "entries that a bind_contents archive may have")
 	fs.Int64Var(&c.maxImageBytes, "max-image-bytes", 16<<30, "bytes that an uploaded image may have")
-	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error; successful reads are debug")
+	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo,
+		"debug, info, warn or error; successful reads are debug")
 	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
 	for _, variable := range environ {
 		twin, text, _ := strings.Cut(variable, "=")
@@ -338,5 +340,6 @@ func versionNumber() string {
 
 // version is the line that -version prints.
 func version() string {
-	return fmt.Sprintf("duxcore-daemon %s %s %s/%s", versionNumber(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("duxcore-daemon %s %s %s/%s",
+		versionNumber(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

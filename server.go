@@ -61,7 +61,8 @@ func (s *server) routes() []route {
 			handle: s.console.serviceLogs},
 		{pattern: "POST /service/{id}/stdin", success: 204, body: math.MaxInt64, limit: forever,
 			handle: s.console.serviceStdin},
-		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.waits.read, handle: s.console.resizeTTY},
+		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.waits.read,
+			handle: s.console.resizeTTY},
 		{pattern: "PATCH /service/{id}/env", success: 204, body: maxJSON, limit: change, detached: true,
 			handle: svc.handleSetEnv},
 		{pattern: "GET /docker/image", success: 200, limit: s.waits.read, handle: s.images.listImages},
@@ -101,15 +102,17 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	locks := newKeyedMutex()
 	cfg.binds = b.path // absolute
 	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.waits.read}
-	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
+	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log,
+		life: life, serving: serving,
 		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
 	s.images = newImages(life, cfg, e, b, log)
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.waits, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.waits,
 		shutdown: serving}
-	s.services = &services{config: cfg, engine: e, binds: b, containers: own, fetcher: newFetcher(cfg.fetchAllow),
-		locks: locks, images: s.images, stats: s.stats, log: log,
+	s.services = &services{config: cfg, engine: e, binds: b, containers: own,
+		fetcher: newFetcher(cfg.fetchAllow),
+		locks:   locks, images: s.images, stats: s.stats, log: log,
 		ctx: life}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
@@ -134,7 +137,8 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	return s
 }
 
-// ServeHTTP authenticates a request, routes it and logs it. Nothing but the key check sees a request without the key.
+// ServeHTTP authenticates a request, routes it and logs it. Nothing but the key check sees a request without
+// the key.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.waits.write}
@@ -162,13 +166,14 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// conclude logs a request whose handler has returned or was aborted, and sets the deadlines for what net/http does
-// after that: it flushes the answer and drains the body. body is the original, without the limit on its size.
+// conclude logs a request whose handler has returned or was aborted, and sets the deadlines for what
+// net/http does after that: it flushes the answer and drains the body. body is the original, without the
+// limit on its size.
 func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, start time.Time) {
 	// The deadline of the last Write may be long past in a quiet stream: its final chunk could not be sent.
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	// net/http reads up to 256 KiB of the rest of the body. Without a body it is already reading the next request
-	// in the background (connReader), whose context a read deadline would cancel.
+	// net/http reads up to 256 KiB of the rest of the body. Without a body it is already reading the next
+	// request in the background (connReader), whose context a read deadline would cancel.
 	if body != http.NoBody {
 		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
 	}
@@ -185,14 +190,16 @@ func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, star
 	}
 }
 
-// logRequest writes the line of a request. Those of changes are the audit trail; a successful read is for debugging.
+// logRequest writes the line of a request. Those of changes are the audit trail; a successful read is for
+// debugging.
 func (s *server) logRequest(w *response, r *http.Request, start time.Time) {
 	level := slog.LevelInfo
 	if w.status < 400 && (r.Method == http.MethodGet || r.Method == http.MethodHead) {
 		level = slog.LevelDebug
 	}
-	fields := []any{"method", r.Method, "route", r.Pattern, "id", cmp.Or(w.id, r.PathValue("id")), "status", w.status,
-		"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr}
+	fields := []any{"method", r.Method, "route", r.Pattern, "id", cmp.Or(w.id, r.PathValue("id")),
+		"status", w.status, "bytes", w.written,
+		"duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr}
 	if w.op != "" {
 		fields = append(fields, "op", w.op)
 	}
@@ -457,8 +464,8 @@ func (s *server) machine(w http.ResponseWriter, r *http.Request) error {
 	writeJSON(w, http.StatusOK, map[string]any{
 		"version": versionNumber(), "engine": info.ServerVersion, "api": s.engine.api().ClientVersion(),
 		"arch": info.Architecture, "cpus": info.NCPU, "memory": info.MemTotal,
-		"bind_root": map[string]uint64{"size": disk.Blocks * uint64(disk.Bsize), "free": disk.Bavail * uint64(disk.Bsize),
-			"inodes": disk.Files, "free_inodes": disk.Ffree},
+		"bind_root": map[string]uint64{"size": disk.Blocks * uint64(disk.Bsize),
+			"free": disk.Bavail * uint64(disk.Bsize), "inodes": disk.Files, "free_inodes": disk.Ffree},
 	})
 	return nil
 }
