@@ -80,7 +80,7 @@ func (s *services) checkRoot(ctx context.Context) error {
 		return err
 	}
 	if len(all) > 0 {
-		return failure(unavailable, "the bind root has no %s, but the engine has containers of %d services in it: "+
+		return newAPIError(kindUnavailable, "the bind root has no %s, but the engine has containers of %d services in it: "+
 			"is its disk mounted? If the records are lost, create that directory", recordDir, len(all))
 	}
 	return s.binds.adopt()
@@ -114,7 +114,7 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 	if err == nil {
 		return nil
 	}
-	rollBack, cancel := detached(ctx, s.ctx, s.config.waits.settle)
+	rollBack, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
 	defer cancel()
 	if _, err := s.settle(rollBack, p.ID); err != nil {
 		s.log.Warn("cannot undo a failed create yet", "id", p.ID, "err", err)
@@ -125,7 +125,7 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 // checkCreate returns the spec of a service that can be created: the id is free, and the image is present.
 func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAuth string) (
 	serviceSpec, error) {
-	settle, cancel := detached(ctx, s.ctx, s.config.waits.settle)
+	settle, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
 	defer cancel()
 	existing, err := s.settle(settle, p.ID)
 	if err != nil {
@@ -358,10 +358,10 @@ func (s *services) startContainer(ctx context.Context, svc service) error {
 	}
 	_, message := describe(err)
 	if portInUse.MatchString(message) {
-		return failure(portTaken, "%s", message)
+		return newAPIError(kindPortTaken, "%s", message)
 	}
 	if errdefs.IsInvalidArgument(err) { // such as a bind directory that is missing: not the client's fault
-		return failure(engineFailed, "%s", message)
+		return newAPIError(kindEngineFailed, "%s", message)
 	}
 	return err
 }

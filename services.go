@@ -83,7 +83,7 @@ func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), s.config.waits.read/3)
+	ctx, cancel := context.WithTimeout(r.Context(), s.config.timeouts.engineRead/3)
 	defer cancel()
 	list := make([][]byte, 0, len(ids))
 	for _, id := range ids {

@@ -154,7 +154,7 @@ func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) 
 	first := make(chan struct{})
 	background.Go(func() { // ends with s.ctx
 		for done := sync.OnceFunc(func() { close(first) }); s.ctx.Err() == nil; {
-			wait := s.config.waits.round
+			wait := s.config.timeouts.settleInterval
 			if err := s.settleAll(s.ctx); err != nil {
 				s.log.Warn("cannot settle services", "err", err)
 				wait = min(wait, engineRetry) // the engine may be starting too
@@ -169,7 +169,7 @@ func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) 
 	select {
 	case <-first:
 		s.warnOfOtherRoots(ctx)
-	case <-time.After(s.config.waits.round):
+	case <-time.After(s.config.timeouts.settleInterval):
 	case <-ctx.Done(): // the daemon was told to stop
 	}
 }
@@ -234,7 +234,7 @@ func (s *services) settleOne(ctx context.Context, id string) error {
 		return nil
 	}
 	defer unlock()
-	ctx, cancel = context.WithTimeout(ctx, s.config.waits.settle)
+	ctx, cancel = context.WithTimeout(ctx, s.config.timeouts.settle)
 	defer cancel()
 	_, err = s.settle(ctx, id)
 	return err
