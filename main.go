@@ -217,16 +217,40 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	return err
 }
 
-// parseConfig reads the environment, then the arguments, which win. Its error lists, a line for each,
-// what is wrong in the environment, and the first argument that is wrong or else all values that
-// cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
+// parseConfig applies the environment, then the arguments, which take precedence. Its error has a line for each
+// invalid variable, and one for the first invalid argument or else for each value that is out of range. For -h it
+// writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args, environ []string, out io.Writer) (config, error) {
-	c := config{preauthSlots: defaultPreauthSlots(), timeouts: timeouts{
-		jsonBody: 30 * time.Second, engineRead: 30 * time.Second, clientWrite: 30 * time.Second,
-		statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second, settle: 2 * time.Minute, settleInterval: time.Minute}}
-	var mistakes []error
+	c := config{preauthSlots: defaultPreauthSlots(), stopTimeout: 30 * time.Second, createTimeout: 30 * time.Minute,
+		timeouts: timeouts{jsonBody: 30 * time.Second, engineRead: 30 * time.Second, clientWrite: 30 * time.Second,
+			statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second, settle: 2 * time.Minute,
+			settleInterval: time.Minute}}
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard) // main prints the error
+	c.defineFlags(fs)
+	errs := applyEnvironment(fs, environ)
+	fs.BoolVar(&c.version, "version", false, "print the version and exit") // has no variable
+	err := fs.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		fs.SetOutput(out)
+		fmt.Fprintln(out,
+			"duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.\n"+
+				"Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. "+
+				"A flag beats it.")
+		fs.PrintDefaults()
+		return c, err
+	}
+	if fs.NArg() > 0 && err == nil {
+		err = fmt.Errorf("%q is not a flag", fs.Arg(0))
+	}
+	if err == nil { // else there are arguments that were not read
+		errs = append(errs, c.validate()...)
+	}
+	return c, errors.Join(append(errs, err)...)
+}
+
+// defineFlags defines all flags that have a variable in the environment.
+func (c *config) defineFlags(fs *flag.FlagSet) {
 	fs.StringVar(&c.addr, "addr", ":8000", "TCP address to listen on")
 	fs.StringVar(&c.coreKeyPath, "corekey", "corekey.bin", "file with the binary core key; created when missing")
 	fs.StringVar(&c.binds, "binds", "binds", "directory of the bind directories; created when missing")
@@ -235,7 +259,6 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	fs.StringVar(&c.network, "network", "",
 		"engine network that services join; empty for the engine's default bridge")
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
-	c.stopTimeout, c.createTimeout = 30*time.Second, 30*time.Minute
 	fs.Var((*duration)(&c.stopTimeout), "stop-timeout",
 		"`time` between SIGTERM and SIGKILL when a service stops")
 	fs.Var((*duration)(&c.createTimeout), "create-timeout",
@@ -258,6 +281,11 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo,
 		"debug, info, warn or error; successful reads are debug")
 	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
+}
+
+// applyEnvironment sets the flags whose variable is in the environment. A variable that is not a flag's is an error,
+// as a mistyped flag is.
+func applyEnvironment(fs *flag.FlagSet, environ []string) (errs []error) {
 	for _, variable := range environ {
 		twin, text, _ := strings.Cut(variable, "=")
 		name, ours := strings.CutPrefix(twin, "DUXCORE_")
@@ -266,29 +294,12 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 		}
 		f := fs.Lookup(strings.ToLower(strings.ReplaceAll(name, "_", "-")))
 		if f == nil || name != strings.ToUpper(name) {
-			mistakes = append(mistakes, fmt.Errorf("%s is not a variable of this program: see -h", twin))
+			errs = append(errs, fmt.Errorf("%s is not a variable of this program: see -h", twin))
 		} else if err := f.Value.Set(text); err != nil {
-			mistakes = append(mistakes, fmt.Errorf("invalid value %q of %s: %w", text, twin, err))
+			errs = append(errs, fmt.Errorf("invalid value %q of %s: %w", text, twin, err))
 		}
 	}
-	fs.BoolVar(&c.version, "version", false, "print the version and exit") // has no variable
-	err := fs.Parse(args)
-	if errors.Is(err, flag.ErrHelp) {
-		fs.SetOutput(out)
-		fmt.Fprintln(out,
-			"duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.\n"+
-				"Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. "+
-				"A flag beats it.")
-		fs.PrintDefaults()
-		return c, err
-	}
-	if fs.NArg() > 0 && err == nil {
-		err = fmt.Errorf("%q is no flag", fs.Arg(0))
-	}
-	if err == nil { // else there are arguments that were not read
-		mistakes = append(mistakes, c.validate()...)
-	}
-	return c, errors.Join(append(mistakes, err)...)
+	return errs
 }
 
 // duration is a flag's value. Its error says what a duration looks like, which package flag's own does not.
