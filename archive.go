@@ -60,7 +60,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 			return brokenArchive(err)
 		}
 		if size += max(header.Size, 0); size > limits.bytes || size < 0 {
-			return failure(tooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
+			return newAPIError(kindTooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
 		}
 		if err = archive.check(header); err == nil {
 			err = u.add(header, archive)
@@ -69,25 +69,25 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 			return badEntry(header, err)
 		}
 		if entries+u.implied > limits.entries {
-			return failure(tooLarge, "bind_contents: more than %d entries", limits.entries)
+			return newAPIError(kindTooLarge, "bind_contents: more than %d entries", limits.entries)
 		}
 	}
 }
 
 // badArchive returns the 400 for a bind_contents archive.
 func badArchive(format string, args ...any) error {
-	return failure(refusedArchive, "bind_contents: "+format, args...)
+	return newAPIError(kindArchiveRefused, "bind_contents: "+format, args...)
 }
 
 // brokenArchive wraps a read error of an archive.
 func brokenArchive(err error) error {
-	if err == nil || isA[*apiError](err) {
+	if err == nil || isType[*apiError](err) {
 		return err
 	}
 	if err == io.ErrUnexpectedEOF {
 		return badArchive("the archive is cut off")
 	}
-	return badArchive("the archive is broken: %s", plain(err))
+	return badArchive("the archive is broken: %s", rootCause(err))
 }
 
 // entryError says why an entry is refused.
@@ -134,7 +134,7 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	n, err := l.r.Read(p)
 	l.ended = l.ended || err == io.EOF && n == 0
 	if l.left -= int64(n); l.left < 0 {
-		return 0, failure(tooLarge, "bind_contents: the archive, or what it unpacks to, has too many bytes")
+		return 0, newAPIError(kindTooLarge, "bind_contents: the archive, or what it unpacks to, has too many bytes")
 	}
 	return n, err
 }
@@ -382,7 +382,7 @@ func (u *unpacker) placeFile(parent *os.Root, base string, h *tar.Header, conten
 	}
 	defer f.Close()
 	_, err = io.CopyBuffer(struct{ io.Writer }{f}, content, u.buffer)
-	if err != nil && !isA[*fs.PathError](err) {
+	if err != nil && !isType[*fs.PathError](err) {
 		return brokenArchive(err)
 	}
 	if err == nil {

@@ -611,7 +611,7 @@ func TestArchiveCutOffAnywhereIsRefused(t *testing.T) {
 	refuses := func(archive []byte) bool {
 		err := unpack(bytes.NewReader(archive), root, limits, nil)
 		kind, _ := describe(cmp.Or(err, errStalled))
-		return kind == refusedArchive
+		return kind == kindArchiveRefused
 	}
 	var zipped bytes.Buffer
 	w := gzip.NewWriter(nil)
@@ -671,7 +671,7 @@ func TestWhatIsNotATarGzIsNamed(t *testing.T) {
 		err := unpack(strings.NewReader(test.archive), openTree(t, t.TempDir()), unpackLimits{bytes: 1 << 20, entries: 10}, nil)
 		if err == nil {
 			t.Errorf("%s: it was unpacked", test.name)
-		} else if kind, text := describe(err); kind != refusedArchive || !strings.Contains(text, test.want) {
+		} else if kind, text := describe(err); kind != kindArchiveRefused || !strings.Contains(text, test.want) {
 			t.Errorf("%s: %v %q, want %q in it", test.name, kind, text, test.want)
 		}
 	}
@@ -778,7 +778,7 @@ func FuzzUnpack(f *testing.F) {
 			t.Errorf("it allocated %d bytes, want at most %d", allocated, maxAllocated)
 		}
 		if err != nil {
-			if kind, text := describe(err); kind != refusedArchive && kind != tooLarge || len(text) > 16<<10 {
+			if kind, text := describe(err); kind != kindArchiveRefused && kind != kindTooLarge || len(text) > 16<<10 {
 				t.Errorf("%v, %d bytes of text: %v", kind, len(text), err)
 			}
 		}

@@ -100,11 +100,12 @@ func (b *bindRoot) close() {
 	b.dir.Close() // a nil *os.File may be closed
 }
 
-var errMoved = failure(bindRootMoved, "the bind root was moved, or something was mounted over it, "+
+var errMoved = newAPIError(kindBindRootMoved, "the bind root was moved, or something was mounted over it, "+
 	"since the daemon started: restart the daemon")
 
 // check returns errMoved unless the root's path still leads to the directory that this daemon has open. The
-// engine resolves the path at each start of a service: if the two differ, one customer could read another's data.
+// engine resolves the path at each start of a service: if the two differ, one customer could read another's
+// data.
 func (b *bindRoot) check() error {
 	there, err := os.Stat(b.path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -163,8 +164,8 @@ func (b *bindRoot) sync(dir string) error {
 	return f.Sync()
 }
 
-// exists reports whether there is a service: it has a record, and no mark. In a root that was moved to another disk
-// no file is left, so it is errMoved that the caller gets, and not that the service is gone.
+// exists reports whether there is a service: it has a record, and no mark. In a root that was moved to
+// another disk no file is left, so it is errMoved that the caller gets, and not that the service is gone.
 func (b *bindRoot) exists(id string) (bool, error) {
 	marked, err := b.marked(id)
 	if err != nil || marked {
@@ -211,8 +212,12 @@ func (b *bindRoot) record(id string) (*serviceRecord, error) {
 		return nil, err
 	}
 	r := &serviceRecord{}
-	if err := json.Unmarshal(text, r); err != nil || r.Params.ID != id || r.Revision == "" {
-		return nil, fmt.Errorf("%w: %s/%s: %w", errBadRecord, recordDir, id, cmp.Or(err, errors.New("not this service's")))
+	err = json.Unmarshal(text, r)
+	if err == nil && (r.Params.ID != id || r.Revision == "") {
+		err = errors.New("it is not this service's")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s/%s: %w", errBadRecord, recordDir, id, err)
 	}
 	return r, nil
 }
@@ -304,7 +309,7 @@ func (b *bindRoot) checkUnused(id string) error {
 		names, err = readSome(b.root, id)
 	}
 	if err == nil && (!info.IsDir() || len(names) > 0) {
-		err = failure(fullDirectory, "the bind directory of %q exists and is not empty", id)
+		err = newAPIError(kindDirectoryInUse, "the bind directory of %q exists and is not empty", id)
 	}
 	return err
 }
@@ -347,14 +352,14 @@ func (b *bindRoot) eraseTree(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if err := empty(ctx, dir); err != nil {
+	if err := removeContents(ctx, dir); err != nil {
 		return err
 	}
 	return b.root.Remove(id)
 }
 
 // A level is a directory on the way down into a tree, kept open.
-type level struct {
+type openLevel struct {
 	dir   *os.Root
 	depth int // below the top
 }
@@ -363,8 +368,8 @@ type level struct {
 // a free block, for the disk may be full, nor a descriptor for each directory on its way down: a
 // customer nests 60,000 in seconds. What lies between two levels that it has kept it goes down
 // again, which takes depth × log(depth) steps on the whole.
-func empty(ctx context.Context, top *os.Root) error {
-	way := []level{{top, 0}}
+func removeContents(ctx context.Context, top *os.Root) error {
+	way := []openLevel{{top, 0}}
 	defer func() {
 		for _, l := range way {
 			l.dir.Close()
@@ -384,7 +389,7 @@ func empty(ctx context.Context, top *os.Root) error {
 			if err != nil {
 				return err
 			}
-			way = append(thin(way, at.depth+1), level{dir, at.depth + 1})
+			way = append(closeDistant(way, at.depth+1), openLevel{dir, at.depth + 1})
 		}
 	}
 	return nil
@@ -392,8 +397,8 @@ func empty(ctx context.Context, top *os.Root) error {
 
 // thin closes levels that are far above depth, and returns the others: the top, and of each 2ⁿ levels one
 // that is no more than 16·2ⁿ above. Those are 16 × log(depth) at most.
-func thin(way []level, depth int) []level {
-	return slices.DeleteFunc(way, func(l level) bool {
+func closeDistant(way []openLevel, depth int) []openLevel {
+	return slices.DeleteFunc(way, func(l openLevel) bool {
 		far := l.depth > 0 && depth-l.depth > 16*(l.depth&-l.depth) // the lowest bit of l.depth
 		if far {
 			l.dir.Close()

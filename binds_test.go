@@ -238,7 +238,7 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 	}
 	below.Close()
 	ctx := &countingContext{Context: t.Context(), dir: dir}
-	if err := empty(ctx, openTree(t, dir+"/tree")); err != nil {
+	if err := removeContents(ctx, openTree(t, dir+"/tree")); err != nil {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(dir + "/tree"); err != nil || len(left) > 0 {

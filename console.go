@@ -34,7 +34,7 @@ type console struct {
 	containers *containers
 	engine     *engine
 	stdinLocks *keyedMutex // by container id
-	timeouts   waits
+	timeouts   timeouts
 	shutdown   context.Context // ends when the daemon starts to shut down
 }
 
@@ -48,7 +48,7 @@ func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	opening := time.AfterFunc(c.timeouts.read, cancel)
+	opening := time.AfterFunc(c.timeouts.engineRead, cancel)
 	run, logs, err := c.openLogs(ctx, r.PathValue("id"), options)
 	if !opening.Stop() {
 		err = context.DeadlineExceeded
@@ -71,7 +71,7 @@ func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 }
 
 // checkStopped returns an error unless the run has ended: then the end of its logs is really their end.
-func (c *console) checkStopped(ctx context.Context, id string, run inspected) error {
+func (c *console) checkStopped(ctx context.Context, id string, run containerInfo) error {
 	err := c.sameRun(ctx, id, run)
 	if err == nil {
 		return errors.New("the engine ended the logs of a running service")
@@ -85,7 +85,7 @@ func (c *console) checkStopped(ctx context.Context, id string, run inspected) er
 // openLogs returns the engine's logs of a service's container, and that container. The caller closes the
 // logs.
 func (c *console) openLogs(ctx context.Context, id string, options container.LogsOptions) (
-	inspected, io.ReadCloser, error) {
+	containerInfo, io.ReadCloser, error) {
 	for try := 1; ; try++ {
 		current, err := c.containers.lookup(ctx, id)
 		if err != nil {
@@ -131,20 +131,20 @@ func (c *console) serviceStdin(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if !run.Config.OpenStdin {
-		return failure(withoutStdin, "the service was created without open_stdin")
+		return newAPIError(kindNoStdin, "the service was created without open_stdin")
 	}
 	if !run.State.Running {
-		return failure(notRunning, "the service does not run")
+		return newAPIError(kindNotRunning, "the service does not run")
 	}
 	err = c.copyStdin(r.Context(), r.PathValue("id"), run, r.Body)
 	if err != nil && c.shutdown.Err() != nil {
-		return failure(unavailable, "the daemon is shutting down")
+		return newAPIError(kindUnavailable, "the daemon is shutting down")
 	}
 	return err
 }
 
 // copyStdin writes the whole body to the run's stdin, each part as soon as it has arrived.
-func (c *console) copyStdin(ctx context.Context, id string, run inspected, body io.Reader) error {
+func (c *console) copyStdin(ctx context.Context, id string, run containerInfo, body io.Reader) error {
 	chunk := make([]byte, stdinChunk)
 	for {
 		n, readErr := body.Read(chunk)
@@ -164,8 +164,8 @@ func (c *console) copyStdin(ctx context.Context, id string, run inspected, body 
 
 // writeStdin writes one chunk through one attach and returns when the engine has passed all of it on. The
 // engine interleaves concurrent attaches, so they take turns. run is the run that the chunk is meant for.
-func (c *console) writeStdin(ctx context.Context, id string, run inspected, chunk []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, c.timeouts.write)
+func (c *console) writeStdin(ctx context.Context, id string, run containerInfo, chunk []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeouts.clientWrite)
 	defer cancel()
 	unlock, err := c.stdinLocks.lock(ctx, run.ID)
 	if err != nil {
@@ -180,7 +180,7 @@ func (c *console) writeStdin(ctx context.Context, id string, run inspected, chun
 	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
 	resp, err := c.engine.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
 	if errdefs.IsNotFound(err) {
-		return failure(notRunning, "the service has stopped")
+		return newAPIError(kindNotRunning, "the service has stopped")
 	}
 	if err != nil {
 		return err
@@ -195,20 +195,20 @@ func (c *console) writeStdin(ctx context.Context, id string, run inspected, chun
 	err = cmp.Or(err, pipe.CloseWrite())
 	_, readErr := io.Copy(io.Discard, pipe)
 	if ctx.Err() != nil {
-		return failure(timedOut, "the service does not read its stdin")
+		return newAPIError(kindTimeout, "the service does not read its stdin")
 	}
 	// The engine ends the connection also when the service stops.
 	return cmp.Or(c.sameRun(ctx, id, run), err, readErr)
 }
 
 // sameRun returns nil if the service's container has run without a break since it was seen as run.
-func (c *console) sameRun(ctx context.Context, id string, run inspected) error {
+func (c *console) sameRun(ctx context.Context, id string, run containerInfo) error {
 	now, err := c.containers.lookup(ctx, id)
 	if err != nil {
 		return err
 	}
 	if !now.State.Running || now.ID != run.ID || now.State.StartedAt != run.State.StartedAt {
-		return failure(notRunning, "the service has stopped; it may not have read all")
+		return newAPIError(kindNotRunning, "the service has stopped; it may not have read all")
 	}
 	return nil
 }
@@ -230,15 +230,15 @@ func (c *console) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if !current.Config.Tty {
-		return failure(withoutTTY, "the service was created without tty")
+		return newAPIError(kindNoTTY, "the service was created without tty")
 	}
 	if !current.State.Running {
-		return failure(notRunning, "the service does not run")
+		return newAPIError(kindNotRunning, "the service does not run")
 	}
 	size := container.ResizeOptions{Height: uint(body.Rows), Width: uint(body.Cols)}
 	err = c.engine.api().ContainerResize(r.Context(), current.ID, size)
 	if errdefs.IsNotFound(err) || errdefs.IsConflict(err) { // it has just stopped, or was replaced
-		return failure(notRunning, "the service has stopped")
+		return newAPIError(kindNotRunning, "the service has stopped")
 	}
 	return err
 }

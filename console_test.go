@@ -442,7 +442,7 @@ func consoleRaw(w http.ResponseWriter, text string) {
 
 func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 	t.Parallel()
-	e, d := consoleStart(t, `"tty":false`, func(c *config) { c.waits.write = 3 * time.Second })
+	e, d := consoleStart(t, `"tty":false`, func(c *config) { c.timeouts.clientWrite = 3 * time.Second })
 	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
 	if err != nil {
 		t.Fatal(err)
@@ -523,7 +523,7 @@ func TestFollowEndsWhenItsClientLeaves(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			_, d := consoleStart(t, "", func(c *config) { c.waits.write, c.waits.json = time.Second, time.Second })
+			_, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite, c.timeouts.jsonBody = time.Second, time.Second })
 			conn := wireDial(t, d)
 			go io.WriteString(conn, "GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+rest)
 			answered := make(chan error, 1)
@@ -891,7 +891,7 @@ func TestEachConnectionForStdinGetsAtMost32KiB(t *testing.T) {
 
 func TestServiceThatDoesNotReadIsAGatewayTimeout(t *testing.T) {
 	t.Parallel()
-	e, d := consoleStart(t, "", func(c *config) { c.waits.write = 3 * time.Second })
+	e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = 3 * time.Second })
 	consoleService(t, d, "other", "")
 	e.setDeaf("web", true)
 	var waiting []<-chan answer
@@ -972,7 +972,7 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.waits.write = time.Second })
+			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = time.Second })
 			over := consoleHook(e, "/attach", test.engine)
 			a := d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 300_000))
 			if !slices.Contains(test.status, a.status) {
@@ -993,7 +993,7 @@ func TestEngineThatHangsAtInspectForTheConsole(t *testing.T) {
 	for path, method := range map[string]string{"logs": "GET", "logs?follow=true": "GET", "stdin": "POST", "tty": "POST"} {
 		t.Run(path, func(t *testing.T) {
 			t.Parallel()
-			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.waits.write = time.Second })
+			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = time.Second })
 			consoleHook(e, "/json", func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 			select {
 			case a := <-crowdSend(t, d, method, "/service/web/"+path, map[bool]string{true: `{"rows":1,"cols":1}`}[method == "POST"]):
@@ -1012,7 +1012,7 @@ func TestDaemonEndsWhileStdinIsOpen(t *testing.T) {
 	for name, deaf := range map[string]bool{"the client is silent": false, "the service does not read": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			e, d := consoleStart(t, "", func(c *config) { c.waits.write = 25 * time.Second })
+			e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = 25 * time.Second })
 			e.setDeaf("web", deaf)
 			r := stdinOpen(t, d, "web")
 			io.WriteString(r, "text")
@@ -1035,7 +1035,7 @@ func TestDaemonEndsWhileStdinIsOpen(t *testing.T) {
 func TestStdinLeavesNothing(t *testing.T) { // not parallel: it counts the process's goroutines
 	newFakeEngine(t).close() // the first socket of a process makes two descriptors more
 	crowdLeavesNothing(t, func() {
-		e, d := consoleStart(t, "", func(c *config) { c.waits.write = time.Second })
+		e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = time.Second })
 		e.setDeaf("web", true)
 		d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 1<<20)).want(t, 504)
 		e.setDeaf("web", false)

@@ -38,8 +38,8 @@ type containers struct {
 // serviceOf returns which service a container belongs to, if it is this daemon's: it has the labels of the
 // service and of the bind root, and it mounts the service's directory. The labels alone prove nothing,
 // since an image that docker commit made of a service has them too. All that follows relies on this function.
-func (c *containers) serviceOf(labels map[string]string, mounts []container.MountPoint) (id string, ours bool) {
-	id = labels[labelService]
+func (c *containers) serviceOf(labels map[string]string, mounts []container.MountPoint) (string, bool) {
+	id := labels[labelService]
 	if !serviceID.MatchString(id) || labels[labelBinds] != c.binds.path {
 		return "", false
 	}
@@ -75,7 +75,7 @@ func (s serviceContainers) errRenamed(id string) error {
 		return nil
 	}
 	name := strings.Join(s.renamed[0].Names, " ")
-	return failure(renamed, "service %q has a container that was given another name: %q", id, name)
+	return newAPIError(kindRenamedByHand, "service %q has a container that was given another name: %q", id, name)
 }
 
 // ofService returns the containers of one service.
@@ -162,7 +162,7 @@ func (c *containers) get(ctx context.Context, call url.URL) ([]byte, error) {
 }
 
 // inspected is what the daemon needs to know about a service's container, and the engine's whole answer.
-type inspected struct {
+type containerInfo struct {
 	ID    string
 	Name  string // with a slash
 	State struct {
@@ -180,15 +180,15 @@ type inspected struct {
 
 // lookup returns the container of a service. It takes no lock while there is one, so that a read or a kill
 // never waits behind a stop. Later calls use the full container id that it returns.
-func (c *containers) lookup(ctx context.Context, id string) (inspected, error) {
+func (c *containers) lookup(ctx context.Context, id string) (containerInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout) // streams have no limit of their own
 	defer cancel()
 	exists, err := c.binds.exists(id)
 	if err != nil {
-		return inspected{}, err
+		return containerInfo{}, err
 	}
 	if !exists {
-		return inspected{}, noSuchService(id)
+		return containerInfo{}, noSuchService(id)
 	}
 	found, err := c.inspect(ctx, id, id)
 	if err == nil || ctx.Err() != nil {
@@ -200,48 +200,49 @@ func (c *containers) lookup(ctx context.Context, id string) (inspected, error) {
 }
 
 // lookupLocked waits for the service's lock, since a start that is replacing the container holds it.
-func (c *containers) lookupLocked(ctx context.Context, id string) (inspected, error) {
+func (c *containers) lookupLocked(ctx context.Context, id string) (containerInfo, error) {
 	unlock, err := c.locks.lock(ctx, id)
 	if err != nil {
-		return inspected{}, err
+		return containerInfo{}, err
 	}
 	defer unlock()
 	found, err := c.ofService(ctx, id)
 	if err != nil {
-		return inspected{}, err
+		return containerInfo{}, err
 	}
 	if err := found.errRenamed(id); err != nil {
-		return inspected{}, err
+		return containerInfo{}, err
 	}
 	if found.current != nil {
 		return c.inspect(ctx, id, found.current.ID)
 	}
 	exists, err := c.binds.exists(id)
 	if err != nil {
-		return inspected{}, err
+		return containerInfo{}, err
 	}
 	if !exists {
-		return inspected{}, noSuchService(id)
+		return containerInfo{}, noSuchService(id)
 	}
-	return inspected{}, failure(unavailable, "the container of service %q is missing, and has yet to be made again", id)
+	return containerInfo{}, newAPIError(kindUnavailable, "the container of service %q is missing; it will be made again", id)
 }
 
 // inspect inspects a container by its name or full id if it is the one of a service. The engine also answers
 // to prefixes of ids, so only the exact name counts.
-func (c *containers) inspect(ctx context.Context, id, nameOrID string) (inspected, error) {
+func (c *containers) inspect(ctx context.Context, id, nameOrID string) (containerInfo, error) {
 	text, err := c.get(ctx, url.URL{Path: "/containers/" + nameOrID + "/json"})
 	if err != nil {
-		return inspected{}, err
+		return containerInfo{}, err
 	}
-	found := inspected{raw: text}
+	found := containerInfo{raw: text}
 	if err := json.Unmarshal(text, &found); err != nil {
-		return inspected{}, err
+		return containerInfo{}, err
 	}
 	if found.ID == "" {
-		return inspected{}, errUnreadable
+		return containerInfo{}, errUnreadable
 	}
-	if owner, ours := c.serviceOf(found.Config.Labels, found.Mounts); !ours || owner != id || found.Name != "/"+id {
-		return inspected{}, noSuchService(id)
+	service, ours := c.serviceOf(found.Config.Labels, found.Mounts)
+	if !ours || service != id || found.Name != "/"+id {
+		return containerInfo{}, noSuchService(id)
 	}
 	return found, nil
 }
@@ -276,7 +277,7 @@ func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err e
 		return func() { <-s.held; k.leave(key, s) }, nil
 	case <-ctx.Done():
 		k.leave(key, s)
-		return nil, errUnderWay
+		return nil, errBusy
 	}
 }
 

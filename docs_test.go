@@ -329,7 +329,7 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 		t.Errorf("documented are %v\nroutes are %v", documented, routes)
 	}
 
-	for name, of := range map[string]reflect.Type{"ServiceParams": reflect.TypeFor[serviceParams](), "HostMapEntry": reflect.TypeFor[hostPort]()} {
+	for name, of := range map[string]reflect.Type{"ServiceParams": reflect.TypeFor[serviceParams](), "HostMapEntry": reflect.TypeFor[hostMapEntry]()} {
 		kinds, types, required := map[string]any{}, map[string]any{}, []string{}
 		for key, schema := range named.Schemas[name].Properties {
 			kinds[key] = schema.Type
@@ -491,7 +491,7 @@ var apiFailures = map[string]struct {
 	"InternalError":    {only: "POST /service", setUp: func(t *testing.T, w apiWorld) { apiRecord(t, w, "damaged") }},
 	"BindRootMoved":    {setUp: func(_ *testing.T, w apiWorld) { os.RemoveAll(w.binds); os.Mkdir(w.binds, 0o700) }},
 	"ContainerMissing": {setUp: func(_ *testing.T, w apiWorld) { w.drop("demo") }},
-	"UnderWay": {change: func(c *config) { c.stopTimeout, c.waits.read = 0, time.Second }, setUp: func(t *testing.T, w apiWorld) {
+	"UnderWay": {change: func(c *config) { c.stopTimeout, c.timeouts.engineRead = 0, time.Second }, setUp: func(t *testing.T, w apiWorld) {
 		held, release := crowdHold(w.fakeEngine, func(call string) bool { return strings.HasPrefix(call, "DELETE ") })
 		deleted := crowdSend(t, w.daemon, "DELETE", "/service/demo", "")
 		t.Cleanup(func() { release(); <-deleted })
@@ -552,7 +552,7 @@ func apiRecord(t *testing.T, w apiWorld, text string) {
 }
 
 func apiHaste(c *config) {
-	c.createTimeout, c.stopTimeout, c.waits.read = 50*time.Millisecond, 0, 50*time.Millisecond
+	c.createTimeout, c.stopTimeout, c.timeouts.engineRead = 50*time.Millisecond, 0, 50*time.Millisecond
 }
 
 func apiStop(t *testing.T, w apiWorld) {

@@ -29,9 +29,9 @@ const (
 // and speaks to an old engine in too new a version after an attempt that failed.
 type engine struct {
 	sdk atomic.Pointer[client.Client]
-	// negotiated says that sdk speaks a version that the Docker Engine at the address accepts. negotiate sets it.
-	// lost resets it after an error that may mean that another engine is there now: the next request negotiates
-	// again before it asks for anything.
+	// negotiated says that sdk speaks a version that the Docker Engine at the address accepts. negotiate sets
+	// it. lost resets it after an error that may mean that another engine is there now: the next request
+	// negotiates again before it asks for anything.
 	negotiated atomic.Bool
 }
 
@@ -118,7 +118,7 @@ func (e *engine) lost() { e.negotiated.Store(false) }
 func (e *engine) negotiate(ctx context.Context) (err error) {
 	defer func() {
 		if errors.Is(err, context.DeadlineExceeded) { // nothing was begun
-			err = failure(unavailable, "the engine does not answer in time")
+			err = newAPIError(kindUnavailable, "the engine does not answer in time")
 		} else if errors.Is(err, io.EOF) {
 			err = errUnreadable
 		}
@@ -147,7 +147,7 @@ func (e *engine) negotiate(ctx context.Context) (err error) {
 		parts = append(parts, part.Name)
 	}
 	if !slices.Contains(parts, "Engine") {
-		return failure(engineFailed, "what answers at the engine's address is no Docker Engine: its parts are %q",
+		return newAPIError(kindEngineFailed, "what answers at the engine's address is no Docker Engine: its parts are %q",
 			strings.Join(parts, ", "))
 	}
 	return nil

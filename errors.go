@@ -25,31 +25,31 @@ type kind struct {
 
 // All kinds that there are.
 var (
-	invalid        = kind{400, "bad_request"}        // ask for something else
-	refusedArchive = kind{400, "archive_refused"}    // mend the archive of bind_contents, or of the image
-	unauthorized   = kind{401, "unauthorized"}       // find the right core key
-	unknownPath    = kind{404, "no_such_path"}       // look it up in the API's document
-	unknownService = kind{404, "no_such_service"}    // it is gone, or has yet to be created
-	unknownImage   = kind{404, "no_such_image"}      // import it, or give the registry's credentials
-	wrongMethod    = kind{405, "method_not_allowed"} // the header Allow lists those that are
-	takenID        = kind{409, "id_taken"}           // compare with the service or container that has it
-	fullDirectory  = kind{409, "directory_in_use"}   // somebody has to look at the data there
-	renamed        = kind{409, "renamed_by_hand"}    // somebody has to give the container its name back
-	notRunning     = kind{409, "not_running"}        // start it
-	withoutStdin   = kind{409, "no_stdin"}           // create it with open_stdin
-	withoutTTY     = kind{409, "no_tty"}             // create it with tty
-	engineConflict = kind{409, "engine_conflict"}    // such as a paused container: its words say which
-	imageInUse     = kind{409, "image_in_use"}       // delete or change the services that use it
-	portTaken      = kind{409, "port_taken"}         // free the host's port, or choose another one
-	tooLarge       = kind{413, "too_large"}          // send less, or no body where none belongs
-	internal       = kind{500, "internal"}           // somebody has to read the daemon's log
-	bindRootMoved  = kind{503, "bind_root_moved"}    // somebody has to restart the daemon, or mount its disk
-	engineFailed   = kind{502, "engine_failed"}      // the engine refused, or could not: its words say why
-	downloadFailed = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
-	unavailable    = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
-	httpVersion    = kind{505, "http_version_not_supported"}
-	diskFull       = kind{507, "disk_full"} // somebody has to make room on the machine
-	timedOut       = kind{504, "timeout"}   // look what there is, or ask again
+	kindBadRequest       = kind{400, "bad_request"}        // ask for something else
+	kindArchiveRefused   = kind{400, "archive_refused"}    // mend the archive of bind_contents, or of the image
+	kindUnauthorized     = kind{401, "unauthorized"}       // find the right core key
+	kindNoSuchPath       = kind{404, "no_such_path"}       // look it up in the API's document
+	kindNoSuchService    = kind{404, "no_such_service"}    // it is gone, or has yet to be created
+	kindNoSuchImage      = kind{404, "no_such_image"}      // import it, or give the registry's credentials
+	kindMethodNotAllowed = kind{405, "method_not_allowed"} // the header Allow lists those that are
+	kindIDTaken          = kind{409, "id_taken"}           // compare with the service or container that has it
+	kindDirectoryInUse   = kind{409, "directory_in_use"}   // somebody has to look at the data there
+	kindRenamedByHand    = kind{409, "renamed_by_hand"}    // somebody has to give the container its name back
+	kindNotRunning       = kind{409, "not_running"}        // start it
+	kindNoStdin          = kind{409, "no_stdin"}           // create it with open_stdin
+	kindNoTTY            = kind{409, "no_tty"}             // create it with tty
+	kindEngineConflict   = kind{409, "engine_conflict"}    // such as a paused container: its words say which
+	kindImageInUse       = kind{409, "image_in_use"}       // delete or change the services that use it
+	kindPortTaken        = kind{409, "port_taken"}         // free the host's port, or choose another one
+	kindTooLarge         = kind{413, "too_large"}          // send less, or no body where none belongs
+	kindInternal         = kind{500, "internal"}           // somebody has to read the daemon's log
+	kindBindRootMoved    = kind{503, "bind_root_moved"}    // somebody has to restart the daemon, or mount its disk
+	kindEngineFailed     = kind{502, "engine_failed"}      // the engine refused, or could not: its words say why
+	kindDownloadFailed   = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
+	kindUnavailable      = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
+	kindHTTPVersion      = kind{505, "http_version_not_supported"}
+	kindDiskFull         = kind{507, "disk_full"} // somebody has to make room on the machine
+	kindTimeout          = kind{504, "timeout"}   // look what there is, or ask again
 )
 
 // apiError is an error that the client reads as it stands.
@@ -61,14 +61,14 @@ type apiError struct {
 func (e *apiError) Error() string { return e.description }
 
 // isA reports whether err is, or wraps, an error of type E.
-func isA[E error](err error) bool {
+func isType[E error](err error) bool {
 	_, ok := errors.AsType[E](err)
 	return ok
 }
 
 // failure returns an error of the API, whose text goes to the client as it is. A string among args may be
 // somebody else's, of any length: it is cut.
-func failure(k kind, format string, args ...any) error {
+func newAPIError(k kind, format string, args ...any) error {
 	for i, arg := range args {
 		if text, ok := arg.(string); ok {
 			args[i] = truncate(text)
@@ -78,27 +78,27 @@ func failure(k kind, format string, args ...any) error {
 }
 
 func badRequest(format string, args ...any) error {
-	return failure(invalid, format, args...)
+	return newAPIError(kindBadRequest, format, args...)
 }
 
 func noSuchService(id string) error {
-	return failure(unknownService, "no service %q", id)
+	return newAPIError(kindNoSuchService, "no service %q", id)
 }
 
 func noSuchImage(name string) error {
-	return failure(unknownImage, "no image %q", name)
+	return newAPIError(kindNoSuchImage, "no image %q", name)
 }
 
 func idTaken(id string) error {
-	return failure(takenID, "there is a container %q already", id)
+	return newAPIError(kindIDTaken, "there is a container %q already", id)
 }
 
 const internalText = "internal error; the daemon's log has the details"
 
 var (
-	errNoSuchPath = failure(unknownPath, "no such path")
-	errUnreadable = failure(engineFailed, "the engine's answer cannot be read")
-	errUnderWay   = failure(timedOut, "another operation on this service is still under way")
+	errNoSuchPath = newAPIError(kindNoSuchPath, "no such path")
+	errUnreadable = newAPIError(kindEngineFailed, "the engine's answer cannot be read")
+	errBusy       = newAPIError(kindTimeout, "another operation on this service is still under way")
 )
 
 // goPrefix is what Go's packages put ahead of their errors.
@@ -106,7 +106,7 @@ var goPrefix = regexp.MustCompile(`\b(archive/tar|gzip|flate|net/http|http|tls|x
 
 // plain returns the innermost cause of an error from Go's packages: those around it name addresses of
 // the host, and its name servers.
-func plain(err error) string {
+func rootCause(err error) string {
 	if lookup, ok := errors.AsType[*net.DNSError](err); ok && lookup.IsNotFound {
 		return "no such host"
 	} else if ok {
@@ -139,27 +139,27 @@ func describe(err error) (k kind, description string) {
 	message = truncate(message)
 	switch {
 	case isTooLong:
-		return tooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
+		return kindTooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
 	case errors.Is(err, context.DeadlineExceeded):
-		return timedOut, "this was not done in time; the engine may still be at it"
+		return kindTimeout, "this was not done in time; the engine may still be at it"
 	case errors.Is(err, context.Canceled):
-		return unavailable, "the request was given up"
-	case client.IsErrConnectionFailed(err), isA[*net.OpError](err), errors.Is(err, io.EOF):
-		return unavailable, "the engine cannot be reached"
+		return kindUnavailable, "the request was given up"
+	case client.IsErrConnectionFailed(err), isType[*net.OpError](err), errors.Is(err, io.EOF):
+		return kindUnavailable, "the engine cannot be reached"
 	case errors.Is(err, errBadRecord):
-		return internal, internalText
-	case isA[*json.SyntaxError](err), isA[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
+		return kindInternal, internalText
+	case isType[*json.SyntaxError](err), isType[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
 		return describe(errUnreadable)
 	case errdefs.IsConflict(err):
-		return engineConflict, message
+		return kindEngineConflict, message
 	case strings.Contains(message, "engine: client version "): // "… is too old": it is another one now
-		return unavailable, message
+		return kindUnavailable, message
 	case errdefs.IsInvalidArgument(err):
-		return invalid, message
+		return kindBadRequest, message
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
-		return diskFull, "the disk is full"
-	case isA[syscall.Errno](err): // the file system's; all other errors are the engine's
-		return internal, internalText
+		return kindDiskFull, "the disk is full"
+	case isType[syscall.Errno](err): // the file system's; all other errors are the engine's
+		return kindInternal, internalText
 	}
-	return engineFailed, message
+	return kindEngineFailed, message
 }

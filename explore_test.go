@@ -387,10 +387,10 @@ func (w *exploration) request(op, env string, may map[serviceState]bool) map[ser
 	kind, _ := describe(err)
 	w.note("   answered %d %v", kind.status, err)
 	refused := exploreRefused(may, op, env)
-	if (kind == unknownService || kind == fullDirectory || kind == takenID && quiet) && len(refused) > 0 {
+	if (kind == kindNoSuchService || kind == kindDirectoryInUse || kind == kindIDTaken && quiet) && len(refused) > 0 {
 		return refused
 	}
-	w.promise(!quiet || kind == engineFailed, "%s is answered with %d %v", op, kind.status, err)
+	w.promise(!quiet || kind == kindEngineFailed, "%s is answered with %d %v", op, kind.status, err)
 	maps.Copy(may, exploreDone(may, op, env))
 	return may
 }

@@ -66,7 +66,7 @@ func checkRedirect(r *http.Request, via []*http.Request) error {
 	r.Response.Body.Close() // or http.Client would wait for up to 2 KiB of it, which may never come
 	r.Header.Del("Referer") // the whole URL that redirected, with its token
 	if len(via) > maxRedirects {
-		return failure(downloadFailed, "bind_contents: more than %d redirects", maxRedirects)
+		return newAPIError(kindDownloadFailed, "bind_contents: more than %d redirects", maxRedirects)
 	}
 	if r.URL.Scheme != "http" && r.URL.Scheme != "https" {
 		return badRequest("bind_contents: redirected to something other than http or https")
@@ -74,7 +74,7 @@ func checkRedirect(r *http.Request, via []*http.Request) error {
 	return nil
 }
 
-var errStalled = failure(downloadFailed, "bind_contents: the server sent nothing for a minute")
+var errStalled = newAPIError(kindDownloadFailed, "bind_contents: the server sent nothing for a minute")
 
 // stallConn is a connection on which a Read fails with errStalled if no byte arrives in time. The time
 // between two reads, in which the archive is unpacked, does not count.
@@ -151,7 +151,7 @@ func (f *fetcher) fetch(
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return failure(downloadFailed, "bind_contents: the server answered %d", resp.StatusCode)
+		return newAPIError(kindDownloadFailed, "bind_contents: the server answered %d", resp.StatusCode)
 	}
 	body := &bodyReader{Reader: resp.Body}
 	err = unpack(body, dir, limits, o)
@@ -166,13 +166,13 @@ func fetchError(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
 	}
-	if isA[*apiError](err) {
+	if isType[*apiError](err) {
 		return err
 	}
 	if in, ok := errors.AsType[*url.Error](err); ok {
 		err = in.Err
 	}
-	return failure(downloadFailed, "bind_contents: cannot download: %s", plain(err))
+	return newAPIError(kindDownloadFailed, "bind_contents: cannot download: %s", rootCause(err))
 }
 
 // bodyReader remembers its error, other than io.EOF.

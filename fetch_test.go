@@ -49,8 +49,8 @@ func TestOnlyPublicAddressesAreFetchedFrom(t *testing.T) {
 			for _, port := range []string{"80", "443", "0"} {
 				if err := checkAddress(net.JoinHostPort(ip, port), nil); err == nil {
 					t.Errorf("%s, %s, is allowed", ip, kind)
-				} else if k, _ := describe(err); k != invalid {
-					t.Errorf("%s: %v, want %v", ip, k, invalid)
+				} else if k, _ := describe(err); k != kindBadRequest {
+					t.Errorf("%s: %v, want %v", ip, k, kindBadRequest)
 				}
 			}
 		}
@@ -422,7 +422,7 @@ func TestSlowServersAreGivenUp(t *testing.T) {
 			if err == nil {
 				t.Fatal("it was unpacked")
 			}
-			if kind, text := describe(err); kind != downloadFailed || !strings.Contains(text, "sent nothing") {
+			if kind, text := describe(err); kind != kindDownloadFailed || !strings.Contains(text, "sent nothing") {
 				t.Errorf("%v: %v", kind, err)
 			}
 		})
@@ -464,7 +464,7 @@ func TestDownloadThatIsGivenUpIsNoBrokenArchive(t *testing.T) {
 	t.Parallel()
 	archive := tgz(file("a", strings.Repeat("some text", 1000)), file("b", "2"))
 	for _, sent := range []int{0, 5, len(archive) / 2, len(archive) - 3} {
-		for cause, want := range map[error]kind{context.DeadlineExceeded: timedOut, context.Canceled: unavailable} {
+		for cause, want := range map[error]kind{context.DeadlineExceeded: kindTimeout, context.Canceled: kindUnavailable} {
 			ctx, giveUp := context.WithCancelCause(t.Context())
 			f := newFetcher(loopback)
 			f.client.Transport = transportFunc(func(r *http.Request) (*http.Response, error) {

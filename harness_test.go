@@ -608,7 +608,7 @@ func openTree(t *testing.T, dir string) *os.Root {
 // engineImpatient makes every deadline short.
 func engineImpatient(c *config) {
 	c.createTimeout, c.stopTimeout = time.Second, time.Second
-	c.waits.read, c.waits.frame = time.Second, 300*time.Millisecond
+	c.timeouts.engineRead, c.timeouts.statsFrame = time.Second, 300*time.Millisecond
 }
 
 func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {

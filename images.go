@@ -46,7 +46,7 @@ type images struct {
 	engine        *engine
 	binds         *bindRoot // uploads are written to unnamed files in it
 	log           *slog.Logger
-	life          context.Context // ends when what has begun must end
+	ctx           context.Context // ends when what has begun must end
 	createTimeout time.Duration   // for one import by the engine
 	readTimeout   time.Duration   // for listing images, and for removing a temporary tag
 	// tempPrefix is the prefix of the temporary tags of this daemon's imports. They are a journal: an image
@@ -63,8 +63,8 @@ func newImages(life context.Context, cfg config, e *engine, b *bindRoot, log *sl
 	if err := b.root.Remove(uploadName); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		log.Warn("cannot remove an upload that an earlier daemon has left", "err", err)
 	}
-	return &images{engine: e, binds: b, log: log, life: life, createTimeout: cfg.createTimeout,
-		readTimeout: cfg.waits.read, tempPrefix: tempPrefix(b.path)}
+	return &images{engine: e, binds: b, log: log, ctx: life, createTimeout: cfg.createTimeout,
+		readTimeout: cfg.timeouts.engineRead, tempPrefix: tempPrefix(b.path)}
 }
 
 // tempPrefix returns images.tempPrefix for the daemon whose bind root is at path.
@@ -98,12 +98,12 @@ func (x *images) removeImage(_ http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if used {
-		return failure(imageInUse, "a service uses the image %q", id)
+		return newAPIError(kindImageInUse, "a service uses the image %q", id)
 	}
 	err = x.dropImport(r.Context(), importTag(id))
 	if errdefs.IsConflict(err) { // a container uses it
 		_, message := describe(err)
-		return failure(imageInUse, "%s", message)
+		return newAPIError(kindImageInUse, "%s", message)
 	}
 	return err
 }
@@ -147,7 +147,7 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return n, errSlowUpload
-		case err != nil && err != io.EOF && !isA[*http.MaxBytesError](err):
+		case err != nil && err != io.EOF && !isType[*http.MaxBytesError](err):
 			return n, errBrokenUpload
 		}
 		return n, err
@@ -195,13 +195,13 @@ func (x *images) removedFile() (*os.File, error) {
 // makeImage has the engine make an image of an archive, with a tag of its own, and returns its id when
 // that will survive a power cut. Whatever fails, no image is left.
 func (x *images) makeImage(archive *os.File) (id string, err error) {
-	ctx, cancel := context.WithTimeout(x.life, x.createTimeout) // not the request's: see importImage
+	ctx, cancel := context.WithTimeout(x.ctx, x.createTimeout) // not the request's: see importImage
 	defer cancel()
 	tempTag := x.tempPrefix + rand.Text()
 	x.inProgress.Store(tempTag, true)
 	defer x.inProgress.Delete(tempTag)
 	defer func() {
-		ctx, cancel := context.WithTimeout(x.life, x.readTimeout)
+		ctx, cancel := context.WithTimeout(x.ctx, x.readTimeout)
 		defer cancel()
 		if err := x.dropImport(ctx, tempTag); err != nil {
 			x.log.Warn("an import is still to be finished or undone", "image", tempTag, "err", err)
@@ -212,7 +212,7 @@ func (x *images) makeImage(archive *os.File) (id string, err error) {
 		return "", err
 	}
 	if !imageID.MatchString(id) || !strings.HasPrefix(id, "sha256:") {
-		return "", failure(engineFailed, "the engine did not say which image it imported")
+		return "", newAPIError(kindEngineFailed, "the engine did not say which image it imported")
 	}
 	tag := importTag(id)
 	if err := x.engine.api().ImageTag(ctx, id, tag); err != nil {
@@ -245,7 +245,7 @@ func (x *images) importArchive(ctx context.Context, archive *os.File, tempTag st
 	}
 	if reason := cannotUnpack.FindStringSubmatch(err.Error()); reason != nil {
 		_, words := describe(err)
-		return "", failure(refusedArchive, "the engine cannot unpack the archive (%s): %s", reason[1], words)
+		return "", newAPIError(kindArchiveRefused, "the engine cannot unpack the archive (%s): %s", reason[1], words)
 	}
 	return "", err
 }
@@ -372,7 +372,7 @@ func (x *images) pull(ctx context.Context, name, registryAuth string) error {
 	progress, err := x.engine.api().ImagePull(ctx, name, image.PullOptions{RegistryAuth: registryAuth})
 	if errdefs.IsNotFound(err) {
 		_, text := describe(err)
-		return failure(unknownImage, "cannot pull the image: %s", text)
+		return newAPIError(kindNoSuchImage, "cannot pull the image: %s", text)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot pull the image: %w", err)

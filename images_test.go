@@ -341,7 +341,7 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		"a sparse file of star":                        tarOf(pax("SCHILY.realsize=1048576"), file("n", "")),
 	} {
 		err := checkTar(bytes.NewReader(slices.Concat(tarOf(file("first", "x")), archive, tarEnd)))
-		if kind, _ := describeOrNone(err); kind != refusedArchive {
+		if kind, _ := describeOrNone(err); kind != kindArchiveRefused {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -672,7 +672,7 @@ func TestStartRemovesImportsThatADaemonLeft(t *testing.T) {
 func TestRoundsRemoveNoImportUnderWay(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), func(c *config) { c.waits.round = 5 * time.Millisecond })
+	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.settleInterval = 5 * time.Millisecond })
 	held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "/tag?") })
 	answered := crowdSend(t, d, "POST", "/docker/image", wholeTar())
 	<-held

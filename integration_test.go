@@ -1661,7 +1661,7 @@ func TestFollowOfARunningServiceIsBrokenOffWhenTheDaemonEnds(t *testing.T) {
 
 func TestServiceThatDoesNotReadItsStdin(t *testing.T) {
 	t.Parallel()
-	m := newMachine(t, func(c *config) { c.waits.write = 2 * time.Second })
+	m := newMachine(t, func(c *config) { c.timeouts.clientWrite = 2 * time.Second })
 	for _, tty := range []bool{true, false} {
 		t.Run(fmt.Sprintf("tty %v", tty), func(t *testing.T) {
 			t.Parallel()

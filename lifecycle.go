@@ -64,9 +64,9 @@ func detached(ctx, daemon context.Context, timeout time.Duration) (context.Conte
 	return ctx, func() { stop(); cancel() }
 }
 
-// checkRoot returns an error if the engine would not find the bind root, or if its records are missing: if the
-// engine has containers of it, its disk is probably not mounted, and settle would remove each of them. A root
-// without either is new, and gets its directory of records.
+// checkRoot returns an error if the engine would not find the bind root, or if its records are missing: if
+// the engine has containers of it, its disk is probably not mounted, and settle would remove each of them. A
+// root without either is new, and gets its directory of records.
 func (s *services) checkRoot(ctx context.Context) error {
 	if err := s.binds.check(); err != nil {
 		return err
@@ -80,7 +80,7 @@ func (s *services) checkRoot(ctx context.Context) error {
 		return err
 	}
 	if len(all) > 0 {
-		return failure(unavailable, "the bind root has no %s, but the engine has containers of %d services in it: "+
+		return newAPIError(kindUnavailable, "the bind root has no %s, but the engine has containers of %d services in it: "+
 			"is its disk mounted? If the records are lost, create that directory", recordDir, len(all))
 	}
 	return s.binds.adopt()
@@ -114,7 +114,7 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 	if err == nil {
 		return nil
 	}
-	rollBack, cancel := detached(ctx, s.ctx, s.config.waits.settle)
+	rollBack, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
 	defer cancel()
 	if _, err := s.settle(rollBack, p.ID); err != nil {
 		s.log.Warn("cannot undo a failed create yet", "id", p.ID, "err", err)
@@ -123,8 +123,9 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 }
 
 // checkCreate returns the spec of a service that can be created: the id is free, and the image is present.
-func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAuth string) (serviceSpec, error) {
-	settle, cancel := detached(ctx, s.ctx, s.config.waits.settle)
+func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAuth string) (
+	serviceSpec, error) {
+	settle, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
 	defer cancel()
 	existing, err := s.settle(settle, p.ID)
 	if err != nil {
@@ -144,8 +145,8 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	return serviceSpec{p, image.id, image.user}, s.binds.checkUnused(p.ID)
 }
 
-// provision makes a service. On an error its mark is left, with which settle takes everything back. ctx is the
-// request's; calls that change the engine's state run under a context that is detached from it.
+// provision makes a service. On an error its mark is left, with which settle takes everything back. ctx is
+// the request's; calls that change the engine's state run under a context that is detached from it.
 func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	opCtx, cancel := detached(ctx, s.ctx, s.config.createTimeout)
 	defer cancel()
@@ -229,7 +230,7 @@ func (s *services) setParams(ctx context.Context, id string, p serviceParams, re
 	if bindTarget(p.BindDir) != bindTarget(record.Params.BindDir) {
 		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
 	}
-	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth) // without the lock: a pull can take long
+	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth) // a pull takes long: no lock
 	if err != nil {
 		return err
 	}
@@ -244,9 +245,9 @@ func (s *services) setEnv(ctx context.Context, id string, env []string) error {
 	})
 }
 
-// setPending writes what the next start will run, made from what it would have run. It does not ask the engine:
-// a service whose container or image is missing is repaired this way.
-func (s *services) setPending(ctx context.Context, id string, change func(latest serviceSpec) serviceSpec) error {
+// setPending writes what the next start will run, made from what it would have run. It does not ask the
+// engine: a service whose container or image is missing is repaired this way.
+func (s *services) setPending(ctx context.Context, id string, change func(serviceSpec) serviceSpec) error {
 	unlock, err := s.lock(ctx, id)
 	if err != nil {
 		return err
@@ -320,15 +321,16 @@ func (s *services) restart(ctx context.Context, svc service) error {
 	return s.startContainer(ctx, svc)
 }
 
-// applyPending puts what is pending in force and starts the service. Whatever can fail, such as a bad spec or a
-// full disk, fails before the commit, and then the service runs on.
+// applyPending puts what is pending in force and starts the service. Whatever can fail, such as a bad spec
+// or a full disk, fails before the commit, and then the service runs on.
 func (s *services) applyPending(ctx context.Context, svc service) error {
 	record := svc.record.applied()
 	_, err := s.createCandidate(ctx, record, svc.containerID)
 	if err == nil {
 		err = s.binds.writeRecord(svc.id, record) // the commit
 	}
-	settled, settleErr := s.settle(ctx, svc.id) // replaces the container; after an error it removes the candidate
+	// This replaces the container, or removes the candidate after an error.
+	settled, settleErr := s.settle(ctx, svc.id)
 	if err := cmp.Or(err, settleErr); err != nil {
 		return err
 	}
@@ -356,15 +358,16 @@ func (s *services) startContainer(ctx context.Context, svc service) error {
 	}
 	_, message := describe(err)
 	if portInUse.MatchString(message) {
-		return failure(portTaken, "%s", message)
+		return newAPIError(kindPortTaken, "%s", message)
 	}
 	if errdefs.IsInvalidArgument(err) { // such as a bind directory that is missing: not the client's fault
-		return failure(engineFailed, "%s", message)
+		return newAPIError(kindEngineFailed, "%s", message)
 	}
 	return err
 }
 
-// portInUse matches what engines 20.10 to 29 say if a port of the host is taken by a program, or by a container.
+// portInUse matches what engines 20.10 to 29 say if a port of the host is taken by a program, or by a
+// container.
 var portInUse = regexp.MustCompile(`address already in use|port is already allocated`)
 
 // kill kills a service that runs. It does not take the lock: it must not wait behind the stop that it is to
@@ -403,8 +406,8 @@ func (s *services) remove(ctx context.Context, id string) error {
 	return err
 }
 
-// checkRemove returns an error if there is nothing to delete, or if somebody else's container, or a renamed one,
-// may be using the directory.
+// checkRemove returns an error if there is nothing to delete, or if somebody else's container, or a renamed
+// one, may be using the directory.
 func (s *services) checkRemove(ctx context.Context, id string) error {
 	found, err := s.containers.ofService(ctx, id)
 	if err != nil {

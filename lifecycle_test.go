@@ -348,7 +348,7 @@ func halfDone(e *fakeEngine, binds, id string) (containerID string) {
 func TestHungCallOfARoundEndsAtItsDeadline(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
-	s := bareServer(t, e, func(c *config) { c.waits.settle = 100 * time.Millisecond }).services
+	s := bareServer(t, e, func(c *config) { c.timeouts.settle = 100 * time.Millisecond }).services
 	hung := halfDone(e, s.binds.path, "hangs")
 	halfDone(e, s.binds.path, "later")
 	_, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "DELETE /containers/"+hung) })
@@ -378,7 +378,7 @@ func TestHungCallOfTheFirstRoundIsNotWaitedFor(t *testing.T) {
 	}
 	hung := halfDone(e, binds, "hangs")
 	_, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "DELETE /containers/"+hung) })
-	d := startDaemon(t, e.host(), func(c *config) { c.binds, c.waits.round = binds, 100*time.Millisecond })
+	d := startDaemon(t, e.host(), func(c *config) { c.binds, c.timeouts.settleInterval = binds, 100*time.Millisecond })
 	d.do(t, "GET", "/health", "").want(t, 204)
 	release()
 	waitFor(t, "the hung call", func() bool { return len(e.names()) == 0 && len(bindDirs(t, d.binds)) == 0 })

@@ -60,20 +60,20 @@ type config struct {
 	logLevel      slog.Level
 	logFormat     string // text or json
 	version       bool
-	dockerHost    string // for tests; no flag. Empty: from DOCKER_HOST and its like
-	waits         waits  // no flag either
-	preauthSlots  int    // limit on unauthenticated connections; not a flag
+	dockerHost    string   // for tests; no flag. Empty: from DOCKER_HOST and its like
+	timeouts      timeouts // no flag either
+	preauthSlots  int      // limit on unauthenticated connections; not a flag
 }
 
 // waits bound how long a client, or the engine, may keep the daemon waiting.
-type waits struct {
-	json   time.Duration // for a JSON body
-	read   time.Duration // for the engine's answer to a request that changes nothing
-	write  time.Duration // for a client to take what is written
-	frame  time.Duration // for the next frame of the engine's statistics
-	linger time.Duration // for another request for a service's statistics
-	settle time.Duration // for settling one service in a round, and for undoing what has failed
-	round  time.Duration // between rounds of settling, and for the first of them before it serves
+type timeouts struct {
+	jsonBody       time.Duration // for a JSON body
+	engineRead     time.Duration // for the engine's answer to a request that changes nothing
+	clientWrite    time.Duration // for a client to take what is written
+	statsFrame     time.Duration // for the next frame of the engine's statistics
+	statsIdle      time.Duration // for another request for a service's statistics
+	settle         time.Duration // for settling one service in a round, and for undoing what has failed
+	settleInterval time.Duration // between rounds of settling, and for the first of them before it serves
 }
 
 func main() {
@@ -185,7 +185,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	err error) {
 	srv := &http.Server{
 		Handler:                      s,
-		BaseContext:                  func(net.Listener) context.Context { return s.life },
+		BaseContext:                  func(net.Listener) context.Context { return s.ctx },
 		ReadHeaderTimeout:            10 * time.Second,
 		IdleTimeout:                  2 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // net/http allows 4 KiB on top
@@ -209,7 +209,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	case <-serving.Done():
 	}
 	stop()
-	grace, cancel := context.WithTimeout(s.life, s.stopTimeout+15*time.Second)
+	grace, cancel := context.WithTimeout(s.ctx, s.stopTimeout+15*time.Second)
 	defer cancel()
 	if srv.Shutdown(grace) != nil {
 		err = cmp.Or(err, errors.New("some requests did not end in time; the next start settles what they left"))
@@ -221,9 +221,9 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // what is wrong in the environment, and the first argument that is wrong or else all values that
 // cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args, environ []string, out io.Writer) (config, error) {
-	c := config{preauthSlots: defaultPreauthSlots(), waits: waits{
-		json: 30 * time.Second, read: 30 * time.Second, write: 30 * time.Second,
-		frame: 2 * time.Minute, linger: 30 * time.Second, settle: 2 * time.Minute, round: time.Minute}}
+	c := config{preauthSlots: defaultPreauthSlots(), timeouts: timeouts{
+		jsonBody: 30 * time.Second, engineRead: 30 * time.Second, clientWrite: 30 * time.Second,
+		statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second, settle: 2 * time.Minute, settleInterval: time.Minute}}
 	var mistakes []error
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard) // main prints the error
@@ -236,7 +236,8 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 		"engine network that services join; empty for the engine's default bridge")
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
 	c.stopTimeout, c.createTimeout = 30*time.Second, 30*time.Minute
-	fs.Var((*duration)(&c.stopTimeout), "stop-timeout", "`time` between SIGTERM and SIGKILL when a service stops")
+	fs.Var((*duration)(&c.stopTimeout), "stop-timeout",
+		"`time` between SIGTERM and SIGKILL when a service stops")
 	fs.Var((*duration)(&c.createTimeout), "create-timeout",
 		"`time` for one create, its pull and its download, and for one delete")
 	const fetchAllow = "networks (CIDR, comma-separated) that bind_contents may come from though not public"
@@ -254,7 +255,8 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	fs.Int64Var(&c.maxBindBytes, "max-bind-bytes", 10<<30, "bytes that a bind_contents archive may unpack to")
 	fs.Int64Var(&c.maxBindFiles, "max-bind-files", 250_000, "entries that a bind_contents archive may have")
 	fs.Int64Var(&c.maxImageBytes, "max-image-bytes", 16<<30, "bytes that an uploaded image may have")
-	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error; successful reads are debug")
+	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo,
+		"debug, info, warn or error; successful reads are debug")
 	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
 	for _, variable := range environ {
 		twin, text, _ := strings.Cut(variable, "=")
@@ -284,7 +286,7 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 		err = fmt.Errorf("%q is no flag", fs.Arg(0))
 	}
 	if err == nil { // else there are arguments that were not read
-		mistakes = append(mistakes, c.mistakes()...)
+		mistakes = append(mistakes, c.validate()...)
 	}
 	return c, errors.Join(append(mistakes, err)...)
 }
@@ -304,7 +306,7 @@ func (d *duration) Set(text string) error {
 }
 
 // mistakes returns what is wrong with the values themselves.
-func (c config) mistakes() (all []error) {
+func (c config) validate() (all []error) {
 	refuse := func(wrong bool, text string) {
 		if wrong {
 			all = append(all, errors.New(text))
@@ -338,5 +340,6 @@ func versionNumber() string {
 
 // version is the line that -version prints.
 func version() string {
-	return fmt.Sprintf("duxcore-daemon %s %s %s/%s", versionNumber(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("duxcore-daemon %s %s %s/%s",
+		versionNumber(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

@@ -23,11 +23,11 @@ import (
 )
 
 const (
-	maxJSON     = 64 << 10    // bytes of a JSON body: the engine repeats much of it in every list
-	uploadStall = time.Minute // longest pause in an upload
-	maxQuote    = 512         // bytes of somebody else's text in an error
-	lingerTime  = time.Second // for discarding what a client still sends after its answer
-	forever     = math.MaxInt64 * time.Nanosecond
+	maxJSON      = 64 << 10    // bytes of a JSON body: the engine repeats much of it in every list
+	uploadStall  = time.Minute // longest pause in an upload
+	maxQuote     = 512         // bytes of somebody else's text in an error
+	drainTimeout = time.Second // for discarding what a client still sends after its answer
+	forever      = math.MaxInt64 * time.Nanosecond
 )
 
 // A route is one line of the API. Every path needs the core key, so there is no column for access.
@@ -43,14 +43,14 @@ type route struct {
 
 // routes is the whole API.
 func (s *server) routes() []route {
-	svc, change := s.services, s.stopTimeout+s.waits.read
+	svc, change := s.services, s.stopTimeout+s.timeouts.engineRead
 	return []route{
 		{pattern: "POST /service", success: 201, body: maxJSON, limit: s.createTimeout, handle: svc.handleCreate},
-		{pattern: "GET /service", success: 200, limit: s.waits.read, handle: svc.handleList},
-		{pattern: "GET /service/{id}", success: 200, limit: s.waits.read, handle: svc.handleInspect},
+		{pattern: "GET /service", success: 200, limit: s.timeouts.engineRead, handle: svc.handleList},
+		{pattern: "GET /service/{id}", success: 200, limit: s.timeouts.engineRead, handle: svc.handleInspect},
 		{pattern: "PUT /service/{id}", success: 204, body: maxJSON, limit: s.createTimeout, detached: true,
 			handle: svc.handlePut},
-		{pattern: "GET /service/{id}/params", success: 200, limit: s.waits.read, handle: svc.handleParams},
+		{pattern: "GET /service/{id}/params", success: 200, limit: s.timeouts.engineRead, handle: svc.handleParams},
 		{pattern: "DELETE /service/{id}", success: 204, limit: s.createTimeout, detached: true,
 			handle: svc.handleDelete},
 		{pattern: "POST /service/{id}/ctl", success: 204, body: maxJSON, limit: change, detached: true,
@@ -61,16 +61,17 @@ func (s *server) routes() []route {
 			handle: s.console.serviceLogs},
 		{pattern: "POST /service/{id}/stdin", success: 204, body: math.MaxInt64, limit: forever,
 			handle: s.console.serviceStdin},
-		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.waits.read, handle: s.console.resizeTTY},
+		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.timeouts.engineRead,
+			handle: s.console.resizeTTY},
 		{pattern: "PATCH /service/{id}/env", success: 204, body: maxJSON, limit: change, detached: true,
 			handle: svc.handleSetEnv},
-		{pattern: "GET /docker/image", success: 200, limit: s.waits.read, handle: s.images.listImages},
-		{pattern: "DELETE /docker/image/{image}", success: 204, limit: s.waits.read, detached: true,
+		{pattern: "GET /docker/image", success: 200, limit: s.timeouts.engineRead, handle: s.images.listImages},
+		{pattern: "DELETE /docker/image/{image}", success: 204, limit: s.timeouts.engineRead, detached: true,
 			handle: s.images.removeImage},
 		{pattern: "POST /docker/image", success: 201, body: s.maxImageBytes, limit: forever,
 			handle: s.images.importImage},
-		{pattern: "GET /machine", success: 200, limit: s.waits.read, handle: s.machine},
-		{pattern: "GET /health", success: 204, limit: s.waits.read, handle: s.health},
+		{pattern: "GET /machine", success: 200, limit: s.timeouts.engineRead, handle: s.machine},
+		{pattern: "GET /health", success: 204, limit: s.timeouts.engineRead, handle: s.health},
 	}
 }
 
@@ -90,8 +91,8 @@ type server struct {
 	rejected   *rejectedLog
 	mux        *http.ServeMux
 	software   string          // for the Server header
-	life       context.Context // done when the daemon no longer waits for operations in progress
-	serving    context.Context // done when the daemon starts to shut down: streams end with it
+	ctx        context.Context // done when the daemon no longer waits for operations in progress
+	shutdown   context.Context // done when the daemon starts to shut down: streams end with it
 }
 
 // newServer registers each route twice, bare and under /v1, and each path once more for all other methods:
@@ -100,24 +101,26 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	log *slog.Logger) *server {
 	locks := newKeyedMutex()
 	cfg.binds = b.path // absolute
-	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.waits.read}
-	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log, life: life, serving: serving,
+	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.timeouts.engineRead}
+	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log,
+		ctx: life, shutdown: serving,
 		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
 	s.images = newImages(life, cfg, e, b, log)
-	s.stats = &stats{containers: own, engine: e, timeouts: cfg.waits, shutdown: serving}
-	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.waits,
+	s.stats = &stats{containers: own, engine: e, timeouts: cfg.timeouts, shutdown: serving}
+	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.timeouts,
 		shutdown: serving}
-	s.services = &services{config: cfg, engine: e, binds: b, containers: own, fetcher: newFetcher(cfg.fetchAllow),
-		locks: locks, images: s.images, stats: s.stats, log: log,
+	s.services = &services{config: cfg, engine: e, binds: b, containers: own,
+		fetcher: newFetcher(cfg.fetchAllow),
+		locks:   locks, images: s.images, stats: s.stats, log: log,
 		ctx: life}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
 		for _, prefix := range []string{"", "/v1"} {
 			s.mux.HandleFunc(method+" "+prefix+pattern, func(w http.ResponseWriter, r *http.Request) {
-				if err := s.answer(rt, w.(*response), r); err != nil {
-					s.fail(w, r, err)
+				if err := s.dispatch(rt, w.(*responseWriter), r); err != nil {
+					s.writeError(w, r, err)
 				}
 			})
 			methods[prefix+pattern] = append(methods[prefix+pattern], method)
@@ -127,18 +130,19 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 		slices.Sort(allowed)
 		s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", strings.Join(allowed, ", "))
-			s.fail(w, r, failure(wrongMethod, "%s is not allowed here", r.Method))
+			s.writeError(w, r, newAPIError(kindMethodNotAllowed, "%s is not allowed here", r.Method))
 		})
 	}
-	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.fail(w, r, errNoSuchPath) })
+	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.writeError(w, r, errNoSuchPath) })
 	return s
 }
 
-// ServeHTTP authenticates a request, routes it and logs it. Nothing but the key check sees a request without the key.
+// ServeHTTP authenticates a request, routes it and logs it. Nothing but the key check sees a request without
+// the key.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	w := &response{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.waits.write}
-	defer s.conclude(w, r, r.Body, start)
+	w := &responseWriter{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.timeouts.clientWrite}
+	defer s.finishRequest(w, r, r.Body, start)
 	if len(r.TransferEncoding) > 0 {
 		// net/http ignores a Content-Length sent together with it, and hides that it was there: RFC 9112, section
 		// 6.1, requires the end of the connection after such a request.
@@ -146,31 +150,32 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	if !s.key.authorizes(r) {
 		w.Header().Set("Connection", "close")
-		s.fail(w, r, failure(unauthorized, "Accessing this daemon requires core authorization."))
+		s.writeError(w, r, newAPIError(kindUnauthorized, "Accessing this daemon requires core authorization."))
 		return
 	}
 	markAuthenticated(r)
 	w.Header().Set("Server", s.software)
 	if !r.ProtoAtLeast(1, 1) { // HTTP/1.0 cannot tell an answer that was broken off from a whole one
-		s.fail(w, r, failure(httpVersion, "HTTP/1.1 is required"))
+		s.writeError(w, r, newAPIError(kindHTTPVersion, "HTTP/1.1 is required"))
 		return
 	}
 	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
-		s.fail(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
+		s.writeError(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
 	} else {
 		s.mux.ServeHTTP(w, r)
 	}
 }
 
-// conclude logs a request whose handler has returned or was aborted, and sets the deadlines for what net/http does
-// after that: it flushes the answer and drains the body. body is the original, without the limit on its size.
-func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, start time.Time) {
+// conclude logs a request whose handler has returned or was aborted, and sets the deadlines for what
+// net/http does after that: it flushes the answer and drains the body. body is the original, without the
+// limit on its size.
+func (s *server) finishRequest(w *responseWriter, r *http.Request, body io.ReadCloser, start time.Time) {
 	// The deadline of the last Write may be long past in a quiet stream: its final chunk could not be sent.
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	// net/http reads up to 256 KiB of the rest of the body. Without a body it is already reading the next request
-	// in the background (connReader), whose context a read deadline would cancel.
+	// net/http reads up to 256 KiB of the rest of the body. Without a body it is already reading the next
+	// request in the background (connReader), whose context a read deadline would cancel.
 	if body != http.NoBody {
-		w.ctl.SetReadDeadline(time.Now().Add(lingerTime))
+		w.ctl.SetReadDeadline(time.Now().Add(drainTimeout))
 	}
 	if w.status == http.StatusUnauthorized {
 		s.rejected.add(r.RemoteAddr + ": no core key, or a wrong one")
@@ -185,14 +190,16 @@ func (s *server) conclude(w *response, r *http.Request, body io.ReadCloser, star
 	}
 }
 
-// logRequest writes the line of a request. Those of changes are the audit trail; a successful read is for debugging.
-func (s *server) logRequest(w *response, r *http.Request, start time.Time) {
+// logRequest writes the line of a request. Those of changes are the audit trail; a successful read is for
+// debugging.
+func (s *server) logRequest(w *responseWriter, r *http.Request, start time.Time) {
 	level := slog.LevelInfo
 	if w.status < 400 && (r.Method == http.MethodGet || r.Method == http.MethodHead) {
 		level = slog.LevelDebug
 	}
-	fields := []any{"method", r.Method, "route", r.Pattern, "id", cmp.Or(w.id, r.PathValue("id")), "status", w.status,
-		"bytes", w.written, "duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr}
+	fields := []any{"method", r.Method, "route", r.Pattern, "id", cmp.Or(w.id, r.PathValue("id")),
+		"status", w.status, "bytes", w.written,
+		"duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr}
 	if w.op != "" {
 		fields = append(fields, "op", w.op)
 	}
@@ -207,13 +214,13 @@ var requestID = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,64}$`)
 
 // noteChange adds to the log line of a request which service it changes, and how.
 func noteChange(w http.ResponseWriter, id, op string) {
-	if logged, ok := w.(*response); ok {
+	if logged, ok := w.(*responseWriter); ok {
 		logged.id, logged.op = id, op
 	}
 }
 
 // answer is what every admitted request goes through.
-func (s *server) answer(rt route, w *response, r *http.Request) error {
+func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	if id := r.PathValue("id"); strings.Contains(rt.pattern, "{id}") && !serviceID.MatchString(id) {
 		return noSuchService(id)
 	}
@@ -222,7 +229,7 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 		return err
 	}
 	if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
-		return failure(tooLarge, "this request has no body")
+		return newAPIError(kindTooLarge, "this request has no body")
 	}
 	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
 	if rt.body == maxJSON {
@@ -232,11 +239,11 @@ func (s *server) answer(rt route, w *response, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), rt.limit)
 	if rt.detached {
-		ctx, cancel = detached(r.Context(), s.life, rt.limit)
+		ctx, cancel = detached(r.Context(), s.ctx, rt.limit)
 	}
 	defer cancel()
 	if rt.limit == forever {
-		defer context.AfterFunc(s.serving, cancel)()
+		defer context.AfterFunc(s.shutdown, cancel)()
 	}
 	if err := s.engine.ready(ctx); err != nil {
 		return err
@@ -268,18 +275,18 @@ func (rt route) checkQuery(text string) error {
 
 // fail answers with an error. Where an answer has begun it logs the error and breaks the
 // connection off, so that nobody takes what there is for all. It is the only writer of errors.
-func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
+func (s *server) writeError(rw http.ResponseWriter, r *http.Request, err error) {
 	kind, description := describe(err)
-	if kind == unavailable {
+	if kind == kindUnavailable {
 		rw.Header().Set("Retry-After", "1")
 		if !errors.Is(err, context.Canceled) { // of a client that has left
 			s.engine.lost() // another one may be there by then
 		}
 	}
-	if kind == internal {
+	if kind == kindInternal {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
 	}
-	if rw.(*response).status != 0 {
+	if rw.(*responseWriter).status != 0 {
 		if !errors.Is(err, context.Canceled) { // by the client, or at the daemon's end
 			s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
 		}
@@ -294,11 +301,11 @@ func (s *server) fail(rw http.ResponseWriter, r *http.Request, err error) {
 }
 
 // readBody reads a whole JSON body, so that a handler never waits for the client.
-func (s *server) readBody(w *response, r *http.Request) error {
-	w.ctl.SetReadDeadline(time.Now().Add(s.waits.json))
+func (s *server) readBody(w *responseWriter, r *http.Request) error {
+	w.ctl.SetReadDeadline(time.Now().Add(s.timeouts.jsonBody))
 	text, err := io.ReadAll(r.Body)
 	w.ctl.SetReadDeadline(time.Time{}) // an expired deadline would cancel the request's context
-	if isA[*http.MaxBytesError](err) {
+	if isType[*http.MaxBytesError](err) {
 		return err
 	}
 	if err != nil {
@@ -327,7 +334,7 @@ func decodeJSON(text []byte, v any) error {
 	err := decoder.Decode(v)
 	wrongType, isWrongType := errors.AsType[*json.UnmarshalTypeError](err)
 	switch {
-	case isA[*apiError](err):
+	case isType[*apiError](err):
 		return err
 	case isWrongType:
 		return badRequest("%s: a JSON %s is not allowed here", cmp.Or(wrongType.Field, "the body"), wrongType.Value)
@@ -403,7 +410,7 @@ func writeBytes(w http.ResponseWriter, status int, text []byte) {
 }
 
 // response counts for the log, and bounds the time that a client may take to read.
-type response struct {
+type responseWriter struct {
 	http.ResponseWriter
 	ctl     *http.ResponseController
 	status  int // 0 until the answer has begun
@@ -412,17 +419,17 @@ type response struct {
 	id, op  string        // see noteChange
 }
 
-func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // WriteHeader remembers the status for the log.
-func (w *response) WriteHeader(status int) {
+func (w *responseWriter) WriteHeader(status int) {
 	w.status = status
 	w.ResponseWriter.WriteHeader(status)
 }
 
 // Write gives the client w.wait for each piece, so that a stream may last for ever,
 // and a client that reads nothing may not.
-func (w *response) Write(p []byte) (int, error) {
+func (w *responseWriter) Write(p []byte) (int, error) {
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
 	w.status = cmp.Or(w.status, http.StatusOK)
 	n, err := w.ResponseWriter.Write(p)
@@ -457,8 +464,8 @@ func (s *server) machine(w http.ResponseWriter, r *http.Request) error {
 	writeJSON(w, http.StatusOK, map[string]any{
 		"version": versionNumber(), "engine": info.ServerVersion, "api": s.engine.api().ClientVersion(),
 		"arch": info.Architecture, "cpus": info.NCPU, "memory": info.MemTotal,
-		"bind_root": map[string]uint64{"size": disk.Blocks * uint64(disk.Bsize), "free": disk.Bavail * uint64(disk.Bsize),
-			"inodes": disk.Files, "free_inodes": disk.Ffree},
+		"bind_root": map[string]uint64{"size": disk.Blocks * uint64(disk.Bsize),
+			"free": disk.Bavail * uint64(disk.Bsize), "inodes": disk.Files, "free_inodes": disk.Ffree},
 	})
 	return nil
 }

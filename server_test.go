@@ -438,7 +438,7 @@ func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.waits.write = 100 * time.Millisecond })
+	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.clientWrite = 100 * time.Millisecond })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	c, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
 	if err != nil {
@@ -663,7 +663,7 @@ func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
 func TestSlowClientsAreDropped(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), func(c *config) { c.waits.json = 200 * time.Millisecond })
+	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.jsonBody = 200 * time.Millisecond })
 	key := "Host: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
 	for name, test := range map[string]struct {
 		begin string

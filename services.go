@@ -83,7 +83,7 @@ func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), s.config.waits.read/3)
+	ctx, cancel := context.WithTimeout(r.Context(), s.config.timeouts.engineRead/3)
 	defer cancel()
 	list := make([][]byte, 0, len(ids))
 	for _, id := range ids {
@@ -99,8 +99,8 @@ func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// awaitContainer returns a service's container after a start that is replacing it. One broken service must not
-// be an error for all: it is left out of the list, and logged.
+// awaitContainer returns a service's container after a start that is replacing it. One broken service must
+// not be an error for all: it is left out of the list, and logged.
 func (s *services) awaitContainer(ctx context.Context, id string) *listEntry {
 	unlock, err := s.locks.lock(ctx, id)
 	if err == nil {

@@ -12,9 +12,9 @@ import (
 	"github.com/docker/docker/api/types/filters"
 )
 
-// settle reconciles the engine with a service's record, or finishes or undoes what an earlier operation, perhaps
-// of a daemon that was killed, has left half done. It returns the service, or nil if there is none. The caller
-// holds the service's lock. It is this table, from the top:
+// settle reconciles the engine with a service's record, or finishes or undoes what an earlier operation,
+// perhaps of a daemon that was killed, has left half done. It returns the service, or nil if there is none.
+// The caller holds the service's lock. It is this table, from the top:
 //
 //	found                                        done
 //	one of ours under any other name             nothing: an error that says so
@@ -64,7 +64,8 @@ func (s *services) settle(ctx context.Context, id string) (*service, error) {
 	return s.replace(ctx, *record, found)
 }
 
-// purge removes everything that belongs to a marked service. What it has removed is durable before the mark goes.
+// purge removes everything that belongs to a marked service. What it has removed is durable before the mark
+// goes.
 func (s *services) purge(ctx context.Context, id string, found serviceContainers) error {
 	if err := s.removeContainers(ctx, found.candidate, found.current); err != nil {
 		return err
@@ -78,9 +79,9 @@ func (s *services) purge(ctx context.Context, id string, found serviceContainers
 	return s.binds.unmark(id)
 }
 
-// removeUnrecorded removes the containers of a service that does not exist: a late call has made the candidate, and
-// a power cut has brought the container back. But a directory beside the container is somebody's data, perhaps from
-// a part of a backup.
+// removeUnrecorded removes the containers of a service that does not exist: a late call has made the
+// candidate, and a power cut has brought the container back. But a directory beside the container is
+// somebody's data, perhaps from a part of a backup.
 func (s *services) removeUnrecorded(ctx context.Context, id string, found serviceContainers) error {
 	if err := s.removeContainers(ctx, found.candidate); err != nil || found.current == nil {
 		return err
@@ -90,15 +91,17 @@ func (s *services) removeUnrecorded(ctx context.Context, id string, found servic
 		return err
 	}
 	if hasData {
-		s.log.Warn("a container has a bind directory and no record: restore the record, or delete the service", "id", id)
+		s.log.Warn("a container has a bind directory and no record: restore the record, or delete the service",
+			"id", id)
 		return nil
 	}
 	return s.removeContainers(ctx, found.current)
 }
 
-// replace puts a container of the record's revision in the place of the current one, if there is one. That is stopped
-// as every stop does it, and removed by force, since a late call may have started it again.
-func (s *services) replace(ctx context.Context, record serviceRecord, found serviceContainers) (*service, error) {
+// replace puts a container of the record's revision in the place of the current one, if there is one. That
+// is stopped as every stop does it, and removed by force, since a late call may have started it again.
+func (s *services) replace(ctx context.Context, record serviceRecord, found serviceContainers) (
+	*service, error) {
 	svc := &service{id: record.Params.ID, record: record}
 	current := ""
 	if found.current != nil {
@@ -128,8 +131,8 @@ func (s *services) replace(ctx context.Context, record serviceRecord, found serv
 	return svc, s.engine.api().ContainerRename(ctx, svc.containerID, svc.id)
 }
 
-// removeContainers removes containers by force, with their volumes; the engine keeps a volume that another container
-// uses. A nil entry stands for a container that does not exist.
+// removeContainers removes containers by force, with their volumes; the engine keeps a volume that another
+// container uses. A nil entry stands for a container that does not exist.
 func (s *services) removeContainers(ctx context.Context, entries ...*listEntry) error {
 	options := container.RemoveOptions{Force: true, RemoveVolumes: true}
 	for _, entry := range entries {
@@ -144,13 +147,14 @@ func (s *services) removeContainers(ctx context.Context, entries ...*listEntry) 
 	return nil
 }
 
-// keepSettled settles all services, and then again at every interval, until the daemon ends. It returns once the first
-// round is done, or has taken as long as an interval: a directory with a million files must not keep the core waiting.
+// keepSettled settles all services, and then again at every interval, until the daemon ends. It returns once
+// the first round is done, or has taken as long as an interval: a directory with a million files must not
+// keep the core waiting.
 func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) {
 	first := make(chan struct{})
 	background.Go(func() { // ends with s.ctx
 		for done := sync.OnceFunc(func() { close(first) }); s.ctx.Err() == nil; {
-			wait := s.config.waits.round
+			wait := s.config.timeouts.settleInterval
 			if err := s.settleAll(s.ctx); err != nil {
 				s.log.Warn("cannot settle services", "err", err)
 				wait = min(wait, engineRetry) // the engine may be starting too
@@ -165,7 +169,7 @@ func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) 
 	select {
 	case <-first:
 		s.warnOfOtherRoots(ctx)
-	case <-time.After(s.config.waits.round):
+	case <-time.After(s.config.timeouts.settleInterval):
 	case <-ctx.Done(): // the daemon was told to stop
 	}
 }
@@ -173,8 +177,8 @@ func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) 
 // engineRetry is how long the daemon waits before it looks for the services again after it could not.
 const engineRetry = 2 * time.Second
 
-// settleAll settles every service that needs it, one after the other, each with a deadline of its own. It logs what
-// it cannot do; the next round tries again.
+// settleAll settles every service that needs it, one after the other, each with a deadline of its own. It
+// logs what it cannot do; the next round tries again.
 func (s *services) settleAll(ctx context.Context) error {
 	if err := s.engine.negotiate(ctx); err != nil {
 		return err
@@ -230,7 +234,7 @@ func (s *services) settleOne(ctx context.Context, id string) error {
 		return nil
 	}
 	defer unlock()
-	ctx, cancel = context.WithTimeout(ctx, s.config.waits.settle)
+	ctx, cancel = context.WithTimeout(ctx, s.config.timeouts.settle)
 	defer cancel()
 	_, err = s.settle(ctx, id)
 	return err
@@ -239,8 +243,8 @@ func (s *services) settleOne(ctx context.Context, id string) error {
 // lockTry is how long a round waits for the lock of a service.
 const lockTry = 10 * time.Millisecond
 
-// warnOfOtherRoots logs how many containers the engine has for services of other bind roots: perhaps this daemon
-// was started with another path than before.
+// warnOfOtherRoots logs how many containers the engine has for services of other bind roots: perhaps this
+// daemon was started with another path than before.
 func (s *services) warnOfOtherRoots(ctx context.Context) {
 	list, err := s.containers.list(ctx, filters.Arg("label", labelService))
 	if err != nil {

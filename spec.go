@@ -39,8 +39,8 @@ var (
 	// partOfID is what the engine takes for an id that it begins.
 	partOfID = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)
 	// signalName is what the engine takes: the names of signal(7) and SIGRTMIN to SIGRTMAX, or a number.
-	signalName = regexp.MustCompile(`^((SIG)?(ABRT|ALRM|BUS|CHLD|CLD|CONT|FPE|HUP|ILL|INT|IO|IOT|KILL|PIPE|POLL|` +
-		`PROF|PWR|QUIT|SEGV|STKFLT|STOP|SYS|TERM|TRAP|TSTP|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ|` +
+	signalName = regexp.MustCompile(`^((SIG)?(ABRT|ALRM|BUS|CHLD|CLD|CONT|FPE|HUP|ILL|INT|IO|IOT|KILL|PIPE|` +
+		`POLL|PROF|PWR|QUIT|SEGV|STKFLT|STOP|SYS|TERM|TRAP|TSTP|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ|` +
 		`RTMIN(\+([1-9]|1[0-5]))?|RTMAX(-([1-9]|1[0-4]))?)|[1-9]|[1-5][0-9]|6[0-4])$`)
 	hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`) // RFC 1123
 )
@@ -55,23 +55,23 @@ const (
 
 // serviceParams is what a client asks for. A service's record keeps it as JSON, without BindContents.
 type serviceParams struct {
-	ID              string           `json:"id"`
-	Image           string           `json:"image"`
-	BindDir         string           `json:"bind_dir"` // path in the container
-	BindContents    string           `json:"bind_contents,omitempty"`
-	Cmd             []string         `json:"cmd,omitempty"`
-	Shell           []string         `json:"shell,omitempty"`
-	User            string           `json:"user,omitempty"`
-	WorkingDir      string           `json:"working_dir,omitempty"`
-	Env             []string         `json:"env,omitempty"` // K=V, or K, which takes the image's away
-	OpenStdin       *bool            `json:"open_stdin,omitempty"`
-	TTY             *bool            `json:"tty,omitempty"`
-	Hostname        string           `json:"hostname,omitempty"`
-	StopSignal      stopSignal       `json:"stop_signal,omitempty"`
-	PortMap         map[string]hosts `json:"port_map,omitempty"` // by <port>/<protocol>
-	NetworkDisabled bool             `json:"network_disabled,omitempty"`
-	MaxCPU          *int64           `json:"max_cpu,omitempty"` // microseconds per cpuPeriod
-	MaxRAM          *int64           `json:"max_ram,omitempty"` // bytes
+	ID              string                    `json:"id"`
+	Image           string                    `json:"image"`
+	BindDir         string                    `json:"bind_dir"` // path in the container
+	BindContents    string                    `json:"bind_contents,omitempty"`
+	Cmd             []string                  `json:"cmd,omitempty"`
+	Shell           []string                  `json:"shell,omitempty"`
+	User            string                    `json:"user,omitempty"`
+	WorkingDir      string                    `json:"working_dir,omitempty"`
+	Env             []string                  `json:"env,omitempty"` // K=V, or K, which takes the image's away
+	OpenStdin       *bool                     `json:"open_stdin,omitempty"`
+	TTY             *bool                     `json:"tty,omitempty"`
+	Hostname        string                    `json:"hostname,omitempty"`
+	StopSignal      stopSignal                `json:"stop_signal,omitempty"`
+	PortMap         map[string]hostMapEntries `json:"port_map,omitempty"` // by <port>/<protocol>
+	NetworkDisabled bool                      `json:"network_disabled,omitempty"`
+	MaxCPU          *int64                    `json:"max_cpu,omitempty"` // microseconds per cpuPeriod
+	MaxRAM          *int64                    `json:"max_ram,omitempty"` // bytes
 }
 
 // stopSignal is the signal that stops a service. JSON may give it as a string or as a number.
@@ -83,18 +83,18 @@ func (s *stopSignal) UnmarshalJSON(text []byte) error {
 }
 
 // hosts are the host's ends of one published port. JSON may give one or an array.
-type hosts []hostPort
+type hostMapEntries []hostMapEntry
 
-type hostPort struct {
+type hostMapEntry struct {
 	HostIP   string `json:"HostIp,omitempty"`
 	HostPort string // "0": the engine chooses
 }
 
-func (h *hosts) UnmarshalJSON(text []byte) error {
+func (h *hostMapEntries) UnmarshalJSON(text []byte) error {
 	if !bytes.HasPrefix(text, []byte("[")) {
 		text = slices.Concat([]byte("["), text, []byte("]"))
 	}
-	if err := decodeJSON(text, (*[]hostPort)(h)); err != nil {
+	if err := decodeJSON(text, (*[]hostMapEntry)(h)); err != nil {
 		return badRequest("port_map: %s", strings.TrimPrefix(err.Error(), "the body: "))
 	}
 	return nil

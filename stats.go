@@ -34,7 +34,7 @@ var errContainerReplaced = errors.New("the container has stopped or was replaced
 type stats struct {
 	containers *containers
 	engine     *engine
-	timeouts   waits
+	timeouts   timeouts
 	shutdown   context.Context // ends when the daemon starts to shut down: so do the feeds
 	feeds      sync.Map        // of *feed, by service id
 }
@@ -52,7 +52,7 @@ type frame struct {
 func (s *stats) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	ctx, id := r.Context(), r.PathValue("id")
 	stream, _ := strconv.ParseBool(r.URL.Query().Get("stream"))
-	f, err := s.next(ctx, id, time.Now().Add(-maxFrameAge), s.timeouts.read)
+	f, err := s.next(ctx, id, time.Now().Add(-maxFrameAge), s.timeouts.engineRead)
 	if err != nil || !stream || f.arrived.IsZero() || r.Method == http.MethodHead { // HEAD would not end
 		return passOn(w, f.text, err)
 	}
@@ -77,7 +77,7 @@ func (s *stats) next(ctx context.Context, id string, seen time.Time, limit time.
 			return f, err
 		}
 	}
-	return frame{}, failure(engineFailed, "the engine sends no statistics of this service")
+	return frame{}, newAPIError(kindEngineFailed, "the engine sends no statistics of this service")
 }
 
 // try is next without retries: it returns errContainerReplaced, or the engine's 404, if the service's
@@ -168,11 +168,11 @@ func (f *feed) wait(ctx context.Context, seen time.Time) (frame, error) {
 
 // follow publishes the engine's frames of a running container until that stops, nobody asks for them, the
 // engine is silent for timeouts.frame, or f.ctx ends. It returns why.
-func (f *feed) follow(e *engine, containerID string, timeouts waits) error {
+func (f *feed) follow(e *engine, containerID string, timeouts timeouts) error {
 	ctx, cancel := context.WithCancelCause(f.ctx)
 	defer cancel(nil)
-	watchdog := time.AfterFunc(timeouts.frame, func() {
-		cancel(failure(timedOut, "the engine has sent no statistics of this service for %s", timeouts.frame))
+	watchdog := time.AfterFunc(timeouts.statsFrame, func() {
+		cancel(newAPIError(kindTimeout, "the engine has sent no statistics of this service for %s", timeouts.statsFrame))
 	})
 	defer watchdog.Stop()
 	resp, err := e.api().ContainerStats(ctx, containerID, true)
@@ -182,8 +182,8 @@ func (f *feed) follow(e *engine, containerID string, timeouts waits) error {
 	defer resp.Body.Close()
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(nil, maxFrame)
-	for lines.Scan() && !f.idle(timeouts.linger) {
-		watchdog.Reset(timeouts.frame)
+	for lines.Scan() && !f.idle(timeouts.statsIdle) {
+		watchdog.Reset(timeouts.statsFrame)
 		var sample struct{ Read, PreRead time.Time }
 		if err := json.Unmarshal(lines.Bytes(), &sample); err != nil { // the Scanner returns a cut line, too
 			return cmp.Or(context.Cause(ctx), lines.Err(), err)

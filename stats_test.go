@@ -202,7 +202,7 @@ func TestStreamIsTrueOrFalse(t *testing.T) {
 
 func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.waits.write = 300 * time.Millisecond })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.clientWrite = 300 * time.Millisecond })
 	frames, done := make(chan string), make(chan struct{})
 	statsFrames(e, frames)
 	// Large ones, or the kernel's buffers hold an hour of them.
@@ -310,7 +310,7 @@ func TestKillForgetsTheStatsOfWhatRan(t *testing.T) {
 // An engine with many watched services needs longer for one round of frames than a request waits.
 func TestFeedOutlivesRequestsThatTimeOut(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.waits.read = 2 * time.Second })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.engineRead = 2 * time.Second })
 	frames := make(chan string)
 	statsFrames(e, frames)
 	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=true"} {
@@ -327,7 +327,7 @@ func TestFeedOutlivesRequestsThatTimeOut(t *testing.T) {
 // Once a stream has begun, only the feed limits the wait for a frame.
 func TestStreamWaitsForASlowEngine(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.waits.read = 2 * time.Second })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.engineRead = 2 * time.Second })
 	frames, pause := make(chan string), make(chan struct{})
 	statsFrames(e, frames)
 	go func() { // ends with pause
@@ -359,7 +359,7 @@ func TestStreamWaitsForASlowEngine(t *testing.T) {
 
 func TestFeedEndsWithoutAFrame(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.waits.frame = 300 * time.Millisecond })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsFrame = 300 * time.Millisecond })
 	ended := statsFrames(e, nil)
 	d.do(t, "GET", "/service/web/stats", "").want(t, 504, "no statistics")
 	<-ended
@@ -394,7 +394,7 @@ func TestFeedIsIdleIfNobodyHasAskedSinceTheFrameBefore(t *testing.T) {
 
 func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.waits.linger = 50 * time.Millisecond })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = 50 * time.Millisecond })
 	ended := make(chan struct{}, 100)
 	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.URL.Query().Get("stream") != "1" {
@@ -461,7 +461,7 @@ func TestEngineWithoutStatistics(t *testing.T) {
 
 func TestStatsLeaveNothing(t *testing.T) { // not parallel: it counts the process's goroutines
 	crowdLeavesNothing(t, func() {
-		e, d := startWithRunning(t, func(c *config) { c.waits.linger = 20 * time.Millisecond })
+		e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = 20 * time.Millisecond })
 		var streams []statsStream
 		for range 20 {
 			streams = append(streams, statsOpen(t, d, "web"))

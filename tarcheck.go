@@ -24,11 +24,11 @@ const (
 
 // compressed lists the magic numbers of gzip, bzip2, xz, zstd and lz4. The engine decompresses anything
 // that starts with one, even a tar archive whose first name does.
-var compressed = []string{
+var compressionMagic = []string{
 	"\x1f\x8b", "BZh", "\xfd7zXZ", "\x28\xb5\x2f\xfd", "\x04\x22\x4d\x18", "\x02\x21\x4c\x18"}
 
 // skippable is bytes 1 to 3 of a skippable frame of zstd or lz4.
-const skippable = "\x2a\x4d\x18"
+const skippableFrameMagic = "\x2a\x4d\x18"
 
 // checkTar reads r to its end and returns nil if that is one whole tar archive of a root file system: with at
 // least one entry, with the end marker, and without anything that tar programs read differently. The engine
@@ -40,8 +40,8 @@ func checkTar(r io.Reader) error {
 		return err
 	}
 	isCompressed := func(magic string) bool { return strings.HasPrefix(string(start), magic) }
-	if slices.ContainsFunc(compressed, isCompressed) || len(start) > 4 && string(start[1:4]) == skippable {
-		return failure(refusedArchive, "the body is compressed: it must be a plain tar archive")
+	if slices.ContainsFunc(compressionMagic, isCompressed) || len(start) > 4 && string(start[1:4]) == skippableFrameMagic {
+		return newAPIError(kindArchiveRefused, "the body is compressed: it must be a plain tar archive")
 	}
 	check := &tarCheck{in: in}
 	check.archive = tar.NewReader(check)
@@ -54,18 +54,18 @@ func checkTar(r io.Reader) error {
 			return tarError(err)
 		}
 		if err := check.entry(header); err != nil {
-			return failure(refusedArchive, "entry %q: %v", header.Name, err)
+			return newAPIError(kindArchiveRefused, "entry %q: %v", header.Name, err)
 		}
 	}
 }
 
 // tarError returns the error for an archive that cannot be read on, unless err says more.
 func tarError(err error) error {
-	isDisk := isA[syscall.Errno](err) // from writing the upload to its file
-	if err == nil || isDisk || isA[*http.MaxBytesError](err) || isA[*apiError](err) {
+	isDisk := isType[syscall.Errno](err) // from writing the upload to its file
+	if err == nil || isDisk || isType[*http.MaxBytesError](err) || isType[*apiError](err) {
 		return err
 	}
-	return failure(refusedArchive, "the body is not a whole tar archive: %s", plain(err))
+	return newAPIError(kindArchiveRefused, "the body is not a whole tar archive: %s", rootCause(err))
 }
 
 // tarCheck reads an archive with archive/tar, as the engine does, and looks at the headers themselves too:
@@ -120,7 +120,7 @@ func (c *tarCheck) next() (*tar.Header, error) {
 	case err != nil:
 		return nil, err
 	case !headerOrder.MatchString(types):
-		return nil, failure(refusedArchive, "entry %q: tar programs differ on how to read its headers", header.Name)
+		return nil, newAPIError(kindArchiveRefused, "entry %q: tar programs differ on how to read its headers", header.Name)
 	}
 	return header, nil
 }
@@ -174,7 +174,7 @@ func (c *tarCheck) entry(h *tar.Header) error {
 // and other programs may find another archive there.
 func (c *tarCheck) end() error {
 	if c.entries == 0 {
-		return failure(refusedArchive, "the body is not a tar archive: it has no entry")
+		return newAPIError(kindArchiveRefused, "the body is not a tar archive: it has no entry")
 	}
 	rest, err := io.ReadAll(io.LimitReader(c.in, maxPadding+1))
 	if err == nil && (len(rest) > maxPadding || len(bytes.Trim(rest, "\x00")) > 0) {
