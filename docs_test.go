@@ -239,6 +239,7 @@ type apiWorld struct {
 	*fakeEngine
 	*daemon
 	source string // where bind_contents come from, in place of example.com
+	image  string // an imported one; empty unless the operation is about one
 }
 
 // start starts a daemon that has the service demo, running, unless that is to be created.
@@ -258,7 +259,11 @@ func (op apiOperation) start(t *testing.T, change func(*config)) apiWorld {
 		if c.fetchAllow = networks("127.0.0.0/8"); change != nil {
 			change(c)
 		}
-	}), source.URL}
+	}), source.URL, ""}
+	if strings.Contains(op.path, "{image}") {
+		w.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+		w.image = w.images[len(w.images)-1].id
+	}
 	if op.name != "POST /service" {
 		w.do(t, "POST", "/service", createBodyJSON("demo", apiImage)).want(t, 201)
 		w.do(t, "POST", "/service/demo/ctl", `{"op":"start"}`).want(t, 204)
@@ -285,7 +290,7 @@ func (op apiOperation) bodies() []string {
 
 func (op apiOperation) ask(t *testing.T, w apiWorld, query, body string) answer {
 	t.Helper()
-	return w.do(t, op.method, strings.ReplaceAll(op.path, "{id}", "demo")+query, strings.ReplaceAll(body, "https://example.com", w.source))
+	return w.do(t, op.method, strings.NewReplacer("{id}", "demo", "{image}", cmp.Or(w.image, "sha256:"+strings.Repeat("ab", 32))).Replace(op.path)+query, strings.ReplaceAll(body, "https://example.com", w.source))
 }
 
 func TestAPIDocumentListsWhatThereIs(t *testing.T) {
@@ -333,16 +338,16 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 			key, options, _ := strings.Cut(field.Tag.Get("json"), ",")
 			key = cmp.Or(key, field.Name)
 			kind := strings.TrimLeft(field.Type.String(), "*")
-			types[key] = map[string]any{"string": "string", "[]string": "array", "bool": "boolean", "int64": "integer", "map[string]main.hosts": "object"}[kind]
+			types[key] = map[string]any{"string": "string", "[]string": "array", "bool": "boolean", "int64": "integer", "main.stopSignal": []any{"string", "integer"}, "map[string]main.hosts": "object"}[kind]
 			if options == "" {
 				required = append(required, key)
 			}
 		}
-		if !maps.Equal(kinds, types) || !slices.Equal(named.Schemas[name].Required, required) {
+		if !reflect.DeepEqual(kinds, types) || !slices.Equal(named.Schemas[name].Required, required) {
 			t.Errorf("%s: documented are %v, required %v; there are %v, required %v", name, kinds, named.Schemas[name].Required, types, required)
 		}
 	}
-	for name, pattern := range map[string]*regexp.Regexp{"id": serviceID, "image": imageName, "hostname": hostLabel} {
+	for name, pattern := range map[string]*regexp.Regexp{"id": serviceID, "image": imageName, "hostname": hostLabel, "stop_signal": signalName} {
 		if got := named.Schemas["ServiceParams"].Properties[name].Pattern; got != pattern.String() {
 			t.Errorf("%s: %s, the daemon's: %s", name, got, pattern)
 		}
@@ -460,6 +465,7 @@ var apiFailures = map[string]struct {
 	only   string
 	change func(*config)
 	absent bool // no service demo
+	disk   bool // takes a full disk: TestFullDiskDuringCreateUndoesIt provokes it
 	setUp  func(*testing.T, apiWorld)
 	query  string
 	body   string
@@ -494,6 +500,16 @@ var apiFailures = map[string]struct {
 	"RenamedByHand": {setUp: func(_ *testing.T, w apiWorld) { w.rename("demo", "old") }},
 	"BodyTooLarge":  {change: func(c *config) { c.maxImageBytes = maxJSON }, body: wholeTar() + strings.Repeat("\x00", maxJSON)},
 
+	"DiskFull":  {disk: true},
+	"ImageGone": {setUp: func(t *testing.T, w apiWorld) { w.do(t, "DELETE", "/docker/image/"+w.image, "").want(t, 204) }},
+	"ImageInUse": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "POST", "/service", createBodyJSON("user", fmt.Sprintf(`"image":%q,"cmd":["/x"]`, w.image))).want(t, 201)
+	}},
+	"PortTaken": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "DELETE", "/service/demo", "").want(t, 204)
+		w.do(t, "POST", "/service", apiCreate(`"port_map":{"80/tcp":{"HostPort":"8080"}}`)).want(t, 201)
+		w.takePort("8080")
+	}},
 	"UnknownField":     {body: apiCreate(`"max_mem":1`)},
 	"WrongType":        {body: apiCreate(`"max_ram":"64m"`)},
 	"OutOfRange":       {body: apiCreate(`"max_ram":0`)},
@@ -584,7 +600,10 @@ func TestErrorsOfTheAPIDocument(t *testing.T) {
 		for status, response := range op.Responses {
 			for name := range response.Content["application/json"].Examples {
 				failure, ok := apiFailures[name]
-				if status < 400 || ok && failure.only != "" && failure.only != op.name {
+				if failure.disk {
+					provoked[name] = true
+				}
+				if status < 400 || failure.disk || ok && failure.only != "" && failure.only != op.name {
 					continue
 				}
 				provoked[name] = true
