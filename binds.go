@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"syscall"
@@ -23,6 +24,11 @@ const (
 	markSource = markDir + "/.mark"
 )
 
+// serviceID guards every use of an id: the SDK puts names into URL paths unescaped, and a file name of ".."
+// leads elsewhere. An id has no dot, so names with a dot are the daemon's own, and fewer than 64 characters,
+// so it is never a container's full id.
+var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
+
 // bindRoot is the directory that holds the bind directories, each named by its service's id, and the records
 // and marks (see services). All access to it and below it is through [os.Root], because customers write
 // there. Every method that changes something, except create, has synced the change when it returns.
@@ -33,9 +39,6 @@ type bindRoot struct {
 
 	beforeSync func() // set by tests, which kill the daemon there
 }
-
-// owner is a numeric user and group.
-type owner struct{ uid, gid int }
 
 // openBinds opens the root, creating it if it is missing, and locks it against other daemons.
 func openBinds(path string) (*bindRoot, error) {
@@ -221,9 +224,6 @@ func (b *bindRoot) record(id string) (*serviceRecord, error) {
 	}
 	return r, nil
 }
-
-// errBadRecord is wrapped by the error for a record that cannot be decoded. Only an administrator can fix it.
-var errBadRecord = errors.New("the record is damaged")
 
 // writeRecord replaces the record of a service. A crash leaves the old one or the new one.
 func (b *bindRoot) writeRecord(id string, r serviceRecord) error {

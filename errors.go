@@ -16,6 +16,9 @@ import (
 	"github.com/docker/docker/client"
 )
 
+// maxQuote is how many bytes of third-party text an error may hold.
+const maxQuote = 512
+
 // A kind of error tells a client what it can do next. Kinds and their status are part of the API;
 // descriptions are for people, and may change.
 type kind struct {
@@ -164,3 +167,6 @@ func describe(err error) (k kind, description string) {
 	}
 	return kindEngineFailed, message
 }
+
+// errBadRecord is wrapped by the error for a record that cannot be decoded. Only an administrator can fix it.
+var errBadRecord = errors.New("the record is damaged")

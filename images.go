@@ -33,9 +33,9 @@ import (
 const importName = "duxcore/import"
 
 const (
-	imageChunk     = 256 << 10 // bytes of an upload that are read or sent at a time
-	maxImageConfig = 64 << 10  // bytes of an image's configuration, as JSON
-	maxVolumes     = 32        // of an image
+	uploadStall    = time.Minute // longest pause in an upload
+	maxImageConfig = 64 << 10    // bytes of an image's configuration, as JSON
+	maxVolumes     = 32          // of an image
 	uploadName     = ".upload"
 	containerdRoot = "/var/lib/containerd"            // of a containerd that the engine did not start
 	oTmpfile       = 0o20000000 | syscall.O_DIRECTORY // package syscall lacks it
@@ -59,12 +59,13 @@ type images struct {
 }
 
 // newImages also removes the upload's file that a killed daemon may have left, see removedFile.
-func newImages(life context.Context, cfg config, e *engine, b *bindRoot, log *slog.Logger) *images {
+func newImages(ctx context.Context, e *engine, b *bindRoot, createTimeout, readTimeout time.Duration,
+	log *slog.Logger) *images {
 	if err := b.root.Remove(uploadName); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		log.Warn("cannot remove the file of an upload of an earlier daemon", "err", err)
 	}
-	return &images{engine: e, binds: b, log: log, ctx: life, createTimeout: cfg.createTimeout,
-		readTimeout: cfg.timeouts.engineRead, tempPrefix: tempPrefix(b.path)}
+	return &images{engine: e, binds: b, log: log, ctx: ctx, createTimeout: createTimeout,
+		readTimeout: readTimeout, tempPrefix: tempPrefix(b.path)}
 }
 
 // tempPrefix returns images.tempPrefix for the daemon whose bind root is at path.
@@ -342,16 +343,11 @@ func (x *images) openEngineDir(path string) (*os.File, error) {
 	return os.Open(path)
 }
 
-// checkedImage is an image that check has accepted.
-type checkedImage struct {
-	id   string // sha256:…
-	user string // USER of the image's configuration
-}
-
 // ensure checks an image, and pulls it first if it is missing. workingDir is the service's own; registryAuth
 // is passed on as X-Registry-Auth.
-func (x *images) ensure(ctx context.Context, name, workingDir, registryAuth string) (checkedImage, error) {
-	found, err := x.check(ctx, name, workingDir)
+func (x *images) ensure(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error) {
+	name := p.Image
+	found, err := x.check(ctx, name, p.WorkingDir)
 	if !errdefs.IsNotFound(err) {
 		return found, err
 	}
@@ -361,7 +357,7 @@ func (x *images) ensure(ctx context.Context, name, workingDir, registryAuth stri
 	if err := x.pull(ctx, name, registryAuth); err != nil {
 		return found, err
 	}
-	found, err = x.check(ctx, name, workingDir)
+	found, err = x.check(ctx, name, p.WorkingDir)
 	if errdefs.IsNotFound(err) { // the pull failed without an error
 		return found, noSuchImage(name)
 	}

@@ -41,9 +41,13 @@ type services struct {
 	containers *containers
 	fetcher    *fetcher
 	locks      *keyedMutex // by service id
-	images     *images
-	stats      *stats
 	log        *slog.Logger
+
+	// ensureImage and tidyImages are those of images; forgetStats keeps statistics of what ran before from being
+	// served after a change.
+	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error)
+	tidyImages  func(ctx context.Context) error
+	forgetStats func(id string)
 
 	ctx context.Context // done when the daemon no longer waits for operations in progress
 }
@@ -138,7 +142,7 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	if existing != nil || taken {
 		return serviceSpec{}, idTaken(p.ID)
 	}
-	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth)
+	image, err := s.ensureImage(ctx, p, registryAuth)
 	if err != nil {
 		return serviceSpec{}, err
 	}
@@ -230,7 +234,7 @@ func (s *services) setParams(ctx context.Context, id string, p serviceParams, re
 	if bindTarget(p.BindDir) != bindTarget(record.Params.BindDir) {
 		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
 	}
-	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth) // no lock: a pull may take long
+	image, err := s.ensureImage(ctx, p, registryAuth) // no lock: a pull may take long
 	if err != nil {
 		return err
 	}
@@ -345,13 +349,13 @@ func (s *services) stop(ctx context.Context, svc service) error {
 // stopContainer stops a service's container within -stop-timeout: the container's own StopTimeout may be that
 // of an earlier daemon.
 func (s *services) stopContainer(ctx context.Context, id, containerID string) error {
-	defer s.stats.forget(id)
+	defer s.forgetStats(id)
 	seconds := int(s.config.stopTimeout / time.Second)
 	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
 func (s *services) startContainer(ctx context.Context, svc service) error {
-	s.stats.forget(svc.id)
+	s.forgetStats(svc.id)
 	err := s.engine.api().ContainerStart(ctx, svc.containerID, container.StartOptions{})
 	if err == nil {
 		return nil
@@ -380,7 +384,7 @@ func (s *services) kill(ctx context.Context, id string) error {
 	if err != nil || !current.State.Running {
 		return err
 	}
-	defer s.stats.forget(id)
+	defer s.forgetStats(id)
 	err = s.engine.api().ContainerKill(ctx, current.ID, "KILL")
 	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) { // it has exited
 		return nil
@@ -401,7 +405,7 @@ func (s *services) remove(ctx context.Context, id string) error {
 	if err := s.binds.mark(id); err != nil { // the commit
 		return err
 	}
-	defer s.stats.forget(id)
+	defer s.forgetStats(id)
 	_, err = s.settle(ctx, id)
 	return err
 }

@@ -65,17 +65,6 @@ type config struct {
 	preauthSlots  int      // limit on unauthenticated connections; set by tests
 }
 
-// timeouts limit how long the daemon waits for clients and for the engine.
-type timeouts struct {
-	jsonBody       time.Duration // for a JSON body
-	engineRead     time.Duration // for one read of the engine
-	clientWrite    time.Duration // for one write to a client
-	statsFrame     time.Duration // for the next frame of the engine's statistics
-	statsIdle      time.Duration // that a feed of statistics outlasts its latest request
-	settle         time.Duration // for settling one service in a round, and for undoing a failed create
-	settleInterval time.Duration // between rounds of settling; also the most that the first delays the start
-}
-
 func main() {
 	cfg, err := parseConfig(os.Args[1:], os.Environ(), os.Stdout)
 	if errors.Is(err, flag.ErrHelp) {

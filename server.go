@@ -4,30 +4,23 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"net/http"
 	"net/url"
 	"path"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
-	"unicode/utf8"
 )
 
 const (
 	maxJSON      = 64 << 10    // bytes of a JSON body; the engine repeats much of it in every list
-	uploadStall  = time.Minute // longest pause in an upload
-	maxQuote     = 512         // bytes of third-party text in an error
 	drainTimeout = time.Second // for reading what a client still sends after an error
-	forever      = math.MaxInt64 * time.Nanosecond
 )
 
 // A route is one line of the API. Every path needs the core key, so there is no column for access.
@@ -106,13 +99,14 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 		ctx: life, shutdown: serving,
 		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
-	s.images = newImages(life, cfg, e, b, log)
+	s.images = newImages(life, e, b, cfg.createTimeout, cfg.timeouts.engineRead, log)
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.timeouts, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.timeouts,
 		shutdown: serving}
 	s.services = &services{config: cfg, engine: e, binds: b, containers: own,
 		fetcher: newFetcher(cfg.fetchAllow),
-		locks:   locks, images: s.images, stats: s.stats, log: log,
+		locks:   locks, ensureImage: s.images.ensure,
+		tidyImages: s.images.removeUnfinished, forgetStats: s.stats.forget, log: log,
 		ctx: life}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
@@ -212,13 +206,6 @@ func (s *server) logRequest(w *responseWriter, r *http.Request, start time.Time)
 // requestID matches the values of X-Request-Id that are logged.
 var requestID = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,64}$`)
 
-// noteChange adds the service's id and the operation to the log line of a request.
-func noteChange(w http.ResponseWriter, id, op string) {
-	if logged, ok := w.(*responseWriter); ok {
-		logged.id, logged.op = id, op
-	}
-}
-
 // dispatch does what all routes have in common, then calls the handler.
 func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	if id := r.PathValue("id"); strings.Contains(rt.pattern, "{id}") && !serviceID.MatchString(id) {
@@ -313,134 +300,6 @@ func (s *server) readBody(w *responseWriter, r *http.Request) error {
 	}
 	r.Body = io.NopCloser(bytes.NewReader(text))
 	return nil
-}
-
-// readJSON decodes the body of a request after readBody.
-func readJSON(r *http.Request, v any) error {
-	text, err := io.ReadAll(r.Body)
-	if err != nil {
-		return err
-	}
-	return decodeJSON(text, v)
-}
-
-// decodeJSON decodes one JSON value. An unknown field or a null is an error. Its errors are for the client.
-func decodeJSON(text []byte, v any) error {
-	if !utf8.Valid(text) { // encoding/json would replace invalid bytes
-		return badRequest("malformed JSON: it is not UTF-8")
-	}
-	decoder := json.NewDecoder(bytes.NewReader(text))
-	decoder.DisallowUnknownFields()
-	err := decoder.Decode(v)
-	wrongType, isWrongType := errors.AsType[*json.UnmarshalTypeError](err)
-	switch {
-	case isType[*apiError](err):
-		return err
-	case isWrongType:
-		return badRequest("%s: a JSON %s is not allowed here", cmp.Or(wrongType.Field, "the body"), wrongType.Value)
-	case err == io.EOF:
-		return badRequest("the body is empty")
-	case err != nil:
-		return badRequest("malformed JSON: %s", strings.TrimPrefix(err.Error(), "json: "))
-	}
-	if _, err := decoder.Token(); err != io.EOF {
-		return badRequest("malformed JSON: more than one value")
-	}
-	var plain any
-	if err := json.Unmarshal(text, &plain); err != nil {
-		return err
-	}
-	if field, found := findNull(plain); found {
-		return badRequest("%s: a JSON null is not allowed here", cmp.Or(field, "the body"))
-	}
-	return nil
-}
-
-// findNull returns the path of the first null in a decoded JSON value. encoding/json decodes a null as if the
-// field were absent, so that a limit of null would be no limit.
-func findNull(v any) (field string, found bool) {
-	switch v := v.(type) {
-	case nil:
-		return "", true
-	case []any:
-		for _, element := range v {
-			if field, found := findNull(element); found {
-				return field, true
-			}
-		}
-	case map[string]any:
-		for _, name := range slices.Sorted(maps.Keys(v)) {
-			if field, found := findNull(v[name]); found {
-				return strings.TrimSuffix(name+"."+field, "."), true
-			}
-		}
-	}
-	return "", false
-}
-
-// encodeJSON returns v, which must marshal, as one line. It does not escape <, > and &, which would make a
-// text of them six times as long.
-func encodeJSON(v any) []byte {
-	var line bytes.Buffer
-	encoder := json.NewEncoder(&line)
-	encoder.SetEscapeHTML(false)
-	encoder.Encode(v)
-	return line.Bytes()
-}
-
-// writeJSON answers with v, which must marshal.
-func writeJSON(w http.ResponseWriter, status int, v any) {
-	writeBytes(w, status, encodeJSON(v))
-}
-
-// passOn answers with the engine's JSON, or returns err if that is not nil.
-func passOn(w http.ResponseWriter, text []byte, err error) error {
-	if err == nil {
-		writeBytes(w, http.StatusOK, text)
-	}
-	return err
-}
-
-// writeBytes answers with JSON text. It ignores an error of Write: the client has disconnected.
-func writeBytes(w http.ResponseWriter, status int, text []byte) {
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
-	w.WriteHeader(status)
-	w.Write(text)
-}
-
-// responseWriter records status and size for the log, and sets a deadline for each write.
-type responseWriter struct {
-	http.ResponseWriter
-	ctl     *http.ResponseController
-	status  int // 0 until the header is written
-	written int64
-	wait    time.Duration // for one write
-	id, op  string        // see noteChange
-}
-
-func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// WriteHeader remembers the status for the log.
-func (w *responseWriter) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
-}
-
-// Write sets a new deadline each time: a stream may last for ever, but a client that stops reading is
-// disconnected.
-func (w *responseWriter) Write(p []byte) (int, error) {
-	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	w.status = cmp.Or(w.status, http.StatusOK)
-	n, err := w.ResponseWriter.Write(p)
-	w.written += int64(n)
-	if w.Header().Get("Content-Length") == "" { // a stream
-		err = cmp.Or(err, w.ctl.Flush())
-	}
-	if err != nil {
-		err = errors.New("the client does not read") // describe must not take it for the engine's
-	}
-	return n, err
 }
 
 // health answers GET /health: 204 if the engine and the bind root are usable.

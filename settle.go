@@ -210,7 +210,7 @@ func (s *services) settleAll(ctx context.Context) error {
 			s.log.Warn("cannot settle a service", "id", id, "err", err)
 		}
 	}
-	return s.images.removeUnfinished(ctx)
+	return s.tidyImages(ctx)
 }
 
 // isSettled reports whether settle would have nothing to do. It does not call the engine.

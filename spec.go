@@ -22,11 +22,6 @@ import (
 	"github.com/docker/go-connections/nat"
 )
 
-// serviceID guards every use of an id: the SDK puts names into URL paths unescaped, and a file name of ".."
-// leads elsewhere. An id has no dot, so names with a dot are the daemon's own, and fewer than 64 characters,
-// so it is never a container's full id.
-var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
-
 // imagePath is one component of a repository's name.
 const imagePath = `[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*`
 
@@ -98,6 +93,12 @@ func (h *hostMapEntries) UnmarshalJSON(text []byte) error {
 		return badRequest("port_map: %s", strings.TrimPrefix(err.Error(), "the body: "))
 	}
 	return nil
+}
+
+// checkedImage is what a service needs to know of an image that it may have.
+type checkedImage struct {
+	id   string // sha256:…
+	user string // USER of the image's configuration
 }
 
 // serviceSpec is one set of parameters, with the image that was checked for them.

@@ -17,7 +17,8 @@ import (
 )
 
 const (
-	maxHeaders      = 4 << 20 // bytes of headers before an entry; archive/tar reads 1 MiB of each at most
+	imageChunk      = 256 << 10 // bytes of an upload that are read or sent at a time
+	maxHeaders      = 4 << 20   // bytes of headers before an entry; archive/tar reads 1 MiB of each at most
 	maxImageEntries = 1_000_000
 	maxPadding      = 1 << 20 // bytes after an archive's end marker; tar fills up to 10 KiB
 )
