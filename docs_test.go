@@ -535,7 +535,7 @@ var apiFailures = map[string]struct {
 		if os.Geteuid() != 0 {
 			t.Skip("mounts a file system, which takes root")
 		}
-		dir := filepath.Join(w.binds, markDir)
+		dir := filepath.Join(w.binds, recordDir)
 		if err := cmp.Or(os.MkdirAll(dir, 0o700), syscall.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=1")); err != nil {
 			t.Fatal("this test needs CAP_SYS_ADMIN too: ", err)
 		}
