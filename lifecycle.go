@@ -227,12 +227,8 @@ func (s *services) createCandidate(ctx context.Context, r serviceRecord, replace
 
 // setParams replaces a service's parameters from its next start on. Its data stays.
 func (s *services) setParams(ctx context.Context, id string, p serviceParams, registryAuth string) error {
-	record, err := s.record(id)
-	if err != nil {
+	if _, err := s.record(id); err != nil {
 		return err
-	}
-	if bindTarget(p.BindDir) != bindTarget(record.Params.BindDir) {
-		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
 	}
 	image, err := s.ensureImage(ctx, p, registryAuth) // no lock: a pull may take long
 	if err != nil {
@@ -262,6 +258,9 @@ func (s *services) setPending(ctx context.Context, id string, change func(servic
 		return err
 	}
 	pending := change(record.latest())
+	if bindTarget(pending.Params.BindDir) != bindTarget(record.Params.BindDir) { // VolumesFrom keeps the old mount
+		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
+	}
 	pending.Params.BindContents = ""
 	record.Pending = &pending
 	return s.binds.writeRecord(id, *record) // the commit
