@@ -475,3 +475,6 @@ func (u *unpacker) enter(dir string, create bool) (*os.Root, error) {
 	u.parent, u.parentDir = at, dir
 	return at, nil
 }
+
+// owner is a numeric user and group.
+type owner struct{ uid, gid int }

@@ -268,6 +268,7 @@ func hostileArchives(outside string) []hostile {
 		tooLarge("file over the limit", "big", file("big", string(zeros))),
 		tooLarge("files that are over the limit together", "", file("a", twoFifths), file("b", twoFifths), file("c", twoFifths)),
 		tooLarge("size of all the bits", "big", entry{name: "big", size: math.MaxInt64}),
+		tooLarge("sizes whose sum overflows", "big", file("a", "1"), entry{name: "big", size: math.MaxInt64}),
 		tooLarge("size of 4 EiB", "big", entry{name: "big", size: 1 << 62}),
 		tooLarge("size in an extended header", "big", pax("size=9223372036854775807"), file("big", "")),
 		broken("negative size", tgz(entry{name: "a", size: -512}, file("b", ""))),

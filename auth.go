@@ -26,7 +26,7 @@ const (
 // equal length, as [subtle.ConstantTimeCompare] needs, and the key itself is not kept in memory.
 type keyDigest [sha256.Size]byte
 
-// authorizes reports whether r carries the core key, once. It decodes nothing: a key has
+// authorizes reports whether r carries the core key exactly once. It does not decode the value: a key has
 // only one strict base64 form.
 func (d keyDigest) authorizes(r *http.Request) bool {
 	values := r.Header[coreKeyHeader]
@@ -53,7 +53,7 @@ func loadCoreKey(path string, log *slog.Logger) (keyDigest, error) {
 	return sha256.Sum256([]byte(base64.StdEncoding.EncodeToString(key))), nil
 }
 
-// readCoreKey returns what is in a regular file of minKeyBytes to maxKeyBytes.
+// readCoreKey returns the content of a regular file of minKeyBytes to maxKeyBytes.
 func readCoreKey(path string, log *slog.Logger) (key []byte, err error) {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -64,14 +64,14 @@ func readCoreKey(path string, log *slog.Logger) (key []byte, err error) {
 			return nil, err
 		}
 	}
-	if len(key) < minKeyBytes { // also if it was not read
+	if len(key) < minKeyBytes { // or not read, see above
 		return nil, fmt.Errorf("%s must be a file of %d to %d bytes", path, minKeyBytes, maxKeyBytes)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
 	}
-	// The start that created it may have been killed before its sync.
-	if err := syncCoreKey(path); err != nil { // e.g. a file system that has no fsync
+	// The daemon that created it may have been killed before it synced it.
+	if err := syncCoreKey(path); err != nil { // for example, on a file system without fsync
 		log.Warn("cannot sync the core key: a power cut may lose it", "err", err)
 	}
 	return key, nil

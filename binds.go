@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"syscall"
@@ -18,24 +19,26 @@ import (
 const (
 	recordDir = ".services"   // one record per service, named by its id
 	markDir   = ".incomplete" // one mark per service that is being created or deleted, named by its id
-	// markSource is what every mark is a hard link to: then a mark needs neither a free block nor an inode, and
-	// a service can be deleted on a full disk.
+	// markSource is the file that every mark is a hard link to: so a mark needs neither a free block nor an
+	// inode, and a service can be deleted on a full disk.
 	markSource = markDir + "/.mark"
 )
 
+// serviceID guards every use of an id: the SDK puts names into URL paths unescaped, and a file name of ".."
+// leads elsewhere. An id has no dot, so names with a dot are the daemon's own, and fewer than 64 characters,
+// so it is never a container's full id.
+var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
+
 // bindRoot is the directory that holds the bind directories, each named by its service's id, and the records
-// and marks (see services). All access to it and to what is below goes through os.Root, because customers
-// write there. Every method that changes something has synced the change when it returns.
+// and marks (see services). All access to it and below it is through [os.Root], because customers write
+// there. Every method that changes something, except create, has synced the change when it returns.
 type bindRoot struct {
 	root *os.Root
-	path string   // absolute, as it was given, links not resolved: so it appears in labels and mounts
+	path string   // absolute, as given, links not resolved; in labels and mounts too
 	dir  *os.File // the root itself: its lock keeps other daemons out
 
-	beforeSync func() // set by tests: a daemon may be killed after any change
+	beforeSync func() // set by tests, which kill the daemon there
 }
-
-// owner is a numeric user and group.
-type owner struct{ uid, gid int }
 
 // openBinds opens the root, creating it if it is missing, and locks it against other daemons.
 func openBinds(path string) (*bindRoot, error) {
@@ -58,7 +61,7 @@ func openBinds(path string) (*bindRoot, error) {
 	return b, nil
 }
 
-// prepare locks the root, creates the directory of marks, and removes records that were never finished.
+// prepare locks the root, creates the directory of marks, and removes drafts of records.
 func (b *bindRoot) prepare() (err error) {
 	if b.dir, err = b.root.Open("."); err != nil {
 		return err
@@ -70,7 +73,7 @@ func (b *bindRoot) prepare() (err error) {
 	if err != nil {
 		return err
 	}
-	// Other users of the host must not reach the setuid programs that a service may have.
+	// Other users of the host must not run setuid programs that a service has put there.
 	if err := b.dir.Chmod(0o700); err != nil {
 		return err
 	}
@@ -91,20 +94,20 @@ func (b *bindRoot) prepare() (err error) {
 			return err
 		}
 	}
-	return syncFilesystem(b.dir) // also what an earlier daemon created and did not sync
+	return syncFilesystem(b.dir) // and what an earlier daemon has not synced
 }
 
 // close releases the root and its lock.
 func (b *bindRoot) close() {
 	b.root.Close()
-	b.dir.Close() // a nil *os.File may be closed
+	b.dir.Close() // may be nil: then Close returns an error
 }
 
 var errMoved = newAPIError(kindBindRootMoved, "the bind root was moved, or something was mounted over it, "+
 	"since the daemon started: restart the daemon")
 
 // check returns errMoved unless the root's path still leads to the directory that this daemon has open. The
-// engine resolves the path at each start of a service: if the two differ, one customer could read another's
+// engine resolves the path at each start of a service: if the two differ, a customer could get another's
 // data.
 func (b *bindRoot) check() error {
 	there, err := os.Stat(b.path)
@@ -124,7 +127,7 @@ func (b *bindRoot) check() error {
 	return nil
 }
 
-// adopt creates the directory of records, without which checkRoot lets nothing be done.
+// adopt creates the directory of records in a new root, see checkRoot.
 func (b *bindRoot) adopt() error {
 	if err := b.root.Mkdir(recordDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
@@ -132,7 +135,7 @@ func (b *bindRoot) adopt() error {
 	return cmp.Or(b.sync(recordDir), b.sync("."))
 }
 
-// has reports whether the root has an entry.
+// has reports whether an entry exists.
 func (b *bindRoot) has(name string) (bool, error) {
 	_, err := b.root.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -141,7 +144,7 @@ func (b *bindRoot) has(name string) (bool, error) {
 	return err == nil, err
 }
 
-// hasAny reports whether the root has at least one of these entries.
+// hasAny reports whether at least one of the entries exists.
 func (b *bindRoot) hasAny(names ...string) (bool, error) {
 	for _, name := range names {
 		if there, err := b.has(name); err != nil || there {
@@ -164,8 +167,8 @@ func (b *bindRoot) sync(dir string) error {
 	return f.Sync()
 }
 
-// exists reports whether there is a service: it has a record, and no mark. In a root that was moved to
-// another disk no file is left, so it is errMoved that the caller gets, and not that the service is gone.
+// exists reports whether a service exists: it has a record and no mark. In a root that was moved to another
+// disk every record is missing: then the error is errMoved.
 func (b *bindRoot) exists(id string) (bool, error) {
 	marked, err := b.marked(id)
 	if err != nil || marked {
@@ -181,7 +184,7 @@ func (b *bindRoot) exists(id string) (bool, error) {
 // marked reports whether a service is being created or deleted.
 func (b *bindRoot) marked(id string) (bool, error) { return b.has(markDir + "/" + id) }
 
-// mark says that there is no such service, and that what belongs to it has to be removed.
+// mark makes a service one that does not exist, and of which everything must be removed.
 func (b *bindRoot) mark(id string) error {
 	err := b.root.Link(markSource, markDir+"/"+id)
 	if err != nil && !errors.Is(err, fs.ErrExist) {
@@ -190,10 +193,10 @@ func (b *bindRoot) mark(id string) error {
 	return b.sync(markDir)
 }
 
-// unmark removes the mark. After that the service exists if it has a record.
+// unmark removes the mark: from then on the service exists, if it has a record.
 func (b *bindRoot) unmark(id string) error { return b.remove(markDir, id) }
 
-// remove removes an entry of a directory, if it is there.
+// remove removes an entry of a directory, if it exists.
 func (b *bindRoot) remove(dir, name string) error {
 	err := b.root.Remove(dir + "/" + name)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -214,7 +217,7 @@ func (b *bindRoot) record(id string) (*serviceRecord, error) {
 	r := &serviceRecord{}
 	err = json.Unmarshal(text, r)
 	if err == nil && (r.Params.ID != id || r.Revision == "") {
-		err = errors.New("it is not this service's")
+		err = errors.New("its id or its revision is wrong")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s/%s: %w", errBadRecord, recordDir, id, err)
@@ -222,10 +225,7 @@ func (b *bindRoot) record(id string) (*serviceRecord, error) {
 	return r, nil
 }
 
-// errBadRecord is wrapped by the error for a record that cannot be read: only an administrator can help.
-var errBadRecord = errors.New("the record is damaged")
-
-// writeRecord replaces the record of a service: a crash leaves the old one or the new one.
+// writeRecord replaces the record of a service. A crash leaves the old one or the new one.
 func (b *bindRoot) writeRecord(id string, r serviceRecord) error {
 	r.Params.BindContents = "" // it may hold a token, and is not needed again
 	draft, name := recordDir+"/."+id, recordDir+"/"+id
@@ -265,10 +265,10 @@ func (b *bindRoot) existing() ([]string, error) {
 	return slices.DeleteFunc(recorded, func(id string) bool { return slices.Contains(marked, id) }), err
 }
 
-// ids returns the entries of a directory that are services' ids, sorted.
+// ids returns the names in a directory that are ids, sorted.
 func (b *bindRoot) ids(dir string) (ids []string, err error) {
 	entries, err := fs.ReadDir(b.root.FS(), dir)
-	if errors.Is(err, fs.ErrNotExist) { // not adopted yet, or moved away
+	if errors.Is(err, fs.ErrNotExist) { // the root is new, or was moved
 		return nil, b.check()
 	}
 	for _, entry := range entries {
@@ -279,7 +279,7 @@ func (b *bindRoot) ids(dir string) (ids []string, err error) {
 	return ids, err
 }
 
-// usesImage reports whether the record of a service needs an image, now or from its next start on.
+// usesImage reports whether any service's record has an image, now or from its next start on.
 func (b *bindRoot) usesImage(imageID string) (bool, error) {
 	ids, err := b.ids(recordDir)
 	if err != nil {
@@ -294,8 +294,8 @@ func (b *bindRoot) usesImage(imageID string) (bool, error) {
 	return false, nil
 }
 
-// checkUnused returns a conflict if the service has a bind directory with something in it: using that
-// would mix the data of two services.
+// checkUnused returns a 409 if the bind directory exists and is not empty: a create would mix the data of two
+// services.
 func (b *bindRoot) checkUnused(id string) error {
 	info, err := b.root.Lstat(id)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -314,7 +314,8 @@ func (b *bindRoot) checkUnused(id string) error {
 	return err
 }
 
-// create makes the service's bind directory, or uses an empty one that exists. The caller closes it.
+// create makes the service's bind directory, or takes an empty one. The caller syncs it, see services.fill,
+// and closes it.
 func (b *bindRoot) create(id string, o *owner) (*os.File, error) {
 	if err := b.root.Mkdir(id, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
@@ -334,10 +335,10 @@ func (b *bindRoot) create(id string, o *owner) (*os.File, error) {
 	return dir, nil
 }
 
-// erase removes a service's bind directory with all that is in it.
+// erase removes a service's bind directory with everything in it.
 func (b *bindRoot) erase(ctx context.Context, id string) error {
 	err := b.root.Remove(id)
-	if isNotEmpty(err) { // so it is a directory, and not a link
+	if isNotEmpty(err) { // so it is a directory, not a link
 		err = b.eraseTree(ctx, id)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -358,16 +359,15 @@ func (b *bindRoot) eraseTree(ctx context.Context, id string) error {
 	return b.root.Remove(id)
 }
 
-// A level is a directory on the way down into a tree, kept open.
+// openLevel is an open directory on the path down into a tree.
 type openLevel struct {
 	dir   *os.Root
 	depth int // below the top
 }
 
-// empty removes all that is in a directory, and closes it. It follows no link, and needs neither
-// a free block, for the disk may be full, nor a descriptor for each directory on its way down: a
-// customer nests 60,000 in seconds. What lies between two levels that it has kept it goes down
-// again, which takes depth × log(depth) steps on the whole.
+// removeContents removes everything in a directory, and closes it. It follows no links. It needs no free
+// block, because the disk may be full, and no descriptor per level, because a customer nests 60,000 levels in
+// seconds: it keeps some levels open and walks down again from those, in depth × log(depth) steps in all.
 func removeContents(ctx context.Context, top *os.Root) error {
 	way := []openLevel{{top, 0}}
 	defer func() {
@@ -381,7 +381,7 @@ func removeContents(ctx context.Context, top *os.Root) error {
 		switch {
 		case err != nil:
 			return err
-		case below == "": // this one is empty: the level above removes it, or finds more of the way to it
+		case below == "": // it is empty: the nearest open level above removes it, or walks down to it again
 			at.dir.Close()
 			way = way[:len(way)-1]
 		default: // a directory that is not empty
@@ -395,8 +395,8 @@ func removeContents(ctx context.Context, top *os.Root) error {
 	return nil
 }
 
-// thin closes levels that are far above depth, and returns the others: the top, and of each 2ⁿ levels one
-// that is no more than 16·2ⁿ above. Those are 16 × log(depth) at most.
+// closeDistant closes levels far above depth and returns the others: the top, and each level that is a
+// multiple of 2ⁿ and no more than 16·2ⁿ above depth. Those are 16 × log(depth) at most.
 func closeDistant(way []openLevel, depth int) []openLevel {
 	return slices.DeleteFunc(way, func(l openLevel) bool {
 		far := l.depth > 0 && depth-l.depth > 16*(l.depth&-l.depth) // the lowest bit of l.depth
@@ -407,8 +407,8 @@ func closeDistant(way []openLevel, depth int) []openLevel {
 	})
 }
 
-// removeSome removes what is in a directory until it meets a directory that is not empty, whose
-// name it returns. It returns no name when nothing is left.
+// removeSome removes the entries of a directory until it finds a directory that is not empty, whose name it
+// returns. It returns "" when nothing is left.
 func removeSome(ctx context.Context, dir *os.Root) (notEmpty string, err error) {
 	for {
 		names, err := readSome(dir, ".")
@@ -427,15 +427,14 @@ func removeSome(ctx context.Context, dir *os.Root) (notEmpty string, err error) 
 	}
 }
 
-// isNotEmpty reports whether a directory was not removed because of what is in it: POSIX has two
-// errors for that.
+// isNotEmpty reports whether a directory was not removed because it is not empty: rmdir(2) has two errors for
+// that.
 func isNotEmpty(err error) bool {
 	return errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST)
 }
 
-// openBelow opens a directory in dir, and nothing else: a pipe in its place would block. It goes
-// by way of /proc because an os.Root keeps its name, which would be longer with each level: with
-// 60,000 of them, that would be megabytes to copy at each.
+// openBelow opens a directory in dir, never a FIFO, which would block, or a symbolic link. It reopens it
+// through /proc because an [os.Root] keeps the joined path as its name: megabytes of it at 60,000 levels.
 func openBelow(dir *os.Root, name string) (*os.Root, error) {
 	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	if err != nil {
@@ -445,7 +444,7 @@ func openBelow(dir *os.Root, name string) (*os.Root, error) {
 	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 }
 
-// readSome returns the first names in a directory: none, and no error, if it is empty.
+// readSome returns the first names in a directory; none if it is empty.
 func readSome(root *os.Root, name string) ([]string, error) {
 	dir, err := root.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	if err != nil {
@@ -459,9 +458,9 @@ func readSome(root *os.Root, name string) ([]string, error) {
 	return names, err
 }
 
-// syncFilesystem makes all durable that was written to the file system that f is on. It returns
-// an error if any of that was lost since f was opened: syncfs(2), which package syscall lacks on
-// amd64. Where its number is not known here all file systems are synced, without such errors.
+// syncFilesystem makes everything durable that was written to the file system of f. It returns an error if
+// any of that was lost since f was opened: syncfs(2), which package syscall lacks on amd64. On an
+// architecture whose number of the call is not known here, it syncs all file systems, and reports no errors.
 func syncFilesystem(f *os.File) error {
 	number, known := map[string]uintptr{"amd64": 306, "arm64": 267}[runtime.GOARCH]
 	if !known {

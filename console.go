@@ -19,17 +19,17 @@ import (
 	"github.com/docker/docker/api/types/container"
 )
 
-// logsParameter matches the query parameters of a logs request, which are the engine's. A time is a Unix
-// time in seconds, or in RFC 3339's form, in which the engine prints timestamps.
+// logsParameter matches the query parameters of a logs request, which are the engine's. A time is in Unix
+// seconds, or in the form of RFC 3339, which the engine prints.
 var logsParameter = regexp.MustCompile(`^((follow|timestamps|stdout|stderr)=(true|false|1|0)|` +
 	`tail=(all|[0-9]{1,9})|(since|until)=([0-9]{1,10}(\.[0-9]{1,9})?|` +
 	`[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]{1,9})?(Z|[+-][0-9:]{5})))$`)
 
 // stdinChunk is the most bytes that one attach carries. If the service does not read them, the engine
-// keeps the connection until it does or stops. Beyond 32 KiB, engine 20.10 leaks the connection.
+// keeps the connection until the service does or stops. Beyond 32 KiB, engine 20.10 leaks the connection.
 const stdinChunk = 32 << 10
 
-// console gives access to what a service prints, to its stdin and to its terminal.
+// console gives access to a service's output, stdin and terminal.
 type console struct {
 	containers *containers
 	engine     *engine
@@ -70,7 +70,7 @@ func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	return c.checkStopped(ctx, r.PathValue("id"), run)
 }
 
-// checkStopped returns an error unless the run has ended: then the end of its logs is really their end.
+// checkStopped returns an error unless the run has ended: only then are its logs complete.
 func (c *console) checkStopped(ctx context.Context, id string, run containerInfo) error {
 	err := c.sameRun(ctx, id, run)
 	if err == nil {
@@ -111,18 +111,18 @@ func logsOptions(r *http.Request) (container.LogsOptions, error) {
 		}
 	}
 	return container.LogsOptions{
-		Follow:     on("follow", "false") && r.Method == http.MethodGet, // HEAD would not end
+		Follow:     on("follow", "false") && r.Method == http.MethodGet, // a HEAD would hang
 		Timestamps: on("timestamps", "false"),
 		ShowStdout: on("stdout", "true"),
 		ShowStderr: on("stderr", "true"),
 		Tail:       query.Get("tail"),
-		Since:      query.Get("since"), // the SDK sends the engine Unix times, which is all that it takes
+		Since:      query.Get("since"), // the SDK converts it to Unix time, as the engine requires
 		Until:      query.Get("until"),
 	}, nil
 }
 
-// serviceStdin answers POST /service/{id}/stdin when the service's stdin has taken all of the body. The
-// body may be an open session that lasts for hours.
+// serviceStdin answers POST /service/{id}/stdin when all of the body has been written to the service's
+// stdin. The body may be an open session that lasts for hours.
 func (c *console) serviceStdin(w http.ResponseWriter, r *http.Request) error {
 	ctl := http.NewResponseController(w)
 	defer context.AfterFunc(c.shutdown, func() { ctl.SetReadDeadline(time.Now()) })()
@@ -197,18 +197,18 @@ func (c *console) writeStdin(ctx context.Context, id string, run containerInfo, 
 	if ctx.Err() != nil {
 		return newAPIError(kindTimeout, "the service does not read its stdin")
 	}
-	// The engine ends the connection also when the service stops.
+	// The engine also closes the connection when the service stops.
 	return cmp.Or(c.sameRun(ctx, id, run), err, readErr)
 }
 
-// sameRun returns nil if the service's container has run without a break since it was seen as run.
+// sameRun returns nil if the service's container has not stopped since run was looked up.
 func (c *console) sameRun(ctx context.Context, id string, run containerInfo) error {
 	now, err := c.containers.lookup(ctx, id)
 	if err != nil {
 		return err
 	}
 	if !now.State.Running || now.ID != run.ID || now.State.StartedAt != run.State.StartedAt {
-		return newAPIError(kindNotRunning, "the service has stopped; it may not have read all")
+		return newAPIError(kindNotRunning, "the service has stopped; it may not have read everything")
 	}
 	return nil
 }
@@ -243,9 +243,9 @@ func (c *console) resizeTTY(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// demultiplex copies the output from the engine's frames, of stdout and stderr alike, to w. A frame is a
-// header of eight bytes, of which the last four hold the payload's length, and the payload. The SDK's
-// stdcopy takes a frame that was cut off for a whole one, and holds each frame in memory.
+// demultiplex copies the payloads of the engine's frames, of both stdout and stderr, to w. A frame is a
+// header of eight bytes, the last four of which are the payload's length, and the payload. It replaces the
+// SDK's stdcopy.StdCopy, which takes a truncated frame for a whole one, and holds each frame in memory.
 func demultiplex(w io.Writer, frames io.Reader) error {
 	var header [8]byte
 	for {
@@ -254,7 +254,7 @@ func demultiplex(w io.Writer, frames io.Reader) error {
 		} else if err != nil {
 			return err
 		}
-		if header[0] != 1 && header[0] != 2 { // 3 is an error of the engine's
+		if header[0] != 1 && header[0] != 2 { // 3 is an error from the engine
 			return errors.New("the engine cannot read the logs")
 		}
 		length := int64(binary.BigEndian.Uint32(header[4:]))
@@ -266,10 +266,10 @@ func demultiplex(w io.Writer, frames io.Reader) error {
 	}
 }
 
-// detachKeys returns a value for the attach parameter of that name. The engine looks for these keys in what
-// is written to a tty, by default ctrl-p ctrl-q, and where it finds them it drops the rest. Here they are
-// random, so that nobody can write them. Their first byte is not among the chunk's last ones: the engine
-// would hold back what could be the start of the keys until more is written.
+// detachKeys returns a value for the attach parameter of that name: keys that are not in chunk. The engine
+// looks for them in what is written to a tty (by default ctrl-p ctrl-q), and drops what follows them. These
+// are random, so that no client can guess them. Their first byte is not among the last bytes of chunk: the
+// engine would withhold an end of the chunk that could be the start of the keys.
 func detachKeys(chunk []byte) string {
 	secret := rand.Text()
 	first, end := byte(0xff), chunk[max(0, len(chunk)-len(secret)):]

@@ -27,7 +27,7 @@ const (
 	labelRevision = "duxcore.revision" // the revision of the record that the container was made from
 )
 
-// containers answers which of the engine's containers are this daemon's. It changes nothing.
+// containers finds the engine's containers that are this daemon's. It changes nothing.
 type containers struct {
 	engine  *engine
 	binds   *bindRoot
@@ -35,9 +35,9 @@ type containers struct {
 	timeout time.Duration // of a read
 }
 
-// serviceOf returns which service a container belongs to, if it is this daemon's: it has the labels of the
-// service and of the bind root, and it mounts the service's directory. The labels alone prove nothing,
-// since an image that docker commit made of a service has them too. All that follows relies on this function.
+// serviceOf returns the service that a container belongs to, if it is this daemon's: it has the labels of the
+// service and of the bind root, and it mounts the service's directory. The labels alone prove nothing, since
+// an image that docker commit made from a service has them too. Everything below relies on this function.
 func (c *containers) serviceOf(labels map[string]string, mounts []container.MountPoint) (string, bool) {
 	id := labels[labelService]
 	if !serviceID.MatchString(id) || labels[labelBinds] != c.binds.path {
@@ -57,7 +57,7 @@ type listEntry struct {
 	raw    json.RawMessage // the whole entry
 }
 
-// hasRevision reports whether there is such a container and it was made from this revision of the record.
+// hasRevision reports whether the container exists and was made from this revision of the record.
 func (e *listEntry) hasRevision(revision string) bool {
 	return e != nil && e.Labels[labelRevision] == revision
 }
@@ -66,10 +66,10 @@ func (e *listEntry) hasRevision(revision string) bool {
 type serviceContainers struct {
 	current   *listEntry // named as the service
 	candidate *listEntry
-	renamed   []*listEntry // any other name: an administrator gave it, and the container may use the directory
+	renamed   []*listEntry // by an administrator; they may be using the directory
 }
 
-// errRenamed returns the error for a service that has a renamed container, or nil.
+// errRenamed returns an error if the service has a renamed container.
 func (s serviceContainers) errRenamed(id string) error {
 	if len(s.renamed) == 0 {
 		return nil
@@ -89,8 +89,8 @@ func (c *containers) all(ctx context.Context) (map[string]serviceContainers, err
 	return c.grouped(ctx, labelBinds+"="+c.binds.path)
 }
 
-// grouped returns this daemon's containers that have a label, by service. During a rename the engine shows
-// both names of a container: it counts as renamed already.
+// grouped returns this daemon's containers that have a label, by service. During a rename the engine lists a
+// candidate under both names: it counts as the service's container.
 func (c *containers) grouped(ctx context.Context, label string) (map[string]serviceContainers, error) {
 	list, err := c.list(ctx, filters.Arg("label", label))
 	if err != nil {
@@ -116,15 +116,15 @@ func (c *containers) grouped(ctx context.Context, label string) (map[string]serv
 	return all, nil
 }
 
-// nameTaken reports whether any container has a service's name, whoever made it. It asks for a list because
-// the engine also takes a name for the beginning of an id: an inspection fails if several ids begin so.
+// nameTaken reports whether any container, ours or not, has a service's name. It uses the list because the
+// engine also takes a name for a prefix of an id: to inspect it fails if several ids have that prefix.
 func (c *containers) nameTaken(ctx context.Context, id string) (bool, error) {
 	list, err := c.list(ctx, filters.Arg("name", "^/"+id+"$"))
 	return slices.ContainsFunc(list, func(e *listEntry) bool { return slices.Contains(e.Names, "/"+id) }), err
 }
 
 // list returns the engine's containers that match a filter, running or not. It does not use the SDK, which
-// decodes all of each entry and would lose the fields that it does not know.
+// decodes every entry in full, and drops the fields that it does not know.
 func (c *containers) list(ctx context.Context, filter filters.KeyValuePair) (list []*listEntry, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
@@ -161,7 +161,7 @@ func (c *containers) get(ctx context.Context, call url.URL) ([]byte, error) {
 	return io.ReadAll(resp.Body)
 }
 
-// inspected is what the daemon needs to know about a service's container, and the engine's whole answer.
+// containerInfo is a service's container: the fields that the daemon needs, and the engine's whole answer.
 type containerInfo struct {
 	ID    string
 	Name  string // with a slash
@@ -178,10 +178,10 @@ type containerInfo struct {
 	raw    []byte
 }
 
-// lookup returns the container of a service. It takes no lock while there is one, so that a read or a kill
-// never waits behind a stop. Later calls use the full container id that it returns.
+// lookup returns the container of a service. It takes the lock only if there is none, so that a read or a
+// kill never waits for a stop. Later calls use the full container id that it returns.
 func (c *containers) lookup(ctx context.Context, id string) (containerInfo, error) {
-	ctx, cancel := context.WithTimeout(ctx, c.timeout) // streams have no limit of their own
+	ctx, cancel := context.WithTimeout(ctx, c.timeout) // the routes of streams have no limit
 	defer cancel()
 	exists, err := c.binds.exists(id)
 	if err != nil {
@@ -194,12 +194,12 @@ func (c *containers) lookup(ctx context.Context, id string) (containerInfo, erro
 	if err == nil || ctx.Err() != nil {
 		return found, err
 	}
-	// The engine has no such name, or cannot say so because several container ids begin with it, or fails
-	// altogether: then the list fails as well.
+	// No container has the name; or the engine cannot tell, because it is a prefix of several ids; or the engine
+	// fails, and then the list fails too.
 	return c.lookupLocked(ctx, id)
 }
 
-// lookupLocked waits for the service's lock, since a start that is replacing the container holds it.
+// lookupLocked is lookup under the service's lock, which a start that is replacing the container holds.
 func (c *containers) lookupLocked(ctx context.Context, id string) (containerInfo, error) {
 	unlock, err := c.locks.lock(ctx, id)
 	if err != nil {
@@ -223,11 +223,12 @@ func (c *containers) lookupLocked(ctx context.Context, id string) (containerInfo
 	if !exists {
 		return containerInfo{}, noSuchService(id)
 	}
-	return containerInfo{}, newAPIError(kindUnavailable, "the container of service %q is missing; it will be made again", id)
+	return containerInfo{}, newAPIError(kindUnavailable,
+		"the container of service %q is missing; it will be made again", id)
 }
 
-// inspect inspects a container by its name or full id if it is the one of a service. The engine also answers
-// to prefixes of ids, so only the exact name counts.
+// inspect inspects a container by its name or full id. It returns a 404 unless that is the service's
+// container. The engine also accepts prefixes of ids, so the name must be exact.
 func (c *containers) inspect(ctx context.Context, id, nameOrID string) (containerInfo, error) {
 	text, err := c.get(ctx, url.URL{Path: "/containers/" + nameOrID + "/json"})
 	if err != nil {
@@ -247,22 +248,22 @@ func (c *containers) inspect(ctx context.Context, id, nameOrID string) (containe
 	return found, nil
 }
 
-// keyedMutex is one mutex per key, such as a service's id. Waiters get it first come, first served: the
-// runtime queues senders on a channel in that order. Different keys never wait for each other.
+// keyedMutex is one mutex per key, such as a service's id. Waiters get it first come, first served, in which
+// order the runtime queues the senders on a channel. Different keys never wait for each other.
 type keyedMutex struct {
 	mu    sync.Mutex // guards slots; never held while a caller waits
 	slots map[string]*slot
 }
 
-// slot is the mutex of one key. It exists while somebody holds it or waits for it.
+// slot is the mutex of one key. It exists while a caller holds it or waits for it.
 type slot struct {
-	held  chan struct{} // has room for one value: whoever put it there holds the mutex
+	held  chan struct{} // of capacity 1: the sender of the value in it holds the mutex
 	users int           // the holder and the waiters
 }
 
 func newKeyedMutex() *keyedMutex { return &keyedMutex{slots: map[string]*slot{}} }
 
-// lock waits for a key's mutex until ctx is done; the error is errUnderWay then.
+// lock waits for a key's mutex. If ctx is done first, the waiter leaves the queue and gets errBusy.
 func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err error) {
 	k.mu.Lock()
 	s := k.slots[key]
@@ -281,7 +282,7 @@ func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err e
 	}
 }
 
-// leave removes one user of a slot, and the slot with the last of them.
+// leave removes one user of a slot, and with the last user the slot.
 func (k *keyedMutex) leave(key string, s *slot) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

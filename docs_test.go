@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -61,6 +62,7 @@ type apiSchema struct {
 	Properties                                       map[string]*apiSchema
 	Required                                         []string
 	Items, PropertyNames, AdditionalProperties, Not  *apiSchema
+	OneOf                                            []*apiSchema
 	nothing                                          bool // the schema false
 }
 
@@ -130,6 +132,18 @@ func apiInline(root, v any) any {
 	return v
 }
 
+// types returns the JSON types that a schema allows.
+func (s *apiSchema) types() any {
+	if s.OneOf == nil {
+		return s.Type
+	}
+	var all []any
+	for _, choice := range s.OneOf {
+		all = append(all, choice.types())
+	}
+	return all
+}
+
 // fits reports whether a value is as its schema says.
 func (s *apiSchema) fits(value any) bool {
 	is := func(kind string) bool { return s.Type == nil || strings.Contains(fmt.Sprint(s.Type), kind) }
@@ -141,6 +155,14 @@ func (s *apiSchema) fits(value any) bool {
 		return true
 	case s.nothing || s.Enum != nil && !slices.Contains(s.Enum, value) || s.Not != nil && s.Not.fits(value):
 		return false
+	case s.OneOf != nil:
+		fitting := 0
+		for _, choice := range s.OneOf {
+			if choice.fits(value) {
+				fitting++
+			}
+		}
+		return fitting == 1
 	}
 	switch v := value.(type) {
 	case bool:
@@ -176,7 +198,10 @@ func (s *apiSchema) property(name string) *apiSchema {
 // apiProbes are texts on both sides of the patterns.
 var apiProbes = []any{"", "a", "aa", "a b", "a_b", "a.b", "-a", "a-", "é", "a\nb", "a\x00", "a:b", "a:b:c", ":", "a:", "A", "A=1", "=1", "A=\x00",
 	"a//b", "/a", "//a", "/a\u0085", "0", "1", "080", "99", "65535", "65536", "70000", "1000:1000", "80/tcp", "65535/udp", "1/sctp", "0/tcp", "65536/tcp",
-	"080/tcp", "80/icmp", "80", "http://127.0.0.1:1/a", "ftp://127.0.0.1:1/a", "http://", "http:///a", "sha256:00", strings.Repeat("a", 64), strings.Repeat("a", 65)}
+	"080/tcp", "80/icmp", "80", "http://127.0.0.1:1/a", "ftp://127.0.0.1:1/a", "http://", "http:///a", "sha256:00", strings.Repeat("a", 64), strings.Repeat("a", 65),
+	"TERM", "SIGTERM", "term", "SIGSIGTERM", "9", "64", "RTMIN+15", "RTMIN+16", "RTMAX-14", "RTMAX-15",
+	"1795447530.5", "1795447530.", "2026-11-23T15:39:08Z", "2026-11-23T15:39:08.009300624+01:00", "2026-11-23T15:39:08", "2026-13-23T15:39:08Z",
+	"2026-11-23T24:39:08Z", "2026-11-23", "2026-11-23T15:39:08.Z", "2026-11-23T15:39:08.0123456789Z"}
 
 // vary calls try with value changed in one place, in every way that its schema speaks
 // of, and with the name of the field at that place.
@@ -185,9 +210,11 @@ func (s *apiSchema) vary(value any, field string, try func(value any, field stri
 	if s.Default != nil {
 		others = append(others, s.Default)
 	}
-	for _, limit := range []*float64{s.Minimum, s.Maximum} {
-		if limit != nil {
-			others = append(others, *limit-1, *limit, *limit+1)
+	for _, choice := range append(slices.Clone(s.OneOf), s) {
+		for _, limit := range []*float64{choice.Minimum, choice.Maximum} {
+			if limit != nil {
+				others = append(others, *limit-1, *limit, *limit+1)
+			}
 		}
 	}
 	if _, ok := value.(string); ok {
@@ -198,6 +225,14 @@ func (s *apiSchema) vary(value any, field string, try func(value any, field stri
 	}
 	for _, other := range others {
 		try(other, field)
+	}
+	for _, choice := range s.OneOf {
+		if choice.fits(value) {
+			choice.vary(value, field, try)
+		}
+	}
+	if s.OneOf != nil {
+		return
 	}
 	if list, ok := value.([]any); ok {
 		for i := range list {
@@ -239,7 +274,7 @@ type apiWorld struct {
 	*fakeEngine
 	*daemon
 	source string // where bind_contents come from, in place of example.com
-	image  string // an imported one; empty unless the operation is about one
+	image  string // the id of an imported image
 }
 
 // start starts a daemon that has the service demo, running, unless that is to be created.
@@ -259,10 +294,10 @@ func (op apiOperation) start(t *testing.T, change func(*config)) apiWorld {
 		if c.fetchAllow = networks("127.0.0.0/8"); change != nil {
 			change(c)
 		}
-	}), source.URL, ""}
-	if strings.Contains(op.path, "{image}") {
-		w.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
-		w.image = w.images[len(w.images)-1].id
+	}), source.URL, "sha256:" + strings.Repeat("0", 64)}
+	if strings.HasPrefix(op.path, "/docker/image/") {
+		imported := w.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+		w.image = "sha256:" + anyID.FindString(imported.body)
 	}
 	if op.name != "POST /service" {
 		w.do(t, "POST", "/service", createBodyJSON("demo", apiImage)).want(t, 201)
@@ -290,7 +325,8 @@ func (op apiOperation) bodies() []string {
 
 func (op apiOperation) ask(t *testing.T, w apiWorld, query, body string) answer {
 	t.Helper()
-	return w.do(t, op.method, strings.NewReplacer("{id}", "demo", "{image}", cmp.Or(w.image, "sha256:"+strings.Repeat("ab", 32))).Replace(op.path)+query, strings.ReplaceAll(body, "https://example.com", w.source))
+	path := strings.NewReplacer("{id}", "demo", "{image}", w.image).Replace(op.path)
+	return w.do(t, op.method, path+query, strings.ReplaceAll(body, "https://example.com", w.source))
 }
 
 func TestAPIDocumentListsWhatThereIs(t *testing.T) {
@@ -330,25 +366,31 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 	}
 
 	for name, of := range map[string]reflect.Type{"ServiceParams": reflect.TypeFor[serviceParams](), "HostMapEntry": reflect.TypeFor[hostMapEntry]()} {
-		kinds, types, required := map[string]any{}, map[string]any{}, []string{}
+		kinds, types, required := map[string]string{}, map[string]string{}, []string{}
 		for key, schema := range named.Schemas[name].Properties {
-			kinds[key] = schema.Type
+			kinds[key] = fmt.Sprint(schema.types())
 		}
 		for field := range of.Fields() {
 			key, options, _ := strings.Cut(field.Tag.Get("json"), ",")
 			key = cmp.Or(key, field.Name)
 			kind := strings.TrimLeft(field.Type.String(), "*")
-			types[key] = map[string]any{"string": "string", "[]string": "array", "bool": "boolean", "int64": "integer", "main.stopSignal": []any{"string", "integer"}, "map[string]main.hosts": "object"}[kind]
+			types[key] = map[string]string{"string": "string", "[]string": "array", "bool": "boolean", "int64": "integer",
+				"main.stopSignal": "[string integer]", "map[string]main.hostMapEntries": "object"}[kind]
 			if options == "" {
 				required = append(required, key)
 			}
 		}
-		if !reflect.DeepEqual(kinds, types) || !slices.Equal(named.Schemas[name].Required, required) {
+		if !maps.Equal(kinds, types) || !slices.Equal(named.Schemas[name].Required, required) {
 			t.Errorf("%s: documented are %v, required %v; there are %v, required %v", name, kinds, named.Schemas[name].Required, types, required)
 		}
 	}
+	params := named.Schemas["ServiceParams"].Properties
+	if ends := params["port_map"].AdditionalProperties.types(); fmt.Sprint(ends) != "[object array]" {
+		t.Errorf("port_map: an end is %v", ends)
+	}
+	params["stop_signal"] = params["stop_signal"].OneOf[0] // as a string
 	for name, pattern := range map[string]*regexp.Regexp{"id": serviceID, "image": imageName, "hostname": hostLabel, "stop_signal": signalName} {
-		if got := named.Schemas["ServiceParams"].Properties[name].Pattern; got != pattern.String() {
+		if got := params[name].Pattern; got != pattern.String() {
 			t.Errorf("%s: %s, the daemon's: %s", name, got, pattern)
 		}
 	}
@@ -465,7 +507,6 @@ var apiFailures = map[string]struct {
 	only   string
 	change func(*config)
 	absent bool // no service demo
-	disk   bool // takes a full disk: TestFullDiskDuringCreateUndoesIt provokes it
 	setUp  func(*testing.T, apiWorld)
 	query  string
 	body   string
@@ -487,10 +528,31 @@ var apiFailures = map[string]struct {
 		apiRecord(t, w, `{"params":{"id":"demo","bind_dir":"/data"},"revision":"1"}`)
 		apiMuteEngine(t, w)
 	}},
-	"ImageNotDone":     {change: apiHaste, absent: true, setUp: apiMuteEngine},
 	"InternalError":    {only: "POST /service", setUp: func(t *testing.T, w apiWorld) { apiRecord(t, w, "damaged") }},
 	"BindRootMoved":    {setUp: func(_ *testing.T, w apiWorld) { os.RemoveAll(w.binds); os.Mkdir(w.binds, 0o700) }},
 	"ContainerMissing": {setUp: func(_ *testing.T, w apiWorld) { w.drop("demo") }},
+	"DiskFull": {only: "POST /service", setUp: func(t *testing.T, w apiWorld) {
+		if os.Geteuid() != 0 {
+			t.Skip("mounts a file system, which takes root")
+		}
+		dir := filepath.Join(w.binds, recordDir)
+		if err := cmp.Or(os.MkdirAll(dir, 0o700), syscall.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=1")); err != nil {
+			t.Fatal("this test needs CAP_SYS_ADMIN too: ", err)
+		}
+		t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+	}},
+	"ImageGone": {setUp: func(t *testing.T, w apiWorld) { w.do(t, "DELETE", "/docker/image/"+w.image, "").want(t, 204) }},
+	"ImageInUse": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "POST", "/service", createBodyJSON("other", fmt.Sprintf(`"image":%q,"cmd":["/hello"]`, w.image))).want(t, 201)
+	}},
+	"ImageRemoved": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "PATCH", "/service/demo/env", `{"A":"1"}`).want(t, 204)
+		w.removeImages()
+	}, body: `{"op":"restart"}`},
+	"PortTaken": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "PUT", "/service/demo", apiCreate(`"port_map":{"80/tcp":{"HostPort":"8080"}}`)).want(t, 204)
+		w.takePort("8080")
+	}, body: `{"op":"restart"}`},
 	"UnderWay": {change: func(c *config) { c.stopTimeout, c.timeouts.engineRead = 0, time.Second }, setUp: func(t *testing.T, w apiWorld) {
 		held, release := crowdHold(w.fakeEngine, func(call string) bool { return strings.HasPrefix(call, "DELETE ") })
 		deleted := crowdSend(t, w.daemon, "DELETE", "/service/demo", "")
@@ -500,16 +562,6 @@ var apiFailures = map[string]struct {
 	"RenamedByHand": {setUp: func(_ *testing.T, w apiWorld) { w.rename("demo", "old") }},
 	"BodyTooLarge":  {change: func(c *config) { c.maxImageBytes = maxJSON }, body: wholeTar() + strings.Repeat("\x00", maxJSON)},
 
-	"DiskFull":  {disk: true},
-	"ImageGone": {setUp: func(t *testing.T, w apiWorld) { w.do(t, "DELETE", "/docker/image/"+w.image, "").want(t, 204) }},
-	"ImageInUse": {setUp: func(t *testing.T, w apiWorld) {
-		w.do(t, "POST", "/service", createBodyJSON("user", fmt.Sprintf(`"image":%q,"cmd":["/x"]`, w.image))).want(t, 201)
-	}},
-	"PortTaken": {setUp: func(t *testing.T, w apiWorld) {
-		w.do(t, "DELETE", "/service/demo", "").want(t, 204)
-		w.do(t, "POST", "/service", apiCreate(`"port_map":{"80/tcp":{"HostPort":"8080"}}`)).want(t, 201)
-		w.takePort("8080")
-	}},
 	"UnknownField":     {body: apiCreate(`"max_mem":1`)},
 	"WrongType":        {body: apiCreate(`"max_ram":"64m"`)},
 	"OutOfRange":       {body: apiCreate(`"max_ram":0`)},
@@ -600,10 +652,7 @@ func TestErrorsOfTheAPIDocument(t *testing.T) {
 		for status, response := range op.Responses {
 			for name := range response.Content["application/json"].Examples {
 				failure, ok := apiFailures[name]
-				if failure.disk {
-					provoked[name] = true
-				}
-				if status < 400 || failure.disk || ok && failure.only != "" && failure.only != op.name {
+				if status < 400 || ok && failure.only != "" && failure.only != op.name {
 					continue
 				}
 				provoked[name] = true
@@ -641,6 +690,9 @@ func TestErrorsOfTheAPIDocument(t *testing.T) {
 			named.Responses["MethodNotAllowed"].wantExample(t, "MethodNotAllowed", a)
 		}
 	}
+	named.Responses["UnexpectedBody"].wantExample(t, "UnexpectedBody", w.do(t, "GET", "/service", "x").want(t, 413))
+	old, _ := sendRaw(t, w.daemon, "GET /service HTTP/1.0\r\nHost: h\r\nX-Duxcore-CoreKey: "+w.key+"\r\n\r\n")
+	named.Responses["HTTPVersionNotSupported"].wantExample(t, "HTTPVersionNotSupported", old.want(t, 505))
 	for name := range apiFailures {
 		if !provoked[name] {
 			t.Errorf("%s is an example of no operation's", name)

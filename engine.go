@@ -24,19 +24,19 @@ const (
 	engineConns = 64 // idle connections kept: the SDK's transport would keep two
 )
 
-// engine is the way to the Docker Engine. The SDK's client is replaced, never changed:
-// its own version negotiation is not safe beside other calls, ignores their deadlines,
-// and speaks to an old engine in too new a version after an attempt that failed.
+// engine is a connection to the Docker Engine. The SDK's client is replaced, never changed: its own version
+// negotiation races with other calls, ignores their deadlines, and after a failed attempt uses too new a
+// version for an old engine.
 type engine struct {
 	sdk atomic.Pointer[client.Client]
-	// negotiated says that sdk speaks a version that the Docker Engine at the address accepts. negotiate sets
-	// it. lost resets it after an error that may mean that another engine is there now: the next request
-	// negotiates again before it asks for anything.
+	// negotiated is true if the latest negotiation found a Docker Engine that accepts the version of sdk.
+	// negotiate sets it. lost resets it after an error that may mean that the engine was replaced: then the
+	// next request negotiates before it asks for anything else.
 	negotiated atomic.Bool
 }
 
-// newEngine returns the engine at host, as DOCKER_HOST gives it; if that is empty, at the
-// environment's. It does not connect.
+// newEngine returns the engine at host, which has the form of DOCKER_HOST; if host is empty, DOCKER_HOST
+// decides. It does not connect.
 func newEngine(host string) (*engine, error) {
 	e := &engine{}
 	sdk, err := newSDK(cmp.Or(host, os.Getenv(client.EnvOverrideHost), client.DefaultDockerHost))
@@ -44,14 +44,13 @@ func newEngine(host string) (*engine, error) {
 	return e, err
 }
 
-// newSDK returns the SDK's client on the SDK's transport, without the tracing that the SDK wraps
-// around it: the wrapped body of an upload would be copied in small pieces, since net/http no
-// longer sees its WriteTo.
+// newSDK returns an SDK client without tracing. The SDK's tracing wraps the body of an upload, and net/http,
+// which no longer sees an io.WriterTo, would copy it in small pieces.
 func newSDK(host string) (*client.Client, error) {
 	var plain *http.Client
 	sdk, err := client.NewClientWithOpts(client.FromEnv, client.WithHost(host), func(sdk *client.Client) error {
-		plain = sdk.HTTPClient()                       // a copy, which gets no tracing
-		transport := plain.Transport.(*http.Transport) // the SDK has made no other yet
+		plain = sdk.HTTPClient()                       // a copy: tracing is added to the original
+		transport := plain.Transport.(*http.Transport) // the only type before WithHTTPClient
 		transport.MaxIdleConns, transport.MaxIdleConnsPerHost = engineConns, engineConns
 		return nil
 	})
@@ -64,15 +63,14 @@ func newSDK(host string) (*client.Client, error) {
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
-// send makes one call of the engine's API without the SDK, for two reasons. To inspect and to list,
-// the SDK decodes all of an answer, of which the daemon needs little. And to attach, it waits
-// without an end for an engine that hangs. An answer with another status than the one that is
-// wanted, redirections too, is an error.
+// send calls the engine's API without the SDK, for two reasons: the SDK decodes an inspection or a list in
+// full, of which the daemon needs little; and its attach waits for ever for an engine that hangs. An answer
+// with another status than the given one, redirects included, is an error. The caller closes the body.
 func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (
 	*http.Response, error) {
 	sdk := e.api()
 	transport := sdk.HTTPClient().Transport
-	at, _ := client.ParseHostURL(sdk.DaemonHost()) // what newSDK has parsed too
+	at, _ := client.ParseHostURL(sdk.DaemonHost()) // cannot fail: newSDK has parsed it too
 	call.Scheme, call.Host, call.Path = "http", at.Host, path.Join(at.Path, "/v"+sdk.ClientVersion(), call.Path)
 	if own, ok := transport.(*http.Transport); ok && own.TLSClientConfig != nil {
 		call.Scheme = "https"
@@ -88,7 +86,7 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 	defer answer.Body.Close()
 	var body struct{ Message string }
 	text, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10))
-	json.Unmarshal(text, &body) // an attach is refused in plain text
+	json.Unmarshal(text, &body) // the engine refuses an attach in plain text
 	message := "engine: " + cmp.Or(body.Message, strings.TrimSpace(string(text)), answer.Status)
 	switch answer.StatusCode {
 	case http.StatusBadRequest:
@@ -101,7 +99,7 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 	return nil, errors.New(message)
 }
 
-// ready negotiates unless that was done.
+// ready negotiates unless that was done before.
 func (e *engine) ready(ctx context.Context) error {
 	if e.negotiated.Load() {
 		return nil
@@ -112,12 +110,12 @@ func (e *engine) ready(ctx context.Context) error {
 // lost makes the next request negotiate again.
 func (e *engine) lost() { e.negotiated.Store(false) }
 
-// negotiate asks the engine for the newest version of its API, uses that from now on, and asks again, in that
-// version, what the engine is: another program, or an engine that refuses the version that the environment
-// demands, is an error. It takes pingTime at most.
+// negotiate asks the engine for the newest version of its API, uses that from now on, and checks, in that
+// version, that it is a Docker Engine. Another program, or an engine that refuses the version that
+// DOCKER_API_VERSION demands, is an error. It takes pingTime at most.
 func (e *engine) negotiate(ctx context.Context) (err error) {
 	defer func() {
-		if errors.Is(err, context.DeadlineExceeded) { // nothing was begun
+		if errors.Is(err, context.DeadlineExceeded) { // 503 and not 504: nothing was started
 			err = newAPIError(kindUnavailable, "the engine does not answer in time")
 		} else if errors.Is(err, io.EOF) {
 			err = errUnreadable
@@ -147,7 +145,8 @@ func (e *engine) negotiate(ctx context.Context) (err error) {
 		parts = append(parts, part.Name)
 	}
 	if !slices.Contains(parts, "Engine") {
-		return newAPIError(kindEngineFailed, "what answers at the engine's address is no Docker Engine: its parts are %q",
+		return newAPIError(kindEngineFailed,
+			"the program at the engine's address is not a Docker Engine: its components are %q",
 			strings.Join(parts, ", "))
 	}
 	return nil

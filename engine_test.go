@@ -172,7 +172,7 @@ func TestEngineThatDoesNotSayWhatItIs(t *testing.T) {
 	}{
 		"is silent":       {"", 503, "does not answer in time"},
 		"says nothing":    {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 0\r\n\r\n", 502, "cannot be read"},
-		"has no parts":    {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 2\r\n\r\n{}", 502, "no Docker Engine"},
+		"has no parts":    {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 2\r\n\r\n{}", 502, "not a Docker Engine"},
 		"is out of order": {"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", 502, "500"},
 	} {
 		e, d := startWithRunning(t, engineImpatient)
@@ -213,7 +213,7 @@ func TestWhatIsNoDockerEngineIsAskedNothing(t *testing.T) {
 	before := len(e.calls())
 	e.setDialect(podman)
 	e.reopen()
-	d.allAre(t, 502, `no Docker Engine: its parts are \"Podman Engine, Conmon, OCI Runtime (runc)\"`)
+	d.allAre(t, 502, `not a Docker Engine: its components are \"Podman Engine, Conmon, OCI Runtime (runc)\"`)
 	e.wantAskedNothing(t, before)
 	e.setDialect(dialects["20.10"])
 	d.do(t, "GET", "/service/web", "").want(t, 200)

@@ -16,43 +16,46 @@ import (
 	"github.com/docker/docker/client"
 )
 
-// A kind of error tells a program what it can do next. Kinds and their status are part of the API;
+// maxQuote is how many bytes of third-party text an error may hold.
+const maxQuote = 512
+
+// A kind of error tells a client what it can do next. Kinds and their status are part of the API;
 // descriptions are for people, and may change.
 type kind struct {
 	status int
 	name   string
 }
 
-// All kinds that there are.
+// The comment on each kind says what a client can do.
 var (
 	kindBadRequest       = kind{400, "bad_request"}        // ask for something else
-	kindArchiveRefused   = kind{400, "archive_refused"}    // mend the archive of bind_contents, or of the image
-	kindUnauthorized     = kind{401, "unauthorized"}       // find the right core key
-	kindNoSuchPath       = kind{404, "no_such_path"}       // look it up in the API's document
-	kindNoSuchService    = kind{404, "no_such_service"}    // it is gone, or has yet to be created
-	kindNoSuchImage      = kind{404, "no_such_image"}      // import it, or give the registry's credentials
-	kindMethodNotAllowed = kind{405, "method_not_allowed"} // the header Allow lists those that are
-	kindIDTaken          = kind{409, "id_taken"}           // compare with the service or container that has it
-	kindDirectoryInUse   = kind{409, "directory_in_use"}   // somebody has to look at the data there
-	kindRenamedByHand    = kind{409, "renamed_by_hand"}    // somebody has to give the container its name back
+	kindArchiveRefused   = kind{400, "archive_refused"}    // fix the archive of bind_contents, or of the image
+	kindUnauthorized     = kind{401, "unauthorized"}       // use the right core key
+	kindNoSuchPath       = kind{404, "no_such_path"}       // see docs/API.md
+	kindNoSuchService    = kind{404, "no_such_service"}    // create it; it may have been deleted
+	kindNoSuchImage      = kind{404, "no_such_image"}      // import it, or send the registry's credentials
+	kindMethodNotAllowed = kind{405, "method_not_allowed"} // use a method from the Allow header
+	kindIDTaken          = kind{409, "id_taken"}           // look at the service or container that has it
+	kindDirectoryInUse   = kind{409, "directory_in_use"}   // an administrator has to look at the data
+	kindRenamedByHand    = kind{409, "renamed_by_hand"}    // an administrator has to rename it back
 	kindNotRunning       = kind{409, "not_running"}        // start it
 	kindNoStdin          = kind{409, "no_stdin"}           // create it with open_stdin
 	kindNoTTY            = kind{409, "no_tty"}             // create it with tty
-	kindEngineConflict   = kind{409, "engine_conflict"}    // such as a paused container: its words say which
+	kindEngineConflict   = kind{409, "engine_conflict"}    // see the engine's description: it is paused, perhaps
 	kindImageInUse       = kind{409, "image_in_use"}       // delete or change the services that use it
-	kindPortTaken        = kind{409, "port_taken"}         // free the host's port, or choose another one
-	kindTooLarge         = kind{413, "too_large"}          // send less, or no body where none belongs
-	kindInternal         = kind{500, "internal"}           // somebody has to read the daemon's log
-	kindBindRootMoved    = kind{503, "bind_root_moved"}    // somebody has to restart the daemon, or mount its disk
-	kindEngineFailed     = kind{502, "engine_failed"}      // the engine refused, or could not: its words say why
-	kindDownloadFailed   = kind{502, "download_failed"}    // mend the URL of bind_contents, or its server
-	kindUnavailable      = kind{503, "unavailable"}        // ask again in a second: no engine, or the daemon ends
+	kindPortTaken        = kind{409, "port_taken"}         // free the host's port, or choose another
+	kindTooLarge         = kind{413, "too_large"}          // send less, or no body if the route has none
+	kindInternal         = kind{500, "internal"}           // an administrator has to read the daemon's log
+	kindBindRootMoved    = kind{503, "bind_root_moved"}    // an administrator has to restart it or mount a disk
+	kindEngineFailed     = kind{502, "engine_failed"}      // see the engine's description
+	kindDownloadFailed   = kind{502, "download_failed"}    // fix the URL of bind_contents, or its server
+	kindUnavailable      = kind{503, "unavailable"}        // retry in a second: no engine, or shutting down
 	kindHTTPVersion      = kind{505, "http_version_not_supported"}
-	kindDiskFull         = kind{507, "disk_full"} // somebody has to make room on the machine
-	kindTimeout          = kind{504, "timeout"}   // look what there is, or ask again
+	kindDiskFull         = kind{507, "disk_full"} // an administrator has to free space on the machine
+	kindTimeout          = kind{504, "timeout"}   // the outcome is unknown: look at the service, or retry
 )
 
-// apiError is an error that the client reads as it stands.
+// apiError is an error whose description goes to the client unchanged.
 type apiError struct {
 	kind        kind
 	description string
@@ -60,14 +63,14 @@ type apiError struct {
 
 func (e *apiError) Error() string { return e.description }
 
-// isA reports whether err is, or wraps, an error of type E.
+// isType reports whether err is, or wraps, an error of type E.
 func isType[E error](err error) bool {
 	_, ok := errors.AsType[E](err)
 	return ok
 }
 
-// failure returns an error of the API, whose text goes to the client as it is. A string among args may be
-// somebody else's, of any length: it is cut.
+// newAPIError returns an apiError. It truncates the strings among args, which may be third-party text of any
+// length.
 func newAPIError(k kind, format string, args ...any) error {
 	for i, arg := range args {
 		if text, ok := arg.(string); ok {
@@ -101,11 +104,11 @@ var (
 	errBusy       = newAPIError(kindTimeout, "another operation on this service is still under way")
 )
 
-// goPrefix is what Go's packages put ahead of their errors.
+// goPrefix matches the package names that the standard library puts at the start of its errors.
 var goPrefix = regexp.MustCompile(`\b(archive/tar|gzip|flate|net/http|http|tls|x509): `)
 
-// plain returns the innermost cause of an error from Go's packages: those around it name addresses of
-// the host, and its name servers.
+// rootCause returns the text of the innermost error: the errors that wrap it, such as [net.OpError], name
+// addresses of the host and its name servers.
 func rootCause(err error) string {
 	if lookup, ok := errors.AsType[*net.DNSError](err); ok && lookup.IsNotFound {
 		return "no such host"
@@ -126,14 +129,14 @@ func truncate(text string) string {
 	return strings.ToValidUTF8(text[:maxQuote], "") + "…"
 }
 
-// describe returns what a client may know of err: all that the engine says, which can name paths of
-// the host, and of what fails here no more than the kind.
+// describe returns what the client is told about err: an engine's error in full, although it may name paths
+// of the host, and of an error of the daemon's own only the kind.
 func describe(err error) (k kind, description string) {
 	if api, ok := errors.AsType[*apiError](err); ok {
 		return api.kind, api.description
 	}
 	tooLong, isTooLong := errors.AsType[*http.MaxBytesError](err)
-	// The SDK puts words of its own around the engine's, in these three places.
+	// Without what the SDK adds: a prefix, package names, and the API's route and version at the end.
 	message := strings.ReplaceAll(err.Error(), "Error response from daemon", "engine")
 	message, _, _ = strings.Cut(goPrefix.ReplaceAllString(message, ""), " for API route and version ")
 	message = truncate(message)
@@ -141,25 +144,29 @@ func describe(err error) (k kind, description string) {
 	case isTooLong:
 		return kindTooLarge, fmt.Sprintf("the body has more than %d bytes", tooLong.Limit)
 	case errors.Is(err, context.DeadlineExceeded):
-		return kindTimeout, "this was not done in time; the engine may still be at it"
+		return kindTimeout, "the operation did not finish in time; the engine may still be working on it"
 	case errors.Is(err, context.Canceled):
-		return kindUnavailable, "the request was given up"
+		return kindUnavailable, "the request was canceled"
 	case client.IsErrConnectionFailed(err), isType[*net.OpError](err), errors.Is(err, io.EOF):
 		return kindUnavailable, "the engine cannot be reached"
 	case errors.Is(err, errBadRecord):
 		return kindInternal, internalText
-	case isType[*json.SyntaxError](err), isType[*json.UnmarshalTypeError](err), errors.Is(err, io.ErrUnexpectedEOF):
+	case isType[*json.SyntaxError](err), isType[*json.UnmarshalTypeError](err),
+		errors.Is(err, io.ErrUnexpectedEOF):
 		return describe(errUnreadable)
 	case errdefs.IsConflict(err):
 		return kindEngineConflict, message
-	case strings.Contains(message, "engine: client version "): // "… is too old": it is another one now
+	case strings.Contains(message, "engine: client version "): // "… is too old": another engine
 		return kindUnavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return kindBadRequest, message
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return kindDiskFull, "the disk is full"
-	case isType[syscall.Errno](err): // the file system's; all other errors are the engine's
+	case isType[syscall.Errno](err): // a file system error; all others are the engine's
 		return kindInternal, internalText
 	}
 	return kindEngineFailed, message
 }
+
+// errBadRecord is wrapped by the error for a record that cannot be decoded. Only an administrator can fix it.
+var errBadRecord = errors.New("the record is damaged")

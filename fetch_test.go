@@ -272,7 +272,11 @@ func TestDownloadsGiveNothingAway(t *testing.T) {
 		}
 	}
 	c, _ := engine.container("svc")
-	told := []string{fmt.Sprint(c.Labels, c.Config.Env)}
+	stored, err := os.ReadFile(filepath.Join(d.binds, recordDir, "svc"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := []string{fmt.Sprint(c.Labels, c.Config.Env), string(stored)}
 
 	d.do(t, "DELETE", "/service/svc", "").want(t, 204)
 	broken := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {

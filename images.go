@@ -33,38 +33,39 @@ import (
 const importName = "duxcore/import"
 
 const (
-	imageChunk     = 256 << 10 // bytes of an upload that are read, or passed to the engine, at a time
-	maxImageConfig = 64 << 10  // bytes of an image's configuration, as JSON
-	maxVolumes     = 32        // of an image
+	uploadStall    = time.Minute // longest pause in an upload
+	maxImageConfig = 64 << 10    // bytes of an image's configuration, as JSON
+	maxVolumes     = 32          // of an image
 	uploadName     = ".upload"
-	containerdRoot = "/var/lib/containerd"            // of a containerd that the engine does not run itself
+	containerdRoot = "/var/lib/containerd"            // of a containerd that the engine did not start
 	oTmpfile       = 0o20000000 | syscall.O_DIRECTORY // package syscall lacks it
 )
 
-// images imports images, and makes sure that the image of a service is present.
+// images imports images, and pulls those of services.
 type images struct {
 	engine        *engine
 	binds         *bindRoot // uploads are written to unnamed files in it
 	log           *slog.Logger
-	ctx           context.Context // ends when what has begun must end
+	ctx           context.Context // done when the daemon no longer waits for operations in progress
 	createTimeout time.Duration   // for one import by the engine
-	readTimeout   time.Duration   // for listing images, and for removing a temporary tag
+	readTimeout   time.Duration   // for a list of images, and for removing a temporary tag
 	// tempPrefix is the prefix of the temporary tags of this daemon's imports. They are a journal: an image
 	// with such a tag and no import in progress is removed. It was left by a killed daemon, or by an engine
 	// that keeps images it failed to unpack (containerd's store).
 	tempPrefix string
-	inProgress sync.Map   // the temporary tags of imports in progress; none is ever used twice
+	inProgress sync.Map   // temporary tags of imports in progress; none is used twice
 	naming     sync.Mutex // held while uploadName exists
 	notSynced  sync.Once  // logs that imports are not synced
 }
 
-// newImages returns the images of a daemon. It removes the upload file whose name a killed daemon has left.
-func newImages(life context.Context, cfg config, e *engine, b *bindRoot, log *slog.Logger) *images {
+// newImages also removes the upload's file that a killed daemon may have left, see removedFile.
+func newImages(ctx context.Context, e *engine, b *bindRoot, createTimeout, readTimeout time.Duration,
+	log *slog.Logger) *images {
 	if err := b.root.Remove(uploadName); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		log.Warn("cannot remove an upload that an earlier daemon has left", "err", err)
+		log.Warn("cannot remove the file of an upload of an earlier daemon", "err", err)
 	}
-	return &images{engine: e, binds: b, log: log, ctx: life, createTimeout: cfg.createTimeout,
-		readTimeout: cfg.timeouts.engineRead, tempPrefix: tempPrefix(b.path)}
+	return &images{engine: e, binds: b, log: log, ctx: ctx, createTimeout: createTimeout,
+		readTimeout: readTimeout, tempPrefix: tempPrefix(b.path)}
 }
 
 // tempPrefix returns images.tempPrefix for the daemon whose bind root is at path.
@@ -83,7 +84,7 @@ func (x *images) listImages(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// removeImage answers DELETE /docker/image/{image}. An image that is not an import does not exist here.
+// removeImage answers DELETE /docker/image/{image}. It is a 404 for an image that was not imported.
 func (x *images) removeImage(_ http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("image")
 	list, err := x.imported(r.Context())
@@ -108,15 +109,15 @@ func (x *images) removeImage(_ http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// importTag returns the tag that an import gets: the beginning of its image's id.
+// importTag returns the tag of an import: the first digits of its image's id.
 func importTag(imageID string) string { return importName + ":" + imageID[len("sha256:"):][:12] }
 
-// importImage answers POST /docker/image. The engine is asked only when the whole archive is here and has
-// passed the check; from then on the import runs to its end even if the client disconnects.
+// importImage answers POST /docker/image. The engine gets nothing before the whole archive was received and
+// checked. From then on the import finishes even if the client disconnects.
 func (x *images) importImage(w http.ResponseWriter, r *http.Request) error {
 	archive, err := x.receive(w, r)
 	if err != nil {
-		w.Header().Set("Connection", "close") // a part of the body may be unread
+		w.Header().Set("Connection", "close") // some of the body may be unread
 		return err
 	}
 	defer archive.Close()
@@ -133,8 +134,8 @@ var (
 	errBrokenUpload = badRequest("the body is incomplete")
 )
 
-// receive writes a request's body to an unnamed file while checkTar reads it. It returns the file of a
-// whole archive that passed. The caller closes it, and with that it is gone, as it is with this process.
+// receive writes a request's body to an unnamed file while checkTar reads it, and returns the file. The
+// caller closes it, which frees its space, as the death of this process does.
 func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, error) {
 	file, err := x.unnamedFile()
 	if err != nil {
@@ -153,7 +154,7 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 		return n, err
 	})
 	err = checkTar(io.TeeReader(body, file))
-	// Left in place it would end the request's context: net/http reads on once the body has ended.
+	// An expired one would cancel the request's context: net/http reads on after the body (connReader).
 	ctl.SetReadDeadline(time.Time{})
 	if err != nil {
 		file.Close()
@@ -167,7 +168,7 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-// unnamedFile returns a new file in the bind root that has no name: open(2), O_TMPFILE.
+// unnamedFile returns a new file without a name in the bind root: O_TMPFILE in open(2).
 func (x *images) unnamedFile() (*os.File, error) {
 	file, err := x.binds.root.OpenFile(".", os.O_RDWR|oTmpfile, 0o600)
 	if errors.Is(err, syscall.EOPNOTSUPP) {
@@ -177,7 +178,7 @@ func (x *images) unnamedFile() (*os.File, error) {
 }
 
 // removedFile is unnamedFile for file systems without O_TMPFILE, such as NFS. If the daemon dies between the
-// two steps, an empty file is left until its next start.
+// two steps, an empty file stays until the next start.
 func (x *images) removedFile() (*os.File, error) {
 	x.naming.Lock()
 	defer x.naming.Unlock()
@@ -192,8 +193,8 @@ func (x *images) removedFile() (*os.File, error) {
 	return file, nil
 }
 
-// makeImage has the engine make an image of an archive, with a tag of its own, and returns its id when
-// that will survive a power cut. Whatever fails, no image is left.
+// makeImage has the engine make an image of an archive, under its own tag, and returns the image's id once a
+// power cut cannot damage it. After an error no image is left.
 func (x *images) makeImage(archive *os.File) (id string, err error) {
 	ctx, cancel := context.WithTimeout(x.ctx, x.createTimeout) // not the request's: see importImage
 	defer cancel()
@@ -204,7 +205,7 @@ func (x *images) makeImage(archive *os.File) (id string, err error) {
 		ctx, cancel := context.WithTimeout(x.ctx, x.readTimeout)
 		defer cancel()
 		if err := x.dropImport(ctx, tempTag); err != nil {
-			x.log.Warn("an import is still to be finished or undone", "image", tempTag, "err", err)
+			x.log.Warn("an import's temporary tag is still to be removed", "image", tempTag, "err", err)
 		}
 	}()
 	id, err = x.importArchive(ctx, archive, tempTag)
@@ -230,7 +231,7 @@ func (x *images) importArchive(ctx context.Context, archive *os.File, tempTag st
 	if err != nil {
 		return "", err
 	}
-	// net/http copies 32 KiB at a time, unless its source has a WriteTo as bufio.Reader does.
+	// net/http copies 32 KiB at a time, unless the source is an io.WriterTo, as a bufio.Reader is.
 	source := bufio.NewReaderSize(io.NewSectionReader(archive, 0, info.Size()), imageChunk)
 	_, tag, _ := strings.Cut(tempTag, ":")
 	options := image.ImportOptions{Tag: tag}
@@ -245,21 +246,22 @@ func (x *images) importArchive(ctx context.Context, archive *os.File, tempTag st
 	}
 	if reason := cannotUnpack.FindStringSubmatch(err.Error()); reason != nil {
 		_, words := describe(err)
-		return "", newAPIError(kindArchiveRefused, "the engine cannot unpack the archive (%s): %s", reason[1], words)
+		return "", newAPIError(kindArchiveRefused,
+			"the engine cannot unpack the archive (%s): %s", reason[1], words)
 	}
 	return "", err
 }
 
-// cannotUnpack matches the engine's errors for archives that it will never unpack, by how they end.
-// Engines 20.10 to 29 put different words ahead of that, and none ahead of some. What can go better on
-// another day, such as on a full disk, is not among these.
+// cannotUnpack matches the end of the engine's errors for archives that it can never unpack; the words before
+// it differ between engines 20.10 and 29. An error that may not come again, such as for a full disk, is not
+// among them.
 var cannotUnpack = regexp.MustCompile(`(duplicates of file paths not supported|archive/tar: [^:]+|` +
 	`no such file or directory|file exists|file name too long|not a directory|is a directory|` +
 	`directory not empty|operation not permitted|too many levels of symbolic links|invalid argument|` +
 	`argument list too long|numerical result out of range|device or resource busy|` +
 	`cannot be mapped to a host ID|invalid (?:symlink|hardlink) .*)\W*$`)
 
-// dropImport removes a tag of an import, and the image with it unless it has another.
+// dropImport removes a tag of an import, and the image if it has no other tag.
 func (x *images) dropImport(ctx context.Context, tag string) error {
 	_, err := x.engine.api().ImageRemove(ctx, tag, image.RemoveOptions{})
 	if errdefs.IsNotFound(err) {
@@ -278,7 +280,7 @@ func (x *images) removeUnfinished(ctx context.Context) error {
 	}
 	for _, found := range list {
 		for _, tag := range found.RepoTags {
-			// The list comes first: an import that is in it and not in progress has ended.
+			// The list is older than this look: an import in it that is not in progress has ended.
 			if _, busy := x.inProgress.Load(tag); busy || !strings.HasPrefix(tag, x.tempPrefix) {
 				continue
 			}
@@ -290,13 +292,13 @@ func (x *images) removeUnfinished(ctx context.Context) error {
 	return nil
 }
 
-// repository returns the images in the repository of imports, with the temporary ones.
+// repository returns all images in the repository of imports, those with temporary tags included.
 func (x *images) repository(ctx context.Context) ([]image.Summary, error) {
 	options := image.ListOptions{Filters: filters.NewArgs(filters.Arg("reference", importName))}
 	return x.engine.api().ImageList(ctx, options)
 }
 
-// imported returns the images of imports that have been answered, by any daemon on this engine.
+// imported returns the images of finished imports, those of other daemons on this engine included.
 func (x *images) imported(ctx context.Context) ([]image.Summary, error) {
 	list, err := x.repository(ctx)
 	return slices.DeleteFunc(list, func(found image.Summary) bool {
@@ -304,9 +306,9 @@ func (x *images) imported(ctx context.Context) ([]image.Summary, error) {
 	}), err
 }
 
-// syncEngine makes durable what the engine has written. Engines do not: after a power cut an image can be
-// there with files full of zeros (seen on 28.5). Where the engine's directories cannot be opened here, such
-// as with an engine on another machine, it logs that once and returns nil.
+// syncEngine makes durable what the engine has written. The engine does not: after a power cut, an image can
+// have files full of zeros (seen with 28.5). If the engine's directories cannot be opened here, such as those
+// of an engine on another machine, it logs that once and returns nil.
 func (x *images) syncEngine(ctx context.Context) error {
 	info, err := x.engine.api().Info(ctx)
 	if err != nil {
@@ -314,7 +316,7 @@ func (x *images) syncEngine(ctx context.Context) error {
 	}
 	dirs := []string{info.DockerRootDir}
 	if slices.Contains(info.DriverStatus, [2]string{"driver-type", "io.containerd.snapshotter.v1"}) {
-		dirs = append(dirs, containerdRoot) // if it is missing, containerd's root is below the engine's
+		dirs = append(dirs, containerdRoot) // if missing, containerd's root is below the engine's
 	}
 	for _, path := range dirs {
 		dir, err := x.openEngineDir(path)
@@ -333,7 +335,7 @@ func (x *images) syncEngine(ctx context.Context) error {
 	return nil
 }
 
-// openEngineDir opens a directory of the engine if that runs on this machine.
+// openEngineDir opens a directory of the engine if the engine runs on this machine.
 func (x *images) openEngineDir(path string) (*os.File, error) {
 	if host := x.engine.api().DaemonHost(); !strings.HasPrefix(host, "unix:") {
 		return nil, fmt.Errorf("the engine at %s may be on another machine", host)
@@ -341,26 +343,21 @@ func (x *images) openEngineDir(path string) (*os.File, error) {
 	return os.Open(path)
 }
 
-// checkedImage is what a service needs to know of its image.
-type checkedImage struct {
-	id   string // sha256:…
-	user string // USER of the image's configuration
-}
-
-// ensure makes sure that the engine has an image that a service may have, and pulls it if it is missing.
-// workingDir is the service's own. registryAuth is passed on as X-Registry-Auth.
-func (x *images) ensure(ctx context.Context, name, workingDir, registryAuth string) (checkedImage, error) {
-	found, err := x.check(ctx, name, workingDir)
+// ensure checks an image, and pulls it first if it is missing. workingDir is the service's own; registryAuth
+// is passed on as X-Registry-Auth.
+func (x *images) ensure(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error) {
+	name := p.Image
+	found, err := x.check(ctx, name, p.WorkingDir)
 	if !errdefs.IsNotFound(err) {
 		return found, err
 	}
-	if imageID.MatchString(name) { // no registry knows it
+	if imageID.MatchString(name) { // no registry resolves a bare id
 		return found, noSuchImage(name)
 	}
 	if err := x.pull(ctx, name, registryAuth); err != nil {
 		return found, err
 	}
-	found, err = x.check(ctx, name, workingDir)
+	found, err = x.check(ctx, name, p.WorkingDir)
 	if errdefs.IsNotFound(err) { // the pull failed without an error
 		return found, noSuchImage(name)
 	}
@@ -382,9 +379,9 @@ func (x *images) pull(ctx context.Context, name, registryAuth string) error {
 	return err
 }
 
-// check inspects an image. It returns a 400 for one whose configuration a container would inherit and must
-// not: a large one, since it comes with each list of containers, or a working directory that the parameters
-// would be refused for. Symbolic links inside the image are the runtime's concern.
+// check inspects an image. It returns a 400 for a configuration that a container must not inherit: a large
+// one, since every list of containers repeats its labels, or a working directory that serviceParams.check
+// would refuse. Symbolic links inside the image are the runtime's concern.
 func (x *images) check(ctx context.Context, name, workingDir string) (checkedImage, error) {
 	var text bytes.Buffer
 	found, err := x.engine.api().ImageInspect(ctx, name, client.ImageInspectWithRawResponse(&text))
@@ -406,8 +403,8 @@ func (x *images) check(ctx context.Context, name, workingDir string) (checkedIma
 	return checkedImage{found.ID, found.Config.User}, err
 }
 
-// lastStatus reads the engine's progress messages to their end and returns the last
-// one's status. A failure comes as a message too, in an answer that began with 200.
+// lastStatus reads the engine's progress messages to the end and returns the status of the last. A failure is
+// a message too, since the engine has answered 200 by then.
 func lastStatus(progress io.Reader) (status string, err error) {
 	decoder := json.NewDecoder(progress)
 	for {

@@ -519,7 +519,7 @@ func TestUploadOnAFileSystemWithoutUnnamedFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	x := newImages(t.Context(), config{}, nil, &bindRoot{root: root}, slog.New(slog.DiscardHandler))
+	x := newImages(t.Context(), nil, &bindRoot{root: root}, 0, 0, slog.New(slog.DiscardHandler))
 	for range 2 {
 		f, err := x.removedFile()
 		if err != nil {

@@ -13,27 +13,27 @@ import (
 	"github.com/docker/docker/api/types/container"
 )
 
-// services creates, changes and deletes services. What a service is meant to be is in its record, a file;
-// settle reconciles the engine with that. Whatever an operation commits, it commits in the bind root, which
-// is durable once it is synced: the engine may lose a container at any time, and settle makes it again.
+// services creates, changes and deletes services. A service's record, a file, has its parameters; settle
+// makes the engine match it. Every operation commits in the bind root, which is durable once it is synced:
+// the engine may lose a container at any time, and settle makes it again.
 //
 //	name                       meaning                                       written by
-//	.services/<id>, a record   what the service is meant to be: see          create, PUT, PATCH, a start that
-//	                           serviceRecord. A service exists if it has     applies what is pending;
-//	                           a record and no mark                          DELETE removes it
-//	.incomplete/<id>, a mark   there is no such service: it is being         create and DELETE, before
-//	                           created or deleted, and all that belongs      anything else; both remove
-//	                           to it has to be removed                       it last of all
+//	.services/<id>, a record   the service's parameters: see serviceRecord.  create, PUT, PATCH, a start that
+//	                           A service exists if it has a record and       applies what is pending;
+//	                           no mark                                       DELETE removes it
+//	.incomplete/<id>, a mark   the service does not exist: it is being       create and DELETE, as their
+//	                           created or deleted, and everything that       first step; both remove it
+//	                           belongs to it must be removed                 as their last
 //	container <id>             the service's container; a label has the      a rename of the candidate
-//	                           revision of the record that it is made from
-//	container                  it may take the place of the service's        create, start, settle
-//	duxcore.candidate.<id>     container
+//	                           revision of the record it was made from
+//	container                  it may replace the service's container        create, start, settle
+//	duxcore.candidate.<id>
 //
-// The last call of a daemon that was killed may reach the engine at any later time. At worst it takes the
-// name that one operation needs, which fails then; the next settle removes what such a call has made.
+// The last call of a daemon that was killed may reach the engine at any later time. At worst such a late call
+// takes the name that one operation needs, which then fails; the next settle removes what the call has made.
 //
-// A keyed mutex holds each service from before an operation looks at its state until it returns. Reads and
-// kill do not take it.
+// An operation holds the service's lock, of a keyedMutex, from before it looks at the service's state until
+// it returns. Reads take it only if the service's container is missing (see lookup); kill does not take it.
 type services struct {
 	config     config
 	engine     *engine
@@ -41,14 +41,18 @@ type services struct {
 	containers *containers
 	fetcher    *fetcher
 	locks      *keyedMutex // by service id
-	images     *images
-	stats      *stats
 	log        *slog.Logger
 
-	ctx context.Context // the daemon's: done when it no longer waits for operations in progress
+	// ensureImage and tidyImages are those of images; forgetStats keeps statistics of what ran before from being
+	// served after a change.
+	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error)
+	tidyImages  func(ctx context.Context) error
+	forgetStats func(id string)
+
+	ctx context.Context // done when the daemon no longer waits for operations in progress
 }
 
-// service is a service as settle leaves it: with a container that was made from its record.
+// service is a service after settle: its container was made from its record.
 type service struct {
 	id          string
 	record      serviceRecord
@@ -56,17 +60,17 @@ type service struct {
 	running     bool
 }
 
-// detached returns a context for work that has to finish once it has begun. It does not end when the client
-// disconnects, but after the given time, and when the daemon no longer waits for it.
+// detached returns a context for work that must finish once it has started. It ends after timeout, or when
+// daemon is done, but not when the client disconnects.
 func detached(ctx, daemon context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	stop := context.AfterFunc(daemon, cancel)
 	return ctx, func() { stop(); cancel() }
 }
 
-// checkRoot returns an error if the engine would not find the bind root, or if its records are missing: if
-// the engine has containers of it, its disk is probably not mounted, and settle would remove each of them. A
-// root without either is new, and gets its directory of records.
+// checkRoot returns an error if the bind root's path leads elsewhere, or if its records are missing although
+// the engine has containers of it: its disk is probably not mounted, and settle would remove the containers.
+// A root with neither is new, and gets its directory of records.
 func (s *services) checkRoot(ctx context.Context) error {
 	if err := s.binds.check(); err != nil {
 		return err
@@ -80,13 +84,13 @@ func (s *services) checkRoot(ctx context.Context) error {
 		return err
 	}
 	if len(all) > 0 {
-		return newAPIError(kindUnavailable, "the bind root has no %s, but the engine has containers of %d services in it: "+
-			"is its disk mounted? If the records are lost, create that directory", recordDir, len(all))
+		return newAPIError(kindUnavailable, "the bind root has no %s, but the engine has containers of %d "+
+			"services in it: is its disk mounted? If the records are lost, create that directory", recordDir, len(all))
 	}
 	return s.binds.adopt()
 }
 
-// lock waits for a service's lock, and returns an error if the bind root cannot be worked with.
+// lock waits for a service's lock, and returns an error if the bind root is not usable, see checkRoot.
 func (s *services) lock(ctx context.Context, id string) (unlock func(), err error) {
 	unlock, err = s.locks.lock(ctx, id)
 	if err != nil {
@@ -99,7 +103,7 @@ func (s *services) lock(ctx context.Context, id string) (unlock func(), err erro
 	return unlock, nil
 }
 
-// create makes a whole service, or nothing. Until it commits it gives up if the client disconnects.
+// create makes a whole service, or nothing. If the client disconnects before the commit, it is rolled back.
 func (s *services) create(ctx context.Context, p serviceParams, registryAuth string) error {
 	unlock, err := s.lock(ctx, p.ID)
 	if err != nil {
@@ -122,7 +126,7 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 	return err
 }
 
-// checkCreate returns the spec of a service that can be created: the id is free, and the image is present.
+// checkCreate makes sure that the id is free and the image present, and returns the spec of the new service.
 func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAuth string) (
 	serviceSpec, error) {
 	settle, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
@@ -138,15 +142,15 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	if existing != nil || taken {
 		return serviceSpec{}, idTaken(p.ID)
 	}
-	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth)
+	image, err := s.ensureImage(ctx, p, registryAuth)
 	if err != nil {
 		return serviceSpec{}, err
 	}
 	return serviceSpec{p, image.id, image.user}, s.binds.checkUnused(p.ID)
 }
 
-// provision makes a service. On an error its mark is left, with which settle takes everything back. ctx is
-// the request's; calls that change the engine's state run under a context that is detached from it.
+// provision makes a service. After an error its mark is left, and settle removes everything. ctx is the
+// request's; calls that change the engine's state run under a context that is detached from it.
 func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	opCtx, cancel := detached(ctx, s.ctx, s.config.createTimeout)
 	defer cancel()
@@ -182,7 +186,7 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	return s.binds.unmark(id) // the commit
 }
 
-// fill unpacks bind_contents into a new bind directory, and syncs the directory.
+// fill unpacks bind_contents into a new bind directory, and makes the directory durable.
 func (s *services) fill(ctx context.Context, dir *os.File, spec serviceSpec) error {
 	p := spec.Params
 	if p.BindContents == "" {
@@ -200,8 +204,8 @@ func (s *services) fill(ctx context.Context, dir *os.File, spec serviceSpec) err
 	return syncFilesystem(dir)
 }
 
-// createCandidate creates the container that a record describes, and returns its id. It shares the anonymous
-// volumes of the container that it replaces, if there is one: they stay anonymous that way, and are removed
+// createCandidate creates the container that a record describes, and returns its id. The container shares the
+// anonymous volumes of the one that it replaces, if any: so they stay anonymous, and the engine removes them
 // with the last container that uses them.
 func (s *services) createCandidate(ctx context.Context, r serviceRecord, replaces string) (string, error) {
 	config, host := containerSpec(s.config, r)
@@ -210,12 +214,12 @@ func (s *services) createCandidate(ctx context.Context, r serviceRecord, replace
 	}
 	id := r.Params.ID
 	created, err := s.engine.api().ContainerCreate(ctx, config, host, nil, nil, candidatePrefix+id)
-	if errdefs.IsNotFound(err) { // the image, or the container that it replaces
+	if errdefs.IsNotFound(err) { // either the image or the replaced container is missing
 		if _, err := s.engine.api().ImageInspect(ctx, r.ImageID); errdefs.IsNotFound(err) {
 			return "", noSuchImage(r.Params.Image)
 		}
 	}
-	for _, warning := range created.Warnings { // such as a limit that the kernel does not support
+	for _, warning := range created.Warnings { // for example, of a limit that the kernel does not support
 		s.log.Warn("the engine created a container with a warning", "id", id, "warning", warning)
 	}
 	return created.ID, err
@@ -230,7 +234,7 @@ func (s *services) setParams(ctx context.Context, id string, p serviceParams, re
 	if bindTarget(p.BindDir) != bindTarget(record.Params.BindDir) {
 		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
 	}
-	image, err := s.images.ensure(ctx, p.Image, p.WorkingDir, registryAuth) // a pull takes long: no lock
+	image, err := s.ensureImage(ctx, p, registryAuth) // no lock: a pull may take long
 	if err != nil {
 		return err
 	}
@@ -245,8 +249,8 @@ func (s *services) setEnv(ctx context.Context, id string, env []string) error {
 	})
 }
 
-// setPending writes what the next start will run, made from what it would have run. It does not ask the
-// engine: a service whose container or image is missing is repaired this way.
+// setPending changes the spec that the next start will run. It does not ask the engine, so that it can repair
+// a service whose container or image is missing.
 func (s *services) setPending(ctx context.Context, id string, change func(serviceSpec) serviceSpec) error {
 	unlock, err := s.lock(ctx, id)
 	if err != nil {
@@ -273,7 +277,7 @@ func (s *services) record(id string) (*serviceRecord, error) {
 		return nil, noSuchService(id)
 	}
 	record, err := s.binds.record(id)
-	if err == nil && record == nil { // deleted in between
+	if err == nil && record == nil { // deleted meanwhile
 		err = noSuchService(id)
 	}
 	return record, err
@@ -310,7 +314,7 @@ func (s *services) start(ctx context.Context, svc service) error {
 	return s.applyPending(ctx, svc)
 }
 
-// restart stops a service that runs, and starts it with what is pending, if anything is.
+// restart stops a service if it runs, and starts it, with what is pending if anything is.
 func (s *services) restart(ctx context.Context, svc service) error {
 	if svc.record.Pending != nil {
 		return s.applyPending(ctx, svc)
@@ -321,15 +325,15 @@ func (s *services) restart(ctx context.Context, svc service) error {
 	return s.startContainer(ctx, svc)
 }
 
-// applyPending puts what is pending in force and starts the service. Whatever can fail, such as a bad spec
-// or a full disk, fails before the commit, and then the service runs on.
+// applyPending applies what is pending and starts the service. What can fail, such as a bad spec or a full
+// disk, fails before the commit, and the service keeps running as it was.
 func (s *services) applyPending(ctx context.Context, svc service) error {
 	record := svc.record.applied()
 	_, err := s.createCandidate(ctx, record, svc.containerID)
 	if err == nil {
 		err = s.binds.writeRecord(svc.id, record) // the commit
 	}
-	// This replaces the container, or removes the candidate after an error.
+	// This replaces the container or, after an error, removes the candidate.
 	settled, settleErr := s.settle(ctx, svc.id)
 	if err := cmp.Or(err, settleErr); err != nil {
 		return err
@@ -337,21 +341,21 @@ func (s *services) applyPending(ctx context.Context, svc service) error {
 	return s.startContainer(ctx, *settled)
 }
 
-// stop stops a service that runs.
+// stop stops a service if it runs.
 func (s *services) stop(ctx context.Context, svc service) error {
 	return s.stopContainer(ctx, svc.id, svc.containerID)
 }
 
-// stopContainer stops a service's container in the time that the daemon's flag gives it: the container's own
-// may be an earlier daemon's.
+// stopContainer stops a service's container within -stop-timeout: the container's own StopTimeout may be that
+// of an earlier daemon.
 func (s *services) stopContainer(ctx context.Context, id, containerID string) error {
-	defer s.stats.forget(id)
+	defer s.forgetStats(id)
 	seconds := int(s.config.stopTimeout / time.Second)
 	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
 func (s *services) startContainer(ctx context.Context, svc service) error {
-	s.stats.forget(svc.id)
+	s.forgetStats(svc.id)
 	err := s.engine.api().ContainerStart(ctx, svc.containerID, container.StartOptions{})
 	if err == nil {
 		return nil
@@ -360,18 +364,18 @@ func (s *services) startContainer(ctx context.Context, svc service) error {
 	if portInUse.MatchString(message) {
 		return newAPIError(kindPortTaken, "%s", message)
 	}
-	if errdefs.IsInvalidArgument(err) { // such as a bind directory that is missing: not the client's fault
+	if errdefs.IsInvalidArgument(err) { // for example, a missing bind directory: not the client's fault
 		return newAPIError(kindEngineFailed, "%s", message)
 	}
 	return err
 }
 
-// portInUse matches what engines 20.10 to 29 say if a port of the host is taken by a program, or by a
-// container.
+// portInUse matches the errors of engines 20.10 to 29 for a port of the host that a program or a container
+// has taken.
 var portInUse = regexp.MustCompile(`address already in use|port is already allocated`)
 
-// kill kills a service that runs. It does not take the lock: it must not wait behind the stop that it is to
-// cut short.
+// kill kills a service if it runs. It does not take the lock, or it would wait for the stop that it is meant
+// to cut short.
 func (s *services) kill(ctx context.Context, id string) error {
 	if err := s.checkRoot(ctx); err != nil {
 		return err
@@ -380,15 +384,15 @@ func (s *services) kill(ctx context.Context, id string) error {
 	if err != nil || !current.State.Running {
 		return err
 	}
-	defer s.stats.forget(id)
+	defer s.forgetStats(id)
 	err = s.engine.api().ContainerKill(ctx, current.ID, "KILL")
-	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) { // it has exited meanwhile
+	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) { // it has exited
 		return nil
 	}
 	return err
 }
 
-// remove deletes a service with everything that belongs to it, or what is left of one.
+// remove deletes a service, or the rest of one, with everything that belongs to it.
 func (s *services) remove(ctx context.Context, id string) error {
 	unlock, err := s.lock(ctx, id)
 	if err != nil {
@@ -401,13 +405,13 @@ func (s *services) remove(ctx context.Context, id string) error {
 	if err := s.binds.mark(id); err != nil { // the commit
 		return err
 	}
-	defer s.stats.forget(id)
+	defer s.forgetStats(id)
 	_, err = s.settle(ctx, id)
 	return err
 }
 
-// checkRemove returns an error if there is nothing to delete, or if somebody else's container, or a renamed
-// one, may be using the directory.
+// checkRemove returns an error if there is nothing to delete, or if a renamed container or a container that
+// is not ours may be using the directory.
 func (s *services) checkRemove(ctx context.Context, id string) error {
 	found, err := s.containers.ofService(ctx, id)
 	if err != nil {

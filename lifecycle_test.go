@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -882,4 +883,22 @@ func TestServiceIsFoundAtEveryMomentOfManyRestarts(t *testing.T) {
 	}
 	close(done)
 	readers.Wait()
+}
+
+func TestWaiterThatGivesUpLeavesTheQueue(t *testing.T) {
+	t.Parallel()
+	locks := newKeyedMutex()
+	unlock, err := locks.lock(t.Context(), "web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := locks.lock(gone, "web"); err != errBusy {
+		t.Errorf("a waiter that gives up gets %v", err)
+	}
+	unlock()
+	if len(locks.slots) > 0 {
+		t.Errorf("%d mutexes are left", len(locks.slots))
+	}
 }

@@ -89,7 +89,7 @@ func (p *preauthConns) release(conn net.Conn) {
 	p.remove(conn)
 }
 
-// remove needs p.mu held.
+// remove frees conn's slot, if it has one. The caller holds p.mu.
 func (p *preauthConns) remove(conn net.Conn) {
 	if element, ok := p.elements[conn]; ok {
 		p.queue.Remove(element)
@@ -106,7 +106,7 @@ func closeSocket(conn net.Conn) {
 }
 
 // rejectedLog logs rejected requests, TLS handshakes and connections, so that they cannot fill the
-// disk: one line a second at most, with their number and the last of them.
+// disk: at most one line a second, with their number and the last of them.
 type rejectedLog struct {
 	log   *slog.Logger
 	mu    sync.Mutex
@@ -122,7 +122,7 @@ func (l *rejectedLog) add(what string) {
 		time.AfterFunc(time.Second, l.flush)
 	}
 	l.count++
-	l.last = truncate(what) // the text of a TLS error can be as long as the client likes
+	l.last = truncate(what) // the text of a TLS error can quote the client, at any length
 }
 
 func (l *rejectedLog) flush() {

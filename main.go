@@ -1,23 +1,23 @@
 // Duxcore-daemon runs customers' services on one machine of a hosting company.
 //
 // The company's core calls it over HTTP. A service is one Docker container and one
-// directory on the host, its bind directory. Containers, by their names and labels, and
-// directories are all the state there is (see lifecycle.go), so the daemon can be killed
-// at any instant. It holds the engine's socket: who controls it is root on the machine.
+// directory on the host, its bind directory. The only state is in the directory of the
+// bind directories (see services), so the daemon can be killed at any instant. It holds
+// the engine's socket: whoever controls the daemon is root on the machine.
 //
-//   - The core is trusted: who has its key can run any image and publish any port, but
-//     cannot mount a host directory other than a service's own, ask for a privilege,
-//     or reach a container that this daemon did not make. Without the key nothing but
-//     the check of the key runs.
-//   - Customers are not trusted. They own what is in their container and in their bind
-//     directory; the daemon follows no link there.
-//   - The server behind a bind_contents URL is not trusted. It decides what lies in that
-//     one bind directory, and cannot make the daemon connect to an internal address.
+//   - The core is trusted: whoever has its key can run any image and publish any port, but
+//     cannot mount a host directory other than a service's own, get a privilege, or reach a
+//     container that this daemon did not create. A request without the key gets no further
+//     than the key check.
+//   - Customers are not trusted. They control what is in their container and in their bind
+//     directory; the daemon follows no links there.
+//   - The server behind a bind_contents URL is not trusted. It decides what is in that one
+//     bind directory, and cannot make the daemon connect to an internal address.
 //   - The engine is trusted; its availability is not.
 //
-// Read main.go, server.go (whose route table is the table of contents), auth.go, listener.go, engine.go,
-// services.go, lifecycle.go, binds.go, fetch.go, archive.go, images.go, stats.go, console.go. Callers
-// stand above callees.
+// Read main.go, server.go (whose route table is the table of contents), auth.go, listener.go, services.go,
+// console.go, stats.go, images.go, tarcheck.go, lifecycle.go, settle.go, spec.go, containers.go, engine.go,
+// binds.go, fetch.go, archive.go, errors.go. Callers come before callees.
 package main
 
 import (
@@ -42,7 +42,7 @@ import (
 	"time"
 )
 
-// config is what the flags set. Sizes are bytes.
+// config holds the values of the flags. Sizes are in bytes.
 type config struct {
 	addr          string // TCP address to listen on
 	coreKeyPath   string
@@ -52,28 +52,17 @@ type config struct {
 	network       string        // engine network of the services; empty for the engine's default bridge
 	pidsLimit     int64         // processes and threads in one service
 	stopTimeout   time.Duration // between SIGTERM and SIGKILL
-	createTimeout time.Duration // for one create with its pull and download, and for one delete
+	createTimeout time.Duration // for one create, with its pull and download, and for one delete
 	fetchAllow    []netip.Prefix
-	maxBindBytes  int64 // of a decompressed bind_contents stream
+	maxBindBytes  int64 // of a bind_contents stream, compressed and decompressed
 	maxBindFiles  int64 // entries in one
 	maxImageBytes int64 // of one uploaded image
 	logLevel      slog.Level
 	logFormat     string // text or json
 	version       bool
-	dockerHost    string   // for tests; no flag. Empty: from DOCKER_HOST and its like
-	timeouts      timeouts // no flag either
-	preauthSlots  int      // limit on unauthenticated connections; not a flag
-}
-
-// waits bound how long a client, or the engine, may keep the daemon waiting.
-type timeouts struct {
-	jsonBody       time.Duration // for a JSON body
-	engineRead     time.Duration // for the engine's answer to a request that changes nothing
-	clientWrite    time.Duration // for a client to take what is written
-	statsFrame     time.Duration // for the next frame of the engine's statistics
-	statsIdle      time.Duration // for another request for a service's statistics
-	settle         time.Duration // for settling one service in a round, and for undoing what has failed
-	settleInterval time.Duration // between rounds of settling, and for the first of them before it serves
+	dockerHost    string   // set by tests; if empty, DOCKER_HOST decides
+	timeouts      timeouts // constants, which tests shorten
+	preauthSlots  int      // limit on unauthenticated connections; set by tests
 }
 
 func main() {
@@ -90,8 +79,8 @@ func main() {
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop)  // a second signal finds its default action: exit at once
-	signal.Ignore(syscall.SIGHUP) // it means "reload" to many administrators: a daemon must not die of it
+	context.AfterFunc(ctx, stop)  // restores the default action, so that a second signal kills the daemon
+	signal.Ignore(syscall.SIGHUP) // many administrators send it to mean "reload"
 	options := &slog.HandlerOptions{Level: cfg.logLevel}
 	log := slog.New(slog.NewTextHandler(os.Stderr, options))
 	if cfg.logFormat == "json" {
@@ -103,7 +92,7 @@ func main() {
 	}
 }
 
-// run serves until ctx ends, then lets the changes under way finish and returns nil.
+// run serves until ctx is done, then lets the operations in progress finish and returns nil.
 // It calls listening with the bound address before the first request is accepted.
 func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.Addr)) error {
 	tlsConfig, err := cfg.tlsConfig()
@@ -115,7 +104,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 		return fmt.Errorf("cannot use the engine's address: %w", err)
 	}
 	defer func() { engine.api().Close() }()
-	// Before anything is created: a start that finds its port taken leaves nothing behind.
+	// First, so that a start that fails because the port is taken leaves nothing behind.
 	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
 		return err
@@ -130,11 +119,11 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	}
 	binds, err := openBinds(cfg.binds)
 	if err != nil {
-		return fmt.Errorf("cannot use the bind directories' root: %w", err)
+		return fmt.Errorf("cannot use the bind root: %w", err)
 	}
 	defer binds.close()
 
-	// Changes under way outlive the signal that ends ctx, for a while.
+	// Operations in progress get a grace period after ctx is done: see serve.
 	life, endLife := context.WithCancel(context.WithoutCancel(ctx))
 	var background sync.WaitGroup
 	defer background.Wait()
@@ -154,7 +143,7 @@ func run(ctx context.Context, cfg config, log *slog.Logger, listening func(net.A
 	return s.serve(serving, stop, listener, tlsConfig)
 }
 
-// tlsConfig returns how to serve with TLS; nil is plain HTTP.
+// tlsConfig returns the server's TLS configuration, or nil for plain HTTP.
 func (c config) tlsConfig() (*tls.Config, error) {
 	if c.tlsCert == "" {
 		return nil, nil
@@ -163,8 +152,8 @@ func (c config) tlsConfig() (*tls.Config, error) {
 	return &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}, err
 }
 
-// notifyReady tells systemd that the daemon has settled and listens: sd_notify(3). It is one datagram
-// to the socket that a unit of Type=notify puts into the environment; without one nobody waits for it.
+// notifyReady tells systemd that the daemon is listening, as sd_notify(3) does. Outside a unit of
+// Type=notify there is no NOTIFY_SOCKET, and it does nothing.
 func notifyReady() error {
 	socket := os.Getenv("NOTIFY_SOCKET")
 	if socket == "" {
@@ -179,8 +168,8 @@ func notifyReady() error {
 	return err
 }
 
-// serve answers requests until serving ends or the listener fails, which ends serving. It closes
-// the listener, and waits for requests under way.
+// serve answers requests until serving is done or the listener fails, calls stop, and waits for the
+// requests in progress. It closes the listener.
 func (s *server) serve(serving context.Context, stop func(), listener net.Listener, tlsConfig *tls.Config) (
 	err error) {
 	srv := &http.Server{
@@ -197,7 +186,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	newPreauthConns(s.preauthSlots, s.rejected).configure(srv)
 	defer srv.Close()
 	failed := make(chan error, 1)
-	go func() { // ends with srv
+	go func() { // ends when srv is closed
 		if tlsConfig != nil {
 			failed <- srv.ServeTLS(listener, "", "")
 		} else {
@@ -205,7 +194,7 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 		}
 	}()
 	select {
-	case err = <-failed: // such as no memory for another connection
+	case err = <-failed: // for example, accept(2) failed with ENOMEM
 	case <-serving.Done():
 	}
 	stop()
@@ -217,16 +206,41 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 	return err
 }
 
-// parseConfig reads the environment, then the arguments, which win. Its error lists, a line for each,
-// what is wrong in the environment, and the first argument that is wrong or else all values that
-// cannot be. For -h it writes the flags to out and returns [flag.ErrHelp].
+// parseConfig applies the environment, then the arguments, which take precedence. Its error has a line for
+// each invalid variable, and one for the first invalid argument or else for each value that is out of range.
+// For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args, environ []string, out io.Writer) (config, error) {
-	c := config{preauthSlots: defaultPreauthSlots(), timeouts: timeouts{
-		jsonBody: 30 * time.Second, engineRead: 30 * time.Second, clientWrite: 30 * time.Second,
-		statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second, settle: 2 * time.Minute, settleInterval: time.Minute}}
-	var mistakes []error
+	c := config{preauthSlots: defaultPreauthSlots(),
+		stopTimeout: 30 * time.Second, createTimeout: 30 * time.Minute,
+		timeouts: timeouts{jsonBody: 30 * time.Second, engineRead: 30 * time.Second, clientWrite: 30 * time.Second,
+			statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second, settle: 2 * time.Minute,
+			settleInterval: time.Minute}}
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard) // main prints the error
+	c.defineFlags(fs)
+	errs := applyEnvironment(fs, environ)
+	fs.BoolVar(&c.version, "version", false, "print the version and exit") // has no variable
+	err := fs.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		fs.SetOutput(out)
+		fmt.Fprintln(out,
+			"duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.\n"+
+				"Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. "+
+				"A flag takes precedence.")
+		fs.PrintDefaults()
+		return c, err
+	}
+	if fs.NArg() > 0 && err == nil {
+		err = fmt.Errorf("%q is not a flag", fs.Arg(0))
+	}
+	if err == nil { // otherwise not all arguments were parsed
+		errs = append(errs, c.validate()...)
+	}
+	return c, errors.Join(append(errs, err)...)
+}
+
+// defineFlags defines all flags that have a variable in the environment.
+func (c *config) defineFlags(fs *flag.FlagSet) {
 	fs.StringVar(&c.addr, "addr", ":8000", "TCP address to listen on")
 	fs.StringVar(&c.coreKeyPath, "corekey", "corekey.bin", "file with the binary core key; created when missing")
 	fs.StringVar(&c.binds, "binds", "binds", "directory of the bind directories; created when missing")
@@ -235,12 +249,11 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	fs.StringVar(&c.network, "network", "",
 		"engine network that services join; empty for the engine's default bridge")
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
-	c.stopTimeout, c.createTimeout = 30*time.Second, 30*time.Minute
 	fs.Var((*duration)(&c.stopTimeout), "stop-timeout",
 		"`time` between SIGTERM and SIGKILL when a service stops")
 	fs.Var((*duration)(&c.createTimeout), "create-timeout",
 		"`time` for one create, its pull and its download, and for one delete")
-	const fetchAllow = "networks (CIDR, comma-separated) that bind_contents may come from though not public"
+	const fetchAllow = "non-public networks (CIDR, comma-separated) that bind_contents may be downloaded from"
 	fs.Func("fetch-allow", fetchAllow, func(text string) error {
 		c.fetchAllow = nil
 		for field := range strings.FieldsFuncSeq(text, func(r rune) bool { return r == ',' }) {
@@ -258,6 +271,11 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo,
 		"debug, info, warn or error; successful reads are debug")
 	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
+}
+
+// applyEnvironment sets the flags whose variable is in the environment. A variable that is not a flag's is an
+// error, as a mistyped flag is.
+func applyEnvironment(fs *flag.FlagSet, environ []string) (errs []error) {
 	for _, variable := range environ {
 		twin, text, _ := strings.Cut(variable, "=")
 		name, ours := strings.CutPrefix(twin, "DUXCORE_")
@@ -266,32 +284,15 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 		}
 		f := fs.Lookup(strings.ToLower(strings.ReplaceAll(name, "_", "-")))
 		if f == nil || name != strings.ToUpper(name) {
-			mistakes = append(mistakes, fmt.Errorf("%s is not a variable of this program: see -h", twin))
+			errs = append(errs, fmt.Errorf("%s is not a variable of this program: see -h", twin))
 		} else if err := f.Value.Set(text); err != nil {
-			mistakes = append(mistakes, fmt.Errorf("invalid value %q of %s: %w", text, twin, err))
+			errs = append(errs, fmt.Errorf("invalid value %q of %s: %w", text, twin, err))
 		}
 	}
-	fs.BoolVar(&c.version, "version", false, "print the version and exit") // has no variable
-	err := fs.Parse(args)
-	if errors.Is(err, flag.ErrHelp) {
-		fs.SetOutput(out)
-		fmt.Fprintln(out,
-			"duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.\n"+
-				"Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. "+
-				"A flag beats it.")
-		fs.PrintDefaults()
-		return c, err
-	}
-	if fs.NArg() > 0 && err == nil {
-		err = fmt.Errorf("%q is no flag", fs.Arg(0))
-	}
-	if err == nil { // else there are arguments that were not read
-		mistakes = append(mistakes, c.validate()...)
-	}
-	return c, errors.Join(append(mistakes, err)...)
+	return errs
 }
 
-// duration is a flag's value. Its error says what a duration looks like, which package flag's own does not.
+// duration is the value of a flag. Its error gives examples, unlike that of [flag.Duration].
 type duration time.Duration
 
 func (d *duration) String() string { return time.Duration(*d).String() }
@@ -305,14 +306,14 @@ func (d *duration) Set(text string) error {
 	return nil
 }
 
-// mistakes returns what is wrong with the values themselves.
+// validate returns one error for each value that is out of range.
 func (c config) validate() (all []error) {
 	refuse := func(wrong bool, text string) {
 		if wrong {
 			all = append(all, errors.New(text))
 		}
 	}
-	refuse(c.addr == "", "-addr: must be host:port") // net.Listen would choose a port
+	refuse(c.addr == "", "-addr: must be host:port") // net.Listen would choose a random port
 	refuse((c.tlsCert == "") != (c.tlsKey == ""), "-tls-cert and -tls-key go together")
 	refuse(c.network == "host" || strings.HasPrefix(c.network, "container:"),
 		"-network: services may not share the network of the host or of a container")
@@ -326,10 +327,10 @@ func (c config) validate() (all []error) {
 	return all
 }
 
-// stamp is the version that packaging/build was given. A plain go build leaves it empty.
+// stamp is the version, which packaging/build sets with -ldflags -X. It is empty after a plain go build.
 var stamp string
 
-// versionNumber returns the version alone: packaging/build's, or what the Go tool recorded of the checkout.
+// versionNumber returns the stamp, or else the version that the go command recorded.
 func versionNumber() string {
 	build, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -338,7 +339,7 @@ func versionNumber() string {
 	return cmp.Or(stamp, build.Main.Version)
 }
 
-// version is the line that -version prints.
+// version returns the line that -version prints.
 func version() string {
 	return fmt.Sprintf("duxcore-daemon %s %s %s/%s",
 		versionNumber(), runtime.Version(), runtime.GOOS, runtime.GOARCH)

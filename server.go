@@ -4,30 +4,23 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"net/http"
 	"net/url"
 	"path"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
-	"unicode/utf8"
 )
 
 const (
-	maxJSON      = 64 << 10    // bytes of a JSON body: the engine repeats much of it in every list
-	uploadStall  = time.Minute // longest pause in an upload
-	maxQuote     = 512         // bytes of somebody else's text in an error
-	drainTimeout = time.Second // for discarding what a client still sends after its answer
-	forever      = math.MaxInt64 * time.Nanosecond
+	maxJSON      = 64 << 10    // bytes of a JSON body; the engine repeats much of it in every list
+	drainTimeout = time.Second // for reading what a client still sends after an error
 )
 
 // A route is one line of the API. Every path needs the core key, so there is no column for access.
@@ -36,7 +29,7 @@ type route struct {
 	success  int            // status, if handle writes none
 	body     int64          // maximum request body, in bytes; maxJSON if it is a JSON body
 	limit    time.Duration  // forever: until the client disconnects or the daemon shuts down
-	detached bool           // runs on until limit if the client disconnects
+	detached bool           // keeps running until limit if the client disconnects
 	query    *regexp.Regexp // each query parameter must match this, as name=value; nil allows none
 	handle   func(http.ResponseWriter, *http.Request) error
 }
@@ -95,8 +88,8 @@ type server struct {
 	shutdown   context.Context // done when the daemon starts to shut down: streams end with it
 }
 
-// newServer registers each route twice, bare and under /v1, and each path once more for all other methods:
-// net/http's own 405 never comes where there is a pattern for every path, as "/" is one.
+// newServer registers each route with and without /v1, and each path once more for all other methods:
+// because "/" matches every path, [http.ServeMux] would answer 404 and not 405.
 func newServer(life, serving context.Context, cfg config, key keyDigest, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
 	locks := newKeyedMutex()
@@ -106,13 +99,14 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 		ctx: life, shutdown: serving,
 		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
-	s.images = newImages(life, cfg, e, b, log)
+	s.images = newImages(life, e, b, cfg.createTimeout, cfg.timeouts.engineRead, log)
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.timeouts, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.timeouts,
 		shutdown: serving}
 	s.services = &services{config: cfg, engine: e, binds: b, containers: own,
 		fetcher: newFetcher(cfg.fetchAllow),
-		locks:   locks, images: s.images, stats: s.stats, log: log,
+		locks:   locks, ensureImage: s.images.ensure,
+		tidyImages: s.images.removeUnfinished, forgetStats: s.stats.forget, log: log,
 		ctx: life}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
@@ -137,15 +131,15 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	return s
 }
 
-// ServeHTTP authenticates a request, routes it and logs it. Nothing but the key check sees a request without
-// the key.
+// ServeHTTP authenticates, routes and logs a request. A request without the key gets no further than the key
+// check.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &responseWriter{ResponseWriter: rw, ctl: http.NewResponseController(rw), wait: s.timeouts.clientWrite}
 	defer s.finishRequest(w, r, r.Body, start)
 	if len(r.TransferEncoding) > 0 {
-		// net/http ignores a Content-Length sent together with it, and hides that it was there: RFC 9112, section
-		// 6.1, requires the end of the connection after such a request.
+		// net/http drops a Content-Length that was sent together with it, and RFC 9112, section 6.1, requires
+		// closing the connection after such a request. So this closes it after every chunked one.
 		w.Header().Set("Connection", "close")
 	}
 	if !s.key.authorizes(r) {
@@ -155,25 +149,25 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	markAuthenticated(r)
 	w.Header().Set("Server", s.software)
-	if !r.ProtoAtLeast(1, 1) { // HTTP/1.0 cannot tell an answer that was broken off from a whole one
+	if !r.ProtoAtLeast(1, 1) { // in HTTP/1.0 an aborted answer looks like a whole one
 		s.writeError(w, r, newAPIError(kindHTTPVersion, "HTTP/1.1 is required"))
 		return
 	}
 	if p := r.URL.EscapedPath(); path.Clean("/"+p) != p {
-		s.writeError(w, r, errNoSuchPath) // the mux would redirect, or answer in plain text
+		s.writeError(w, r, errNoSuchPath) // http.ServeMux would redirect, or answer in plain text
 	} else {
 		s.mux.ServeHTTP(w, r)
 	}
 }
 
-// conclude logs a request whose handler has returned or was aborted, and sets the deadlines for what
-// net/http does after that: it flushes the answer and drains the body. body is the original, without the
-// limit on its size.
+// finishRequest logs a request whose handler has returned or panicked, and sets the deadlines for what
+// net/http does next: flush the answer and drain the body. body is the original, without the
+// [http.MaxBytesReader].
 func (s *server) finishRequest(w *responseWriter, r *http.Request, body io.ReadCloser, start time.Time) {
-	// The deadline of the last Write may be long past in a quiet stream: its final chunk could not be sent.
+	// In a quiet stream, the deadline of the last Write has passed: the final chunk could not be sent.
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	// net/http reads up to 256 KiB of the rest of the body. Without a body it is already reading the next
-	// request in the background (connReader), whose context a read deadline would cancel.
+	// net/http reads up to 256 KiB of the rest of the body (maxPostHandlerReadBytes). Without a body it is
+	// already reading the next request (connReader), and a read deadline would cancel that one's context.
 	if body != http.NoBody {
 		w.ctl.SetReadDeadline(time.Now().Add(drainTimeout))
 	}
@@ -183,14 +177,14 @@ func (s *server) finishRequest(w *responseWriter, r *http.Request, body io.ReadC
 	}
 	s.logRequest(w, r, start)
 	if w.status >= 400 {
-		// With more of the body unread net/http closes the connection, the kernel sends a RST, and a client that is
-		// still sending may never see the answer. So the body is drained here, for lingerTime.
+		// With more than that unread, net/http closes the connection, the kernel sends a RST, and a client that is
+		// still sending may never see the answer. So drain the body, for drainTimeout.
 		w.ctl.Flush()
 		io.Copy(io.Discard, body)
 	}
 }
 
-// logRequest writes the line of a request. Those of changes are the audit trail; a successful read is for
+// logRequest logs a request. The lines of changes are the audit trail; those of successful reads are for
 // debugging.
 func (s *server) logRequest(w *responseWriter, r *http.Request, start time.Time) {
 	level := slog.LevelInfo
@@ -209,17 +203,10 @@ func (s *server) logRequest(w *responseWriter, r *http.Request, start time.Time)
 	s.log.Log(context.Background(), level, "request", fields...)
 }
 
-// requestID matches a header X-Request-Id that may be logged.
+// requestID matches the values of X-Request-Id that are logged.
 var requestID = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,64}$`)
 
-// noteChange adds to the log line of a request which service it changes, and how.
-func noteChange(w http.ResponseWriter, id, op string) {
-	if logged, ok := w.(*responseWriter); ok {
-		logged.id, logged.op = id, op
-	}
-}
-
-// answer is what every admitted request goes through.
+// dispatch does what all routes have in common, then calls the handler.
 func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	if id := r.PathValue("id"); strings.Contains(rt.pattern, "{id}") && !serviceID.MatchString(id) {
 		return noSuchService(id)
@@ -228,7 +215,7 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if rt.body == 0 && r.ContentLength != 0 { // net/http would wait for it before the answer
+	if rt.body == 0 && r.ContentLength != 0 { // net/http would read it before it answers
 		return newAPIError(kindTooLarge, "this request has no body")
 	}
 	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
@@ -257,8 +244,8 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	return nil
 }
 
-// checkQuery returns an error for a parameter that the route does not have, that has another value
-// than it may, or that is there twice: no value is like "true,true".
+// checkQuery returns an error for a parameter that the route does not have, whose value is not allowed, or
+// that is given twice: no pattern matches two values with a comma between them.
 func (rt route) checkQuery(text string) error {
 	query, err := url.ParseQuery(text)
 	if err != nil {
@@ -273,22 +260,22 @@ func (rt route) checkQuery(text string) error {
 	return nil
 }
 
-// fail answers with an error. Where an answer has begun it logs the error and breaks the
-// connection off, so that nobody takes what there is for all. It is the only writer of errors.
+// writeError answers with an error. If the header was already sent, it logs the error and aborts the
+// connection, so that no client takes a part of an answer for the whole. Nothing else writes errors.
 func (s *server) writeError(rw http.ResponseWriter, r *http.Request, err error) {
 	kind, description := describe(err)
 	if kind == kindUnavailable {
 		rw.Header().Set("Retry-After", "1")
-		if !errors.Is(err, context.Canceled) { // of a client that has left
-			s.engine.lost() // another one may be there by then
+		if !errors.Is(err, context.Canceled) { // the client did not disconnect
+			s.engine.lost() // it may come back as another version
 		}
 	}
 	if kind == kindInternal {
 		s.log.Error("request failed", "route", r.Pattern, "id", r.PathValue("id"), "err", err)
 	}
 	if rw.(*responseWriter).status != 0 {
-		if !errors.Is(err, context.Canceled) { // by the client, or at the daemon's end
-			s.log.Warn("answer broken off", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
+		if !errors.Is(err, context.Canceled) { // neither the client's doing nor a shutdown
+			s.log.Warn("answer aborted", "route", r.Pattern, "id", r.PathValue("id"), "err", description)
 		}
 		panic(http.ErrAbortHandler)
 	}
@@ -300,11 +287,11 @@ func (s *server) writeError(rw http.ResponseWriter, r *http.Request, err error) 
 	}{kind.status, http.StatusText(kind.status), description, kind.name}})
 }
 
-// readBody reads a whole JSON body, so that a handler never waits for the client.
+// readBody reads a whole JSON body first, so that no handler waits for the client.
 func (s *server) readBody(w *responseWriter, r *http.Request) error {
 	w.ctl.SetReadDeadline(time.Now().Add(s.timeouts.jsonBody))
 	text, err := io.ReadAll(r.Body)
-	w.ctl.SetReadDeadline(time.Time{}) // an expired deadline would cancel the request's context
+	w.ctl.SetReadDeadline(time.Time{}) // an expired one would cancel the request's context (connReader)
 	if isType[*http.MaxBytesError](err) {
 		return err
 	}
@@ -315,135 +302,7 @@ func (s *server) readBody(w *responseWriter, r *http.Request) error {
 	return nil
 }
 
-// readJSON decodes the body of a request, which readBody has read.
-func readJSON(r *http.Request, v any) error {
-	text, err := io.ReadAll(r.Body)
-	if err != nil {
-		return err
-	}
-	return decodeJSON(text, v)
-}
-
-// decodeJSON decodes one JSON value without unknown fields. Its errors are for the client.
-func decodeJSON(text []byte, v any) error {
-	if !utf8.Valid(text) { // encoding/json would replace such bytes
-		return badRequest("malformed JSON: it is not UTF-8")
-	}
-	decoder := json.NewDecoder(bytes.NewReader(text))
-	decoder.DisallowUnknownFields()
-	err := decoder.Decode(v)
-	wrongType, isWrongType := errors.AsType[*json.UnmarshalTypeError](err)
-	switch {
-	case isType[*apiError](err):
-		return err
-	case isWrongType:
-		return badRequest("%s: a JSON %s is not allowed here", cmp.Or(wrongType.Field, "the body"), wrongType.Value)
-	case err == io.EOF:
-		return badRequest("the body is empty")
-	case err != nil:
-		return badRequest("malformed JSON: %s", strings.TrimPrefix(err.Error(), "json: "))
-	}
-	if _, err := decoder.Token(); err != io.EOF {
-		return badRequest("malformed JSON: more than one value")
-	}
-	var plain any
-	if err := json.Unmarshal(text, &plain); err != nil {
-		return err
-	}
-	if field, found := findNull(plain); found {
-		return badRequest("%s: a JSON null is not allowed here", cmp.Or(field, "the body"))
-	}
-	return nil
-}
-
-// findNull returns the path of the first null in a decoded JSON value. encoding/json decodes a null as if the
-// field were absent, so that a limit of null would be no limit.
-func findNull(v any) (field string, found bool) {
-	switch v := v.(type) {
-	case nil:
-		return "", true
-	case []any:
-		for _, element := range v {
-			if field, found := findNull(element); found {
-				return field, true
-			}
-		}
-	case map[string]any:
-		for _, name := range slices.Sorted(maps.Keys(v)) {
-			if field, found := findNull(v[name]); found {
-				return strings.TrimSuffix(name+"."+field, "."), true
-			}
-		}
-	}
-	return "", false
-}
-
-// encodeJSON returns v, which must have a JSON form, as a line. It does not escape <, > and &, which would
-// make a text of them six times as long.
-func encodeJSON(v any) []byte {
-	var line bytes.Buffer
-	encoder := json.NewEncoder(&line)
-	encoder.SetEscapeHTML(false)
-	encoder.Encode(v)
-	return line.Bytes()
-}
-
-// writeJSON answers with a value that has a JSON form.
-func writeJSON(w http.ResponseWriter, status int, v any) {
-	writeBytes(w, status, encodeJSON(v))
-}
-
-// passOn answers with the engine's JSON, unless there is an error.
-func passOn(w http.ResponseWriter, text []byte, err error) error {
-	if err == nil {
-		writeBytes(w, http.StatusOK, text)
-	}
-	return err
-}
-
-// writeBytes answers with JSON text. If that fails the client is gone.
-func writeBytes(w http.ResponseWriter, status int, text []byte) {
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
-	w.WriteHeader(status)
-	w.Write(text)
-}
-
-// response counts for the log, and bounds the time that a client may take to read.
-type responseWriter struct {
-	http.ResponseWriter
-	ctl     *http.ResponseController
-	status  int // 0 until the answer has begun
-	written int64
-	wait    time.Duration // for the client to read one write
-	id, op  string        // see noteChange
-}
-
-func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// WriteHeader remembers the status for the log.
-func (w *responseWriter) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
-}
-
-// Write gives the client w.wait for each piece, so that a stream may last for ever,
-// and a client that reads nothing may not.
-func (w *responseWriter) Write(p []byte) (int, error) {
-	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	w.status = cmp.Or(w.status, http.StatusOK)
-	n, err := w.ResponseWriter.Write(p)
-	w.written += int64(n)
-	if w.Header().Get("Content-Length") == "" { // a stream: each write is sent at once
-		err = cmp.Or(err, w.ctl.Flush())
-	}
-	if err != nil {
-		err = errors.New("the client does not read") // no error of the engine's connection
-	}
-	return n, err
-}
-
-// health answers GET /health: whether services can be worked on.
+// health answers GET /health: 204 if the engine and the bind root are usable.
 func (s *server) health(_ http.ResponseWriter, r *http.Request) error {
 	if err := s.engine.negotiate(r.Context()); err != nil {
 		return err
@@ -451,7 +310,7 @@ func (s *server) health(_ http.ResponseWriter, r *http.Request) error {
 	return s.services.checkRoot(r.Context())
 }
 
-// machine answers GET /machine. A core needs it to decide where a service goes. Sizes are bytes.
+// machine answers GET /machine with what a core needs to place services. Sizes are in bytes.
 func (s *server) machine(w http.ResponseWriter, r *http.Request) error {
 	info, err := s.engine.api().Info(r.Context())
 	if err != nil {

@@ -574,7 +574,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 	// What the engine says is passed on, for operators: as it is, but no more than they read.
 	for message, passed := range map[string]string{
 		`invalid mount config: ` + d.binds:                              `invalid mount config: ` + d.binds,
-		`open /var/lib/docker/overlay2/x/merged/y: not a directory`:     `overlay2/x/merged/y: not a directory`,
+		`open /var/lib/docker/overlay2/x/merged/y: input/output error`:  `overlay2/x/merged/y: input/output error`,
 		`denied: <html>` + strings.Repeat("é", 4000) + "the end":        "denied: <html>é",
 		strings.Repeat("\x20", 512-len("engine: ")-1) + "é, much later": "engine: ",
 	} {
@@ -808,8 +808,8 @@ func TestSmugglingShapes(t *testing.T) {
 		"a chunk with a bare LF":         {head + "Transfer-Encoding: chunked\r\n\r\n0\n\r\n", []int{404}},
 		"a chunk extension with an LF":   {head + "Transfer-Encoding: chunked\r\n\r\n2;\nxx\r\n0\r\n\r\n", []int{404}},
 		"a length in the trailer":        {head + "Transfer-Encoding: chunked\r\nTrailer: Content-Length\r\n\r\n0\r\nContent-Length: 5\r\n\r\n", []int{400}},
-		"chunked in HTTP/1.0":            {strings.Replace(head, "1.1", "1.0", 1) + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{404}},
-		"length and chunked in HTTP/1.0": {strings.Replace(head, "1.1", "1.0", 1) + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{404}},
+		"chunked in HTTP/1.0":            {strings.Replace(head, "1.1", "1.0", 1) + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{505}},
+		"length and chunked in HTTP/1.0": {strings.Replace(head, "1.1", "1.0", 1) + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{505}},
 		"two hosts":                      {head + "Host: other\r\n\r\n", []int{400}},
 		"no host":                        {strings.Replace(head, "Host: h\r\n", "", 1) + "\r\n", []int{400}},
 		"HTTP/2":                         {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []int{401}},

@@ -15,7 +15,7 @@ type createBody struct {
 	Params serviceParams `json:"params"`
 }
 
-// readParams reads the parameters of a service, and checks them.
+// readParams reads and checks the parameters of a service.
 func readParams(r *http.Request) (serviceParams, error) {
 	var body createBody
 	if err := readJSON(r, &body); err != nil {
@@ -73,7 +73,7 @@ func (s *services) handleParams(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// handleList answers GET /service with the engine's list, of this daemon's services alone.
+// handleList answers GET /service with the engine's list entries of this daemon's services.
 func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	all, err := s.containers.all(r.Context())
 	if err != nil {
@@ -99,8 +99,8 @@ func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// awaitContainer returns a service's container after a start that is replacing it. One broken service must
-// not be an error for all: it is left out of the list, and logged.
+// awaitContainer waits for an operation that is replacing a service's container, and returns the new one. One
+// broken service must not be an error for all: it returns nil for a container that is missing, and logs that.
 func (s *services) awaitContainer(ctx context.Context, id string) *listEntry {
 	unlock, err := s.locks.lock(ctx, id)
 	if err == nil {
@@ -110,11 +110,11 @@ func (s *services) awaitContainer(ctx context.Context, id string) *listEntry {
 			return found.current
 		}
 	}
-	s.log.Warn("a service is not in the list: it has no container of its name", "id", id, "err", err)
+	s.log.Warn("a service was left out of the list: its container is missing", "id", id, "err", err)
 	return nil
 }
 
-// handleInspect answers GET /service/{id} with the engine's bytes.
+// handleInspect answers GET /service/{id} with the engine's answer, byte for byte.
 func (s *services) handleInspect(w http.ResponseWriter, r *http.Request) error {
 	current, err := s.containers.lookup(r.Context(), r.PathValue("id"))
 	if err != nil {
@@ -124,7 +124,7 @@ func (s *services) handleInspect(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// handleDelete answers DELETE /service/{id} when all that belonged to it is gone.
+// handleDelete answers DELETE /service/{id} when everything that belonged to the service is removed.
 func (s *services) handleDelete(_ http.ResponseWriter, r *http.Request) error {
 	return s.remove(r.Context(), r.PathValue("id"))
 }

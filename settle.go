@@ -12,20 +12,21 @@ import (
 	"github.com/docker/docker/api/types/filters"
 )
 
-// settle reconciles the engine with a service's record, or finishes or undoes what an earlier operation,
-// perhaps of a daemon that was killed, has left half done. It returns the service, or nil if there is none.
-// The caller holds the service's lock. It is this table, from the top:
+// settle makes the engine match a service's record, or finishes or undoes an operation that was interrupted,
+// perhaps by the death of an earlier daemon. It returns the service, or nil if there is none. The caller
+// holds the service's lock. The first row that matches counts, except that the fifth goes on with the sixth:
 //
 //	found                                        done
-//	one of ours under any other name             nothing: an error that says so
+//	a container of the service under a name      nothing: it is an error
+//	that is neither of its two
 //	a mark                                       remove all its containers, erase the directory,
 //	                                             remove the record, unmark
 //	no record                                    remove the candidate, and, if there is no bind
 //	                                             directory, the container. A container with a
 //	                                             directory is left alone and reported
 //	the container has the record's revision      remove the candidate, if there is one
-//	no container or candidate has it, and        write the record: what is pending gets in force
-//	something is pending                         under a new revision; and on
+//	no container or candidate has it, and        write the record: what is pending is applied,
+//	something is pending                         with a new revision; go on
 //	another revision, or no container            make the candidate if none has the record's
 //	                                             revision, removing any other; stop and remove
 //	                                             the container; rename the candidate to <id>
@@ -64,8 +65,8 @@ func (s *services) settle(ctx context.Context, id string) (*service, error) {
 	return s.replace(ctx, *record, found)
 }
 
-// purge removes everything that belongs to a marked service. What it has removed is durable before the mark
-// goes.
+// purge removes everything that belongs to a marked service, and then the mark. Each removal is durable
+// before the mark is removed.
 func (s *services) purge(ctx context.Context, id string, found serviceContainers) error {
 	if err := s.removeContainers(ctx, found.candidate, found.current); err != nil {
 		return err
@@ -79,9 +80,9 @@ func (s *services) purge(ctx context.Context, id string, found serviceContainers
 	return s.binds.unmark(id)
 }
 
-// removeUnrecorded removes the containers of a service that does not exist: a late call has made the
-// candidate, and a power cut has brought the container back. But a directory beside the container is
-// somebody's data, perhaps from a part of a backup.
+// removeUnrecorded removes the containers of a service that does not exist. A late call has made the
+// candidate; after a power cut the engine may have the old container again. But if there is a bind directory,
+// the record may be missing from a restored backup: it leaves the container alone.
 func (s *services) removeUnrecorded(ctx context.Context, id string, found serviceContainers) error {
 	if err := s.removeContainers(ctx, found.candidate); err != nil || found.current == nil {
 		return err
@@ -98,8 +99,8 @@ func (s *services) removeUnrecorded(ctx context.Context, id string, found servic
 	return s.removeContainers(ctx, found.current)
 }
 
-// replace puts a container of the record's revision in the place of the current one, if there is one. That
-// is stopped as every stop does it, and removed by force, since a late call may have started it again.
+// replace makes a container of the record's revision the service's. It stops the current one, if any, and
+// removes it by force, since a late call may have started it again.
 func (s *services) replace(ctx context.Context, record serviceRecord, found serviceContainers) (
 	*service, error) {
 	svc := &service{id: record.Params.ID, record: record}
@@ -132,7 +133,7 @@ func (s *services) replace(ctx context.Context, record serviceRecord, found serv
 }
 
 // removeContainers removes containers by force, with their volumes; the engine keeps a volume that another
-// container uses. A nil entry stands for a container that does not exist.
+// container uses. It skips nil entries.
 func (s *services) removeContainers(ctx context.Context, entries ...*listEntry) error {
 	options := container.RemoveOptions{Force: true, RemoveVolumes: true}
 	for _, entry := range entries {
@@ -147,17 +148,17 @@ func (s *services) removeContainers(ctx context.Context, entries ...*listEntry) 
 	return nil
 }
 
-// keepSettled settles all services, and then again at every interval, until the daemon ends. It returns once
-// the first round is done, or has taken as long as an interval: a directory with a million files must not
+// keepSettled settles all services now and at every interval until s.ctx is done. It returns once the first
+// round has finished or has taken as long as an interval: deleting a directory of a million files must not
 // keep the core waiting.
 func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) {
 	first := make(chan struct{})
-	background.Go(func() { // ends with s.ctx
+	background.Go(func() { // ends when s.ctx is done
 		for done := sync.OnceFunc(func() { close(first) }); s.ctx.Err() == nil; {
 			wait := s.config.timeouts.settleInterval
 			if err := s.settleAll(s.ctx); err != nil {
 				s.log.Warn("cannot settle services", "err", err)
-				wait = min(wait, engineRetry) // the engine may be starting too
+				wait = min(wait, engineRetry) // the engine may still be starting
 			}
 			done()
 			select {
@@ -170,15 +171,15 @@ func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) 
 	case <-first:
 		s.warnOfOtherRoots(ctx)
 	case <-time.After(s.config.timeouts.settleInterval):
-	case <-ctx.Done(): // the daemon was told to stop
+	case <-ctx.Done(): // shut down before the first round has finished
 	}
 }
 
-// engineRetry is how long the daemon waits before it looks for the services again after it could not.
+// engineRetry is the wait after a round that could not list the services.
 const engineRetry = 2 * time.Second
 
-// settleAll settles every service that needs it, one after the other, each with a deadline of its own. It
-// logs what it cannot do; the next round tries again.
+// settleAll settles every service that needs it, one after the other, each with its own deadline. It logs the
+// services that it cannot settle; the next round tries again.
 func (s *services) settleAll(ctx context.Context) error {
 	if err := s.engine.negotiate(ctx); err != nil {
 		return err
@@ -209,10 +210,10 @@ func (s *services) settleAll(ctx context.Context) error {
 			s.log.Warn("cannot settle a service", "id", id, "err", err)
 		}
 	}
-	return s.images.removeUnfinished(ctx)
+	return s.tidyImages(ctx)
 }
 
-// isSettled reports whether settle would have nothing to do, without another call to the engine.
+// isSettled reports whether settle would have nothing to do. It does not call the engine.
 func (s *services) isSettled(id string, found serviceContainers) (bool, error) {
 	marked, err := s.binds.marked(id)
 	if err != nil || marked || len(found.renamed) > 0 || found.candidate != nil {
@@ -225,7 +226,7 @@ func (s *services) isSettled(id string, found serviceContainers) (bool, error) {
 	return found.current.hasRevision(record.Revision), nil
 }
 
-// settleOne settles one service, unless an operation holds its lock: that has settled it.
+// settleOne settles one service. It skips one whose lock an operation holds, since that settles it.
 func (s *services) settleOne(ctx context.Context, id string) error {
 	try, cancel := context.WithTimeout(ctx, lockTry)
 	defer cancel()
@@ -240,11 +241,11 @@ func (s *services) settleOne(ctx context.Context, id string) error {
 	return err
 }
 
-// lockTry is how long a round waits for the lock of a service.
+// lockTry is how long a round waits for a service's lock.
 const lockTry = 10 * time.Millisecond
 
-// warnOfOtherRoots logs how many containers the engine has for services of other bind roots: perhaps this
-// daemon was started with another path than before.
+// warnOfOtherRoots logs how many containers of other bind roots the engine has: this daemon may have been
+// started with another path than before.
 func (s *services) warnOfOtherRoots(ctx context.Context) {
 	list, err := s.containers.list(ctx, filters.Arg("label", labelService))
 	if err != nil {

@@ -22,11 +22,6 @@ import (
 	"github.com/docker/go-connections/nat"
 )
 
-// serviceID guards every use of an id: the SDK splices names into URL paths unescaped
-// and the file system joins "..". No id has a dot, so names with one are the daemon's
-// own, and none has 64 characters, so none is a container's full id.
-var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
-
 // imagePath is one component of a repository's name.
 const imagePath = `[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*`
 
@@ -36,9 +31,9 @@ var (
 			`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
 	userName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 	imageID  = regexp.MustCompile(`^(sha256:)?[0-9a-f]{64}$`)
-	// partOfID is what the engine takes for an id that it begins.
+	// partOfID matches what the engine would take for an abbreviated image id.
 	partOfID = regexp.MustCompile(`^(sha256:)?[0-9a-f]{1,63}$`)
-	// signalName is what the engine takes: the names of signal(7) and SIGRTMIN to SIGRTMAX, or a number.
+	// signalName matches the signals that the engine accepts: the names in signal(7), or a number.
 	signalName = regexp.MustCompile(`^((SIG)?(ABRT|ALRM|BUS|CHLD|CLD|CONT|FPE|HUP|ILL|INT|IO|IOT|KILL|PIPE|` +
 		`POLL|PROF|PWR|QUIT|SEGV|STKFLT|STOP|SYS|TERM|TRAP|TSTP|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ|` +
 		`RTMIN(\+([1-9]|1[0-5]))?|RTMAX(-([1-9]|1[0-4]))?)|[1-9]|[1-5][0-9]|6[0-4])$`)
@@ -47,13 +42,13 @@ var (
 
 const (
 	cpuPeriod = 100_000     // microseconds
-	minCPU    = 1_000       // microseconds; the kernel's least quota
+	minCPU    = 1_000       // microseconds; the kernel's minimum
 	maxCPU    = 100_000_000 // 1,000 processors
-	minRAM    = 6 << 20     // bytes; the engine's least limit
+	minRAM    = 6 << 20     // bytes; the engine's minimum
 	maxRAM    = 1 << 50
 )
 
-// serviceParams is what a client asks for. A service's record keeps it as JSON, without BindContents.
+// serviceParams are the parameters of a service. Its record has them as JSON, without BindContents.
 type serviceParams struct {
 	ID              string                    `json:"id"`
 	Image           string                    `json:"image"`
@@ -63,7 +58,7 @@ type serviceParams struct {
 	Shell           []string                  `json:"shell,omitempty"`
 	User            string                    `json:"user,omitempty"`
 	WorkingDir      string                    `json:"working_dir,omitempty"`
-	Env             []string                  `json:"env,omitempty"` // K=V, or K, which takes the image's away
+	Env             []string                  `json:"env,omitempty"` // K=V, or K to unset the image's
 	OpenStdin       *bool                     `json:"open_stdin,omitempty"`
 	TTY             *bool                     `json:"tty,omitempty"`
 	Hostname        string                    `json:"hostname,omitempty"`
@@ -78,11 +73,11 @@ type serviceParams struct {
 type stopSignal string
 
 func (s *stopSignal) UnmarshalJSON(text []byte) error {
-	*s = stopSignal(strings.Trim(string(text), `"`)) // what is neither is refused by signalName
+	*s = stopSignal(strings.Trim(string(text), `"`)) // signalName rejects what is neither
 	return nil
 }
 
-// hosts are the host's ends of one published port. JSON may give one or an array.
+// hostMapEntries are the host addresses and ports of one published port. JSON may give one or an array.
 type hostMapEntries []hostMapEntry
 
 type hostMapEntry struct {
@@ -100,19 +95,25 @@ func (h *hostMapEntries) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
+// checkedImage is what a service needs to know of an image that it may have.
+type checkedImage struct {
+	id   string // sha256:…
+	user string // USER of the image's configuration
+}
+
 // serviceSpec is one set of parameters, with the image that was checked for them.
 type serviceSpec struct {
 	Params  serviceParams `json:"params"`
-	ImageID string        `json:"image_id"` // what Params.Image meant when it was checked: sha256:…
+	ImageID string        `json:"image_id"` // of Params.Image when it was checked: sha256:…
 
-	imageUser string // USER of the image; not in the record, since only a create needs it
+	imageUser string // USER of the image; not in the record, as only a create needs it
 }
 
-// serviceRecord is what a service is meant to be. Whenever it differs from the engine, it is right.
+// serviceRecord is the desired state of a service. If the engine differs, the record is right.
 type serviceRecord struct {
 	serviceSpec
-	Revision string       `json:"revision"`          // of the spec; the container made from it has it as a label
-	Pending  *serviceSpec `json:"pending,omitempty"` // for the next start; nil if that changes nothing
+	Revision string       `json:"revision"`          // of the spec; a label of the container made from it
+	Pending  *serviceSpec `json:"pending,omitempty"` // for the next start; nil if nothing changes
 }
 
 // latest returns the spec that the next start will run.
@@ -123,14 +124,13 @@ func (r serviceRecord) latest() serviceSpec {
 	return r.serviceSpec
 }
 
-// applied returns the record with what is pending put in force, under a new revision. That is a random
-// word and not a hash of the parameters: a daemon that encodes JSON in another way must not replace
-// every container.
+// applied returns the record with what is pending applied, and with a new revision. The revision is random
+// and not a hash of the parameters: a daemon that encodes JSON differently must not replace every container.
 func (r serviceRecord) applied() serviceRecord {
 	return serviceRecord{serviceSpec: r.latest(), Revision: rand.Text()}
 }
 
-// check returns a 400 that names the first field whose value cannot be right.
+// check returns a 400 that names the first invalid field.
 func (p *serviceParams) check() error {
 	target := bindTarget(p.BindDir)
 	workingDir := path.Clean(p.WorkingDir)
@@ -151,15 +151,15 @@ func (p *serviceParams) check() error {
 		{p.BindContents != "" && (contentsErr != nil || contents.Host == "" ||
 			contents.Scheme != "http" && contents.Scheme != "https"),
 			"bind_contents: must be an http or https URL"},
-		{slices.ContainsFunc(p.Cmd, hasNUL), "cmd: must not hold NUL"},
-		{slices.ContainsFunc(p.Shell, hasNUL), "shell: must not hold NUL"},
-		{slices.ContainsFunc(p.Env, hasNUL), "env: must not hold NUL"},
+		{slices.ContainsFunc(p.Cmd, hasNUL), "cmd: must not contain NUL"},
+		{slices.ContainsFunc(p.Shell, hasNUL), "shell: must not contain NUL"},
+		{slices.ContainsFunc(p.Env, hasNUL), "env: must not contain NUL"},
 		{slices.ContainsFunc(p.Env, func(e string) bool { return e == "" || e[0] == '=' }),
 			"env: must be NAME=VALUE or NAME each"},
 		// A number that does not fit an int32 becomes root in some runtimes: CVE-2024-40635.
 		{p.User != "" && !validUser(p.User),
 			"user: must be a user or user:group, by name or by number up to 2147483647"},
-		// One under /proc can be a file descriptor of the runtime's: CVE-2024-21626.
+		// One under /proc/self/fd can be a directory of the host that runc left open: CVE-2024-21626.
 		{p.WorkingDir != "" && (!path.IsAbs(workingDir) || within(workingDir, "/proc") || hasControl(workingDir)),
 			"working_dir: must be an absolute path, not under /proc"},
 		{p.Hostname != "" && !hostLabel.MatchString(p.Hostname),
@@ -182,15 +182,14 @@ func (p *serviceParams) check() error {
 // bindTarget returns where in the container the bind directory is mounted.
 func bindTarget(dir string) string { return path.Clean("/" + dir) }
 
-// within reports whether a clean path is one of dirs or lies under one.
+// within reports whether a clean path is one of dirs or below one.
 func within(p string, dirs ...string) bool {
 	return slices.ContainsFunc(dirs, func(dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") })
 }
 
 func hasControl(text string) bool { return strings.ContainsFunc(text, unicode.IsControl) }
 
-// validUser accepts names and numbers, alone or with a group. What looks like a number has to
-// fit an int32.
+// validUser reports whether user is a name or a number, alone or with a group. A number must fit an int32.
 func validUser(user string) bool {
 	parts := strings.Split(user, ":")
 	return len(parts) <= 2 && !slices.ContainsFunc(parts, func(part string) bool {
@@ -199,7 +198,7 @@ func validUser(user string) bool {
 	})
 }
 
-// checkPorts goes through the ports in the order of their keys, so that the same body gets the same error.
+// checkPorts checks the ports in the order of their keys, so that the same body always gets the same error.
 func (p *serviceParams) checkPorts() error {
 	for _, key := range slices.Sorted(maps.Keys(p.PortMap)) {
 		port, protocol, _ := strings.Cut(key, "/")
@@ -220,20 +219,20 @@ func (p *serviceParams) checkPorts() error {
 	return nil
 }
 
-// validPort accepts one spelling for each number: "080" would be a second key for 80.
+// validPort accepts only one spelling of each number: "080" would be a second key for port 80.
 func validPort(text string, least int) bool {
 	n, err := strconv.Atoi(text)
 	return err == nil && n >= least && n <= math.MaxUint16 && strconv.Itoa(n) == text
 }
 
-// containerSpec returns all that a service's container may do. The bind directory is a
-// mount.Mount: as a Binds string, a bind_dir of x:/etc:ro would be parsed. What is not
-// here is the engine's default: its seccomp profile, its masked paths, no devices.
+// containerSpec returns everything that a service's container may do. The bind directory is a [mount.Mount]:
+// in a Binds string, a bind_dir of x:/etc:ro would be parsed. Everything else is the engine's default: its
+// seccomp profile, its masked paths, no devices.
 func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.HostConfig) {
 	p, stopTimeout := r.Params, int(cfg.stopTimeout/time.Second)
 	config := &container.Config{
 		Labels:          map[string]string{labelService: p.ID, labelBinds: cfg.binds, labelRevision: r.Revision},
-		Image:           r.ImageID, // a name may mean another image by now
+		Image:           r.ImageID, // the name may mean another image by now
 		Cmd:             p.Cmd,
 		Shell:           p.Shell,
 		User:            p.User,
@@ -246,7 +245,7 @@ func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.H
 		NetworkDisabled: p.NetworkDisabled,
 		StopSignal:      string(p.StopSignal),
 		StopTimeout:     &stopTimeout,
-		Healthcheck:     &container.HealthConfig{Test: []string{"NONE"}}, // an image's own runs beside all limits
+		Healthcheck:     &container.HealthConfig{Test: []string{"NONE"}}, // the image's own would run unasked
 	}
 	host := &container.HostConfig{
 		Mounts: []mount.Mount{{Type: mount.TypeBind,
@@ -266,7 +265,7 @@ func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.H
 		host.NetworkMode = "none"
 	}
 	for port, ends := range p.PortMap {
-		config.ExposedPorts[nat.Port(port)] = struct{}{} // else the engine publishes nothing
+		config.ExposedPorts[nat.Port(port)] = struct{}{} // or the engine publishes nothing
 		for _, end := range ends {
 			host.PortBindings[nat.Port(port)] = append(host.PortBindings[nat.Port(port)], nat.PortBinding(end))
 		}
@@ -275,14 +274,14 @@ func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.H
 		host.CPUPeriod, host.CPUQuota = cpuPeriod, *p.MaxCPU
 	}
 	if p.MaxRAM != nil {
-		host.Memory, host.MemorySwap = *p.MaxRAM, *p.MaxRAM // MemorySwap is the sum of both
+		host.Memory, host.MemorySwap = *p.MaxRAM, *p.MaxRAM // MemorySwap is the sum of RAM and swap: no swap
 	}
 	return config, host
 }
 
 // bindOwner returns the owner of the bind directory and of everything that bind_contents puts there: the
-// service's user, or else the image's, if that is a number. Nil leaves it to the archive: a name has no
-// meaning on the host.
+// service's user, or else the image's, if it is numeric. For a name, which means nothing on the host, it
+// returns nil, and the archive decides.
 func (s serviceSpec) bindOwner() *owner {
 	user, group, _ := strings.Cut(cmp.Or(s.Params.User, s.imageUser), ":")
 	uid, err := strconv.ParseInt(user, 10, 32)

@@ -21,28 +21,29 @@ import (
 const (
 	maxFrameAge  = 1500 * time.Millisecond // the engine sends a frame every second
 	maxFrame     = 1 << 20                 // bytes
-	statsRetries = 10                      // look-ups of one request after a container was replaced
+	statsRetries = 10                      // further attempts of one request after a container was replaced
 )
 
 // statsParameter matches the query parameters of a stats request.
 var statsParameter = regexp.MustCompile(`^stream=(true|false|1|0)$`)
 
-// errContainerReplaced ends a feed whose container has stopped or was replaced: look the service up again.
+// errContainerReplaced ends a feed whose container has stopped or was replaced. Callers look up the service
+// again.
 var errContainerReplaced = errors.New("the container has stopped or was replaced")
 
-// stats reports what services use. All requests for one service share one stream of the engine's.
+// stats reports the resource usage of services. All requests for one service share one stream of the engine.
 type stats struct {
 	containers *containers
 	engine     *engine
 	timeouts   timeouts
-	shutdown   context.Context // ends when the daemon starts to shut down: so do the feeds
+	shutdown   context.Context // ends, with the feeds, when the daemon starts to shut down
 	feeds      sync.Map        // of *feed, by service id
 }
 
-// frame is one statistics object of the engine's.
+// frame is one statistics object from the engine.
 type frame struct {
 	text       []byte        // JSON and a line feed
-	arrived    time.Time     // zero for a container that does not run: the engine has no other frame of it
+	arrived    time.Time     // zero if the container does not run: the engine sends only one frame then
 	superseded chan struct{} // closed when the next frame has arrived; nil like arrived
 }
 
@@ -53,7 +54,7 @@ func (s *stats) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	ctx, id := r.Context(), r.PathValue("id")
 	stream, _ := strconv.ParseBool(r.URL.Query().Get("stream"))
 	f, err := s.next(ctx, id, time.Now().Add(-maxFrameAge), s.timeouts.engineRead)
-	if err != nil || !stream || f.arrived.IsZero() || r.Method == http.MethodHead { // HEAD would not end
+	if err != nil || !stream || f.arrived.IsZero() || r.Method == http.MethodHead { // a HEAD would hang
 		return passOn(w, f.text, err)
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
@@ -66,8 +67,8 @@ func (s *stats) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// next returns the service's first frame that arrived after seen, waiting for it no longer than limit.
-// If that is not long enough the feed goes on, and a later request finds the frame.
+// next returns a frame of the service that arrived after seen. It waits for one no longer than limit; the
+// feed goes on, and a later request may find the frame.
 func (s *stats) next(ctx context.Context, id string, seen time.Time, limit time.Duration) (frame, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -96,8 +97,8 @@ func (s *stats) try(ctx context.Context, id string, seen time.Time) (frame, erro
 	return s.watch(id, current.ID).wait(ctx, seen)
 }
 
-// once returns the engine's only frame of a container that does not run. The engine's answer is empty if
-// the container has started and stopped since it was looked up.
+// once returns the single frame that the engine sends of a container that does not run. The engine's answer
+// is empty if the container has started and stopped since it was looked up.
 func (s *stats) once(ctx context.Context, containerID string) (frame, error) {
 	resp, err := s.engine.api().ContainerStats(ctx, containerID, false)
 	if err != nil {
@@ -111,32 +112,32 @@ func (s *stats) once(ctx context.Context, containerID string) (frame, error) {
 	return frame{text: text}, err
 }
 
-// watch returns the service's feed, and opens one if there is none.
+// watch returns the service's feed, and starts one if there is none.
 func (s *stats) watch(id, containerID string) *feed {
 	f := newFeed(s.shutdown)
 	if other, ok := s.feeds.LoadOrStore(id, f); ok {
 		f.end(nil)
 		return other.(*feed)
 	}
-	go func() { // ends when the container stops, nobody asks, or f.ctx ends: by watchdog, forget or shutdown
+	go func() { // ends when follow returns, see there
 		err := f.follow(s.engine, containerID, s.timeouts)
-		s.feeds.CompareAndDelete(id, f) // first, so that nobody finds a feed that has ended
+		s.feeds.CompareAndDelete(id, f) // first, so that no request finds a feed that has ended
 		f.end(err)
 	}()
 	return f
 }
 
-// forget ends the service's feed, if there is one. An operation that stops or replaces the service's
-// container calls it, so that no frame of what ran before is served after the operation.
+// forget ends the service's feed, if there is one. Operations that stop or replace the service's container
+// call it, so that no frame from before the operation is served after it.
 func (s *stats) forget(id string) {
 	if f, ok := s.feeds.LoadAndDelete(id); ok {
 		f.(*feed).end(errContainerReplaced)
 	}
 }
 
-// feed shares one stream of the engine's among all requests for a service's statistics.
+// feed shares one stream of the engine among all requests for a service's statistics.
 type feed struct {
-	ctx    context.Context // ends with the feed; its cause is what waiting requests get as their error
+	ctx    context.Context // ends with the feed; its cause is the error of waiting requests
 	end    context.CancelCauseFunc
 	newest atomic.Pointer[frame]
 	asked  atomic.Pointer[time.Time] // when a request last started to wait
@@ -150,7 +151,8 @@ func newFeed(shutdown context.Context) *feed {
 	return f
 }
 
-// wait returns the newest frame if it arrived after seen, else the next one, or why the feed has ended.
+// wait returns the newest frame if it arrived after seen, or else the next one. If the feed has ended, the
+// error says why.
 func (f *feed) wait(ctx context.Context, seen time.Time) (frame, error) {
 	f.asked.Store(new(time.Now()))
 	newest := f.newest.Load()
@@ -166,13 +168,14 @@ func (f *feed) wait(ctx context.Context, seen time.Time) (frame, error) {
 	return *newest, context.Cause(f.ctx)
 }
 
-// follow publishes the engine's frames of a running container until that stops, nobody asks for them, the
-// engine is silent for timeouts.frame, or f.ctx ends. It returns why.
+// follow stores the engine's frames of a running container until the container stops, no request asks for
+// them, the engine is silent for timeouts.statsFrame, or f.ctx ends. The error says which.
 func (f *feed) follow(e *engine, containerID string, timeouts timeouts) error {
 	ctx, cancel := context.WithCancelCause(f.ctx)
 	defer cancel(nil)
 	watchdog := time.AfterFunc(timeouts.statsFrame, func() {
-		cancel(newAPIError(kindTimeout, "the engine has sent no statistics of this service for %s", timeouts.statsFrame))
+		cancel(newAPIError(kindTimeout,
+			"the engine has sent no statistics of this service for %s", timeouts.statsFrame))
 	})
 	defer watchdog.Stop()
 	resp, err := e.api().ContainerStats(ctx, containerID, true)
@@ -185,13 +188,13 @@ func (f *feed) follow(e *engine, containerID string, timeouts timeouts) error {
 	for lines.Scan() && !f.idle(timeouts.statsIdle) {
 		watchdog.Reset(timeouts.statsFrame)
 		var sample struct{ Read, PreRead time.Time }
-		if err := json.Unmarshal(lines.Bytes(), &sample); err != nil { // the Scanner returns a cut line, too
+		if err := json.Unmarshal(lines.Bytes(), &sample); err != nil { // Scan also returns an incomplete last line
 			return cmp.Or(context.Cause(ctx), lines.Err(), err)
 		}
-		if sample.Read.IsZero() { // the container does not run: the engine goes on, without samples
+		if sample.Read.IsZero() { // the container has stopped: the engine sends frames without samples
 			return errContainerReplaced
 		}
-		if !sample.PreRead.IsZero() { // else it is the first frame, without the sample before it
+		if !sample.PreRead.IsZero() { // the first frame has no earlier sample
 			next := &frame{append(bytes.Clone(lines.Bytes()), '\n'), time.Now(), make(chan struct{})}
 			close(f.newest.Swap(next).superseded)
 		}
@@ -199,7 +202,7 @@ func (f *feed) follow(e *engine, containerID string, timeouts timeouts) error {
 	return cmp.Or(context.Cause(ctx), lines.Err(), errContainerReplaced)
 }
 
-// idle reports whether nobody has asked since the newest frame arrived, and for as long as limit.
+// idle reports whether no request has asked since the newest frame arrived, nor within limit.
 func (f *feed) idle(limit time.Duration) bool {
 	asked := *f.asked.Load()
 	return asked.Before(f.newest.Load().arrived) && time.Since(asked) > limit

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"net/http"
@@ -44,12 +45,19 @@ func main() {
 		log.Fatal(err)
 	}
 	want[*api.HealthResponse](204)(c.HealthWithResponse(ctx))
+	want[*api.MachineResponse](200)(c.MachineWithResponse(ctx))
 	image := want[*api.ImportImageResponse](201)(c.ImportImageWithBodyWithResponse(ctx, "application/x-tar", bytes.NewReader(archive))).JSON201
 	fmt.Println(image.ImageId)
+	var end api.HostMapEntries
+	var signal api.StopSignal
+	if err := errors.Join(end.FromHostMapEntry(api.HostMapEntry{HostPort: "0"}), signal.FromStopSignal1(15)); err != nil {
+		log.Fatal(err)
+	}
 	create := api.CreateServiceJSONRequestBody{Type: api.Raw, Params: api.ServiceParams{Id: id, Image: image.ImageId, BindDir: "/data",
 		Cmd: &[]string{"/hello"}, Env: &[]string{"GREETING=Hello"}, Tty: ptr(false), MaxRam: ptr(int64(64 << 20)),
-		PortMap: &map[string][]api.HostMapEntry{"80/tcp": {{HostPort: "0"}}}}}
+		PortMap: &map[string]api.HostMapEntries{"80/tcp": end}, StopSignal: &signal}}
 	want[*api.CreateServiceResponse](201)(c.CreateServiceWithResponse(ctx, nil, create))
+	want[*api.RemoveImageResponse](409)(c.RemoveImageWithResponse(ctx, image.ImageId))
 	want[*api.CreateServiceResponse](409)(c.CreateServiceWithResponse(ctx, nil, create))
 	control := func(op api.ControlOp) {
 		want[*api.ControlServiceResponse](204)(c.ControlServiceWithResponse(ctx, id, api.Control{Op: op}))
@@ -82,4 +90,6 @@ func main() {
 	if kind := gone.Error.Kind; kind != api.FailureKindNoSuchService {
 		log.Fatalf("it is gone, and the error is of the kind %s", kind)
 	}
+	want[*api.ListImagesResponse](200)(c.ListImagesWithResponse(ctx))
+	want[*api.RemoveImageResponse](204)(c.RemoveImageWithResponse(ctx, image.ImageId))
 }

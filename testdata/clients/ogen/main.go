@@ -43,13 +43,16 @@ func main() {
 		log.Fatal(err)
 	}
 	want[*api.HealthNoContent](c.Health(ctx))
+	want[*api.Machine](c.Machine(ctx))
 	image := want[*api.Image](c.ImportImage(ctx, api.ImportImageReq{Data: bytes.NewReader(archive)}))
 	fmt.Println(image.ImageID)
 	params := api.ServiceParams{ID: id, Image: image.ImageID, BindDir: "/data", Cmd: []string{"/hello"}, Env: []string{"GREETING=Hello"},
 		Tty: api.NewOptBool(false), MaxRAM: api.NewOptInt64(64 << 20),
-		PortMap: api.NewOptServiceParamsPortMap(api.ServiceParamsPortMap{"80/tcp": {{HostPort: "0"}}})}
+		PortMap:    api.NewOptServiceParamsPortMap(api.ServiceParamsPortMap{"80/tcp": api.NewHostMapEntryHostMapEntries(api.HostMapEntry{HostPort: "0"})}),
+		StopSignal: api.NewOptStopSignal(api.NewIntStopSignal(15))}
 	create := &api.CreateService{Type: api.CreateServiceTypeRaw, Params: params}
 	want[*api.CreateServiceCreated](c.CreateService(ctx, create, api.CreateServiceParams{}))
+	want[*api.RemoveImageConflict](c.RemoveImage(ctx, api.RemoveImageParams{Image: image.ImageID}))
 	want[*api.CreateServiceConflict](c.CreateService(ctx, create, api.CreateServiceParams{}))
 	control := func(op api.ControlOp) {
 		want[*api.ControlServiceNoContent](c.ControlService(ctx, &api.Control{Op: op}, api.ControlServiceParams{ID: id}))
@@ -85,4 +88,6 @@ func main() {
 	if kind := gone.Error.Kind; kind != api.FailureKindNoSuchService {
 		log.Fatalf("it is gone, and the error is of the kind %s", kind)
 	}
+	want[*api.ListImagesOKApplicationJSON](c.ListImages(ctx))
+	want[*api.RemoveImageNoContent](c.RemoveImage(ctx, api.RemoveImageParams{Image: image.ImageID}))
 }
