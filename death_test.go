@@ -1115,8 +1115,8 @@ func (w *deathWorld) leaveAt(call int, leave func(), givenUp bool) {
 func (w *deathWorld) sendAndLeave(t *testing.T, ctx context.Context, r deathRequest) {
 	t.Helper()
 	w.send(ctx, r)
-	logged := fmt.Sprintf("remote=%s\n", w.lastFrom.Load())
-	if !deathPoll(20*time.Second, func() bool { return w.daemon.log.contains(logged) }) {
+	logged := regexp.MustCompile(fmt.Sprintf(`remote=%s\s`, w.lastFrom.Load()))
+	if !deathPoll(20*time.Second, func() bool { return logged.MatchString(w.daemon.log.String()) }) {
 		t.Fatalf("the daemon goes on with a request whose client has left\n%s", w.daemon.log)
 	}
 	w.proxy.setHook(nil)
