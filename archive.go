@@ -124,29 +124,17 @@ func badEntry(h *tar.Header, err error) error {
 
 // limitedReader fails beyond its limit, where [io.LimitedReader] returns io.EOF.
 type limitedReader struct {
-	r     io.Reader
-	left  int64
-	ended bool // a read met the end
+	r    io.Reader
+	left int64
 }
 
 // Read counts what was read, not what was asked for: a stream that ends just at the limit is whole.
 func (l *limitedReader) Read(p []byte) (int, error) {
 	n, err := l.r.Read(p)
-	l.ended = l.ended || err == io.EOF && n == 0
 	if l.left -= int64(n); l.left < 0 {
 		return 0, newAPIError(kindTooLarge, "bind_contents: the archive, or what it unpacks to, has too many bytes")
 	}
 	return n, err
-}
-
-// drain reads the rest of the stream after [tar.Reader] has returned io.EOF, which it also does for an
-// input without the end mark, two blocks of zeros: drain returns an error for that.
-func (l *limitedReader) drain(to io.Writer) error {
-	if l.ended {
-		return io.ErrUnexpectedEOF
-	}
-	_, err := io.Copy(to, l)
-	return err
 }
 
 // tarReader is a [tar.Reader] for archives that have to be whole. By itself, Next returns io.EOF also where

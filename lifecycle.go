@@ -258,7 +258,8 @@ func (s *services) setPending(ctx context.Context, id string, change func(servic
 		return err
 	}
 	pending := change(record.latest())
-	if bindTarget(pending.Params.BindDir) != bindTarget(record.Params.BindDir) { // VolumesFrom keeps the old mount
+	if bindTarget(pending.Params.BindDir) != bindTarget(record.Params.BindDir) {
+		// VolumesFrom would carry the old mount along.
 		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
 	}
 	pending.Params.BindContents = ""
