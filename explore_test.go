@@ -22,7 +22,7 @@ import (
 	"github.com/docker/docker/client"
 )
 
-var exploreSizes = flag.String("explore", "3 1 1 1, 4 0 0 1, 3 1 1 0 nature",
+var exploreSizes = flag.String("explore", "3 1 1 0, 3 1 0 1, 3 1 0 0 nature",
 	"sizes of the histories: requests, deaths, late calls and engine errors, and whether there are power cuts and prunes")
 
 // TestEveryHistoryKeepsItsPromises takes the real code through every history of a few requests to one service, of

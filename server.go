@@ -27,7 +27,8 @@ const (
 type route struct {
 	pattern  string         // as for [http.ServeMux]; also served under /v1
 	success  int            // status, if handle writes none
-	body     int64          // maximum request body, in bytes; maxJSON if it is a JSON body
+	body     int64          // maximum request body, in bytes, unless it is JSON
+	json     bool           // the body is JSON, of at most maxJSON bytes
 	limit    time.Duration  // forever: until the client disconnects or the daemon shuts down
 	detached bool           // keeps running until limit if the client disconnects
 	query    *regexp.Regexp // each query parameter must match this, as name=value; nil allows none
@@ -38,15 +39,16 @@ type route struct {
 func (s *server) routes() []route {
 	svc, change := s.services, s.stopTimeout+s.timeouts.engineRead
 	return []route{
-		{pattern: "POST /service", success: 201, body: maxJSON, limit: s.createTimeout, handle: svc.handleCreate},
+		{pattern: "POST /service", success: 201, json: true, limit: s.createTimeout, handle: svc.handleCreate},
 		{pattern: "GET /service", success: 200, limit: s.timeouts.engineRead, handle: svc.handleList},
 		{pattern: "GET /service/{id}", success: 200, limit: s.timeouts.engineRead, handle: svc.handleInspect},
-		{pattern: "PUT /service/{id}", success: 204, body: maxJSON, limit: s.createTimeout, detached: true,
+		{pattern: "PUT /service/{id}", success: 204, json: true, limit: s.createTimeout, detached: true,
 			handle: svc.handlePut},
-		{pattern: "GET /service/{id}/params", success: 200, limit: s.timeouts.engineRead, handle: svc.handleParams},
+		{pattern: "GET /service/{id}/params", success: 200, limit: s.timeouts.engineRead,
+			handle: svc.handleParams},
 		{pattern: "DELETE /service/{id}", success: 204, limit: s.createTimeout, detached: true,
 			handle: svc.handleDelete},
-		{pattern: "POST /service/{id}/ctl", success: 204, body: maxJSON, limit: change, detached: true,
+		{pattern: "POST /service/{id}/ctl", success: 204, json: true, limit: change, detached: true,
 			handle: svc.handleControl},
 		{pattern: "GET /service/{id}/stats", success: 200, limit: forever, query: statsParameter,
 			handle: s.stats.serviceStats},
@@ -54,9 +56,9 @@ func (s *server) routes() []route {
 			handle: s.console.serviceLogs},
 		{pattern: "POST /service/{id}/stdin", success: 204, body: math.MaxInt64, limit: forever,
 			handle: s.console.serviceStdin},
-		{pattern: "POST /service/{id}/tty", success: 204, body: maxJSON, limit: s.timeouts.engineRead,
+		{pattern: "POST /service/{id}/tty", success: 204, json: true, limit: s.timeouts.engineRead,
 			handle: s.console.resizeTTY},
-		{pattern: "PATCH /service/{id}/env", success: 204, body: maxJSON, limit: change, detached: true,
+		{pattern: "PATCH /service/{id}/env", success: 204, json: true, limit: change, detached: true,
 			handle: svc.handleSetEnv},
 		{pattern: "GET /docker/image", success: 200, limit: s.timeouts.engineRead, handle: s.images.listImages},
 		{pattern: "DELETE /docker/image/{image}", success: 204, limit: s.timeouts.engineRead, detached: true,
@@ -215,11 +217,15 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if rt.body == 0 && r.ContentLength != 0 { // net/http would read it before it answers
+	if rt.body == 0 && !rt.json && r.ContentLength != 0 { // net/http would read it before it answers
 		return newAPIError(kindTooLarge, "this request has no body")
 	}
-	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, rt.body)
-	if rt.body == maxJSON {
+	maxBody := rt.body
+	if rt.json {
+		maxBody = maxJSON
+	}
+	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, maxBody)
+	if rt.json {
 		if err := s.readBody(w, r); err != nil {
 			return err
 		}

@@ -302,6 +302,14 @@ func TestDaemonStartsBeforeItsEngine(t *testing.T) {
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 }
 
+// An upload is not a JSON body, whatever the limit on its size.
+func TestUploadWithTheLimitOfJSON(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = maxJSON })
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+}
+
 func TestHTTP10IsRefused(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
