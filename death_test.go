@@ -181,6 +181,55 @@ func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
 	}
 }
 
+// The file of an upload has no name, so that the kernel removes it with the process.
+func TestDeathInTheMiddleOfAnUploadLeavesNothing(t *testing.T) {
+	t.Parallel()
+	w := newDeathWorld(t)
+	w.daemon.kill()
+	if err := syscall.Mount("tmpfs", w.binds, "tmpfs", 0, "size=16m"); err != nil {
+		t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
+	}
+	t.Cleanup(func() {
+		w.daemon.kill()
+		if err := syscall.Unmount(w.binds, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	free := func() (blocks, inodes uint64) {
+		var found syscall.Statfs_t
+		if err := syscall.Statfs(w.binds, &found); err != nil {
+			t.Fatal(err)
+		}
+		return found.Bfree * uint64(found.Bsize), found.Ffree
+	}
+	w.start(t)
+	blocks, inodes := free()
+	body, upload := io.Pipe()
+	sent := make(chan struct{})
+	go func() { // ends with the pipe
+		defer close(sent)
+		upload.Write(imageOf(t, imageFile("large", strings.Repeat("x", 8<<20)))[:4<<20])
+	}()
+	r, err := http.NewRequest("POST", w.daemon.url+"/docker/image", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("X-Duxcore-CoreKey", w.key)
+	answered := make(chan error, 1)
+	go func() { // ends with the daemon
+		_, err := http.DefaultClient.Do(r)
+		answered <- err
+	}()
+	waitFor(t, "the upload's file to grow", func() bool { now, _ := free(); return now < blocks-2<<20 })
+	w.daemon.kill()
+	body.Close()
+	<-sent
+	if err := <-answered; err == nil {
+		t.Error("a dead daemon answered")
+	}
+	waitFor(t, "the file to go", func() bool { b, i := free(); return b == blocks && i == inodes })
+}
+
 // plannedDeath is a moment at which the daemon dies. All its random parts are chosen
 // when it is planned, so that the seed repeats it.
 type plannedDeath struct {
