@@ -199,7 +199,7 @@ func TestSystemdIsToldWhenTheDaemonIsReady(t *testing.T) {
 	if said := told(); said != "READY=1" {
 		t.Errorf("%q", said)
 	}
-	if log := d.log.String(); strings.Contains(log, "WARN") {
+	if log := d.log.String(); strings.Contains(log, "systemd") {
 		t.Error(log)
 	}
 

@@ -394,7 +394,7 @@ func TestFeedIsIdleIfNobodyHasAskedSinceTheFrameBefore(t *testing.T) {
 
 func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = 50 * time.Millisecond })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = time.Second })
 	ended := make(chan struct{}, 100)
 	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.URL.Query().Get("stream") != "1" {
