@@ -375,8 +375,10 @@ func (x *images) pull(ctx context.Context, name, registryAuth string) error {
 		return fmt.Errorf("cannot pull the image: %w", err)
 	}
 	defer progress.Close()
-	_, err = lastStatus(progress)
-	return err
+	if _, err := lastStatus(progress); err != nil {
+		return err
+	}
+	return x.syncEngine(ctx)
 }
 
 // check inspects an image. It returns a 400 for a configuration that a container must not inherit: a large

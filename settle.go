@@ -237,6 +237,9 @@ func (s *services) settleOne(ctx context.Context, id string) error {
 	defer unlock()
 	ctx, cancel = context.WithTimeout(ctx, s.config.timeouts.settle)
 	defer cancel()
+	if err := s.checkRoot(ctx); err != nil { // it may have moved during the round
+		return err
+	}
 	_, err = s.settle(ctx, id)
 	return err
 }
