@@ -22,6 +22,8 @@ const (
 	// markSource is the file that every mark is a hard link to: so a mark needs neither a free block nor an
 	// inode, and a service can be deleted on a full disk.
 	markSource = markDir + "/.mark"
+	// draftSuffix and an id are the name of a record that is being written; no id has a dot.
+	draftSuffix = ".tmp"
 )
 
 // serviceID guards every use of an id: the SDK puts names into URL paths unescaped, and a file name of ".."
@@ -80,12 +82,10 @@ func (b *bindRoot) prepare() (err error) {
 	if err := b.root.MkdirAll(markDir, 0o700); err != nil {
 		return err
 	}
-	mark, err := b.root.OpenFile(markSource, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err := b.root.WriteFile(markSource, nil, 0o600); err != nil {
 		return err
 	}
-	mark.Close()
-	drafts, err := fs.Glob(b.root.FS(), recordDir+"/.*")
+	drafts, err := fs.Glob(b.root.FS(), recordDir+"/*"+draftSuffix)
 	if err != nil {
 		return err
 	}
@@ -127,12 +127,38 @@ func (b *bindRoot) check() error {
 	return nil
 }
 
-// adopt creates the directory of records in a new root, see checkRoot.
-func (b *bindRoot) adopt() error {
-	if err := b.root.Mkdir(recordDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+// errNoRecords is the error for a root that is new, or whose disk is not mounted: no service of it may be
+// said not to exist.
+var errNoRecords = newAPIError(kindUnavailable, "the bind root has no "+recordDir+": is its disk mounted?")
+
+// checkRecords returns an error if the root was moved, or has no records.
+func (b *bindRoot) checkRecords() error {
+	if err := b.check(); err != nil {
 		return err
 	}
-	return cmp.Or(b.sync(recordDir), b.sync("."))
+	there, err := b.has(recordDir)
+	if err == nil && !there {
+		err = errNoRecords
+	}
+	return err
+}
+
+// adopt creates the directory of records in a new root, see checkRoot.
+func (b *bindRoot) adopt() error {
+	return b.change(".", func() error {
+		if err := ignore(b.root.Mkdir(recordDir, 0o700), fs.ErrExist); err != nil {
+			return err
+		}
+		return b.change(recordDir, func() error { return nil })
+	})
+}
+
+// ignore returns err unless it is of a kind.
+func ignore(err, kind error) error {
+	if errors.Is(err, kind) {
+		return nil
+	}
+	return err
 }
 
 // has reports whether an entry exists.
@@ -154,16 +180,20 @@ func (b *bindRoot) hasAny(names ...string) (bool, error) {
 	return false, nil
 }
 
-// sync makes the names in a directory durable.
-func (b *bindRoot) sync(dir string) error {
-	if b.beforeSync != nil {
-		b.beforeSync()
-	}
+// change makes a change to the names in a directory, and syncs that. It opens the directory first: if no
+// descriptor is left, it fails before the change.
+func (b *bindRoot) change(dir string, change func() error) error {
 	f, err := b.root.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	if err := change(); err != nil {
+		return err
+	}
+	if b.beforeSync != nil {
+		b.beforeSync()
+	}
 	return f.Sync()
 }
 
@@ -176,7 +206,7 @@ func (b *bindRoot) exists(id string) (bool, error) {
 	}
 	there, err := b.has(recordDir + "/" + id)
 	if err == nil && !there {
-		err = b.check()
+		err = b.checkRecords()
 	}
 	return there, err
 }
@@ -186,11 +216,9 @@ func (b *bindRoot) marked(id string) (bool, error) { return b.has(markDir + "/" 
 
 // mark makes a service one that does not exist, and of which everything must be removed.
 func (b *bindRoot) mark(id string) error {
-	err := b.root.Link(markSource, markDir+"/"+id)
-	if err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	return b.sync(markDir)
+	return b.change(markDir, func() error {
+		return ignore(b.root.Link(markSource, markDir+"/"+id), fs.ErrExist)
+	})
 }
 
 // unmark removes the mark: from then on the service exists, if it has a record.
@@ -198,11 +226,9 @@ func (b *bindRoot) unmark(id string) error { return b.remove(markDir, id) }
 
 // remove removes an entry of a directory, if it exists.
 func (b *bindRoot) remove(dir, name string) error {
-	err := b.root.Remove(dir + "/" + name)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return b.sync(dir)
+	return b.change(dir, func() error {
+		return ignore(b.root.Remove(dir+"/"+name), fs.ErrNotExist)
+	})
 }
 
 // record returns the record of a service, or nil if there is none.
@@ -216,7 +242,7 @@ func (b *bindRoot) record(id string) (*serviceRecord, error) {
 	}
 	r := &serviceRecord{}
 	err = json.Unmarshal(text, r)
-	if err == nil && (r.Params.ID != id || r.Revision == "") {
+	if err == nil && (r.Params.ID != id || r.latest().Params.ID != id || r.Revision == "") {
 		err = errors.New("its id or its revision is wrong")
 	}
 	if err != nil {
@@ -228,15 +254,17 @@ func (b *bindRoot) record(id string) (*serviceRecord, error) {
 // writeRecord replaces the record of a service. A crash leaves the old one or the new one.
 func (b *bindRoot) writeRecord(id string, r serviceRecord) error {
 	r.Params.BindContents = "" // it may hold a token, and is not needed again
-	draft, name := recordDir+"/."+id, recordDir+"/"+id
-	err := b.writeSynced(draft, encodeJSON(r))
-	if err == nil {
-		err = b.root.Rename(draft, name)
-	}
-	if err != nil {
-		return cmp.Or(err, b.root.Remove(draft))
-	}
-	return b.sync(recordDir)
+	draft, name := recordDir+"/"+id+draftSuffix, recordDir+"/"+id
+	return b.change(recordDir, func() error {
+		err := b.writeSynced(draft, encodeJSON(r))
+		if err == nil {
+			err = b.root.Rename(draft, name)
+		}
+		if err != nil {
+			b.root.Remove(draft) // or the next start does
+		}
+		return err
+	})
 }
 
 // writeSynced writes a file, and syncs its contents.
@@ -268,8 +296,8 @@ func (b *bindRoot) existing() ([]string, error) {
 // ids returns the names in a directory that are ids, sorted.
 func (b *bindRoot) ids(dir string) (ids []string, err error) {
 	entries, err := fs.ReadDir(b.root.FS(), dir)
-	if errors.Is(err, fs.ErrNotExist) { // the root is new, or was moved
-		return nil, b.check()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, b.checkRecords()
 	}
 	for _, entry := range entries {
 		if serviceID.MatchString(entry.Name()) {
@@ -317,7 +345,7 @@ func (b *bindRoot) checkUnused(id string) error {
 // create makes the service's bind directory, or takes an empty one. The caller syncs it, see services.fill,
 // and closes it.
 func (b *bindRoot) create(id string, o *owner) (*os.File, error) {
-	if err := b.root.Mkdir(id, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := ignore(b.root.Mkdir(id, 0o700), fs.ErrExist); err != nil {
 		return nil, err
 	}
 	dir, err := b.root.Open(id)
@@ -337,14 +365,13 @@ func (b *bindRoot) create(id string, o *owner) (*os.File, error) {
 
 // erase removes a service's bind directory with everything in it.
 func (b *bindRoot) erase(ctx context.Context, id string) error {
-	err := b.root.Remove(id)
-	if isNotEmpty(err) { // so it is a directory, not a link
-		err = b.eraseTree(ctx, id)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return b.sync(".")
+	return b.change(".", func() error {
+		err := b.root.Remove(id)
+		if isNotEmpty(err) { // so it is a directory, not a link
+			err = b.eraseTree(ctx, id)
+		}
+		return ignore(err, fs.ErrNotExist)
+	})
 }
 
 // eraseTree removes a directory that is not empty.

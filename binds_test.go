@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -95,9 +97,11 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 }
 
 // A daemon that was started before the disk of its bind root was mounted sees an empty root.
-func TestRootWithoutRecordsCostsNoContainer(t *testing.T) {
+func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
+	pending := imageID.FindString(strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body, `"`)[3])
+	d.do(t, "PUT", "/service/web", createBodyJSON("web", fmt.Sprintf(`"cmd":["/x"],"image":%q`, pending))).want(t, 204)
 	if err := d.stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -108,6 +112,12 @@ func TestRootWithoutRecordsCostsNoContainer(t *testing.T) {
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	d.do(t, "GET", "/health", "").want(t, 503, "unavailable")
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 503)
+	// Nothing may be called gone, or a core creates it elsewhere.
+	for _, path := range []string{"/service", "/service/web", "/service/web/params", "/service/web/logs", "/service/web/stats"} {
+		d.do(t, "GET", path, "").want(t, 503)
+	}
+	d.do(t, "PUT", "/service/web", createBodyJSON("web", "")).want(t, 503)
+	d.do(t, "DELETE", "/docker/image/"+pending, "").want(t, 503)
 	if !strings.Contains(d.log.String(), "is its disk mounted?") || !slices.Equal(e.names(), []string{"web"}) {
 		t.Errorf("there are %q; the log: %s", e.names(), d.log)
 	}
@@ -128,6 +138,64 @@ func TestRootWithoutRecordsCostsNoContainer(t *testing.T) {
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409)
 	d.do(t, "DELETE", "/service/web", "").want(t, 204)
 	wantNothing(t, d, e)
+}
+
+// A round can take long: the root may move in the middle of it.
+func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	s := bareServer(t, e, nil).services
+	for _, id := range []string{"aa", "bb"} {
+		err := s.create(t.Context(), serviceParams{ID: id, Image: "img:1", BindDir: "/data"}, "")
+		if err = errors.Join(err, s.binds.mark(id)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	moved := s.binds.path + "-moved"
+	t.Cleanup(func() { os.RemoveAll(moved) })
+	var once sync.Once
+	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodDelete {
+			once.Do(func() {
+				if err := errors.Join(os.Rename(s.binds.path, moved), os.MkdirAll(s.binds.path+"/bb", 0o700)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		return false
+	})
+	if err := s.settleAll(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := e.names(); !slices.Equal(got, []string{"bb"}) {
+		t.Errorf("there are %q", got)
+	}
+}
+
+// If a directory cannot be opened for its sync, nothing is changed: a create that fails must not leave a service.
+func TestChangeThatCannotBeSyncedIsNotMade(t *testing.T) {
+	t.Parallel()
+	_, server := bareService(t)
+	b := server.services.binds
+	for name, change := range map[string]struct {
+		dir string
+		do  func() error
+	}{
+		"mark":   {markDir, func() error { return b.mark("web") }},
+		"record": {recordDir, func() error { return b.removeRecord("web") }},
+	} {
+		if err := b.root.Rename(change.dir, "away"); err != nil {
+			t.Fatal(err)
+		}
+		err := change.do()
+		if renameErr := b.root.Rename("away", change.dir); renameErr != nil {
+			t.Fatal(renameErr)
+		}
+		if exists, existsErr := b.exists("web"); err == nil || existsErr != nil || !exists {
+			t.Errorf("%s: %v; the service exists: %v, %v", name, err, exists, existsErr)
+		}
+	}
 }
 
 func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/filters"
 )
@@ -121,6 +122,15 @@ func (c *containers) grouped(ctx context.Context, label string) (map[string]serv
 func (c *containers) nameTaken(ctx context.Context, id string) (bool, error) {
 	list, err := c.list(ctx, filters.Arg("name", "^/"+id+"$"))
 	return slices.ContainsFunc(list, func(e *listEntry) bool { return slices.Contains(e.Names, "/"+id) }), err
+}
+
+// isMissing reports whether the engine says that it has no container of a service's name. An engine that has
+// just started may not list a container yet that it has.
+func (c *containers) isMissing(ctx context.Context, id string) bool {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	found, err := c.engine.api().ContainerInspect(ctx, id)
+	return errdefs.IsNotFound(err) || err == nil && found.Name != "/"+id // a prefix of another one's id
 }
 
 // list returns the engine's containers that match a filter, running or not. It does not use the SDK, which

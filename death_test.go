@@ -895,7 +895,7 @@ func (w *deathWorld) look(t *testing.T) (s deathState) {
 			strays = append(strays, name)
 		}
 	}
-	drafts, err := filepath.Glob(filepath.Join(w.binds, recordDir, ".*"))
+	drafts, err := filepath.Glob(filepath.Join(w.binds, recordDir, "*"+draftSuffix))
 	if err != nil {
 		t.Fatal(err)
 	}

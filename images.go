@@ -53,9 +53,10 @@ type images struct {
 	// with such a tag and no import in progress is removed. It was left by a killed daemon, or by an engine
 	// that keeps images it failed to unpack (containerd's store).
 	tempPrefix string
-	inProgress sync.Map   // temporary tags of imports in progress; none is used twice
-	naming     sync.Mutex // held while uploadName exists
-	notSynced  sync.Once  // logs that imports are not synced
+	held       sync.RWMutex // read-locked while a record that needs an image is written; see hold
+	inProgress sync.Map     // temporary tags of imports in progress; none is used twice
+	naming     sync.Mutex   // held while uploadName exists
+	notSynced  sync.Once    // logs that imports are not synced
 }
 
 // newImages also removes the upload's file that a killed daemon may have left, see removedFile.
@@ -85,7 +86,7 @@ func (x *images) listImages(w http.ResponseWriter, r *http.Request) error {
 }
 
 // removeImage answers DELETE /docker/image/{image}. It is a 404 for an image that was not imported.
-func (x *images) removeImage(_ http.ResponseWriter, r *http.Request) error {
+func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("image")
 	list, err := x.imported(r.Context())
 	if err != nil {
@@ -94,6 +95,9 @@ func (x *images) removeImage(_ http.ResponseWriter, r *http.Request) error {
 	if !slices.ContainsFunc(list, func(found image.Summary) bool { return found.ID == id }) {
 		return noSuchImage(id)
 	}
+	noteChange(w, id, "remove_image")
+	x.held.Lock()
+	defer x.held.Unlock()
 	used, err := x.binds.usesImage(id)
 	if err != nil {
 		return err
@@ -107,6 +111,21 @@ func (x *images) removeImage(_ http.ResponseWriter, r *http.Request) error {
 		return newAPIError(kindImageInUse, "%s", message)
 	}
 	return err
+}
+
+// hold makes sure that the image of a spec is still there, and keeps removeImage waiting until release is
+// called.
+func (x *images) hold(ctx context.Context, spec serviceSpec) (release func(), err error) {
+	x.held.RLock()
+	_, err = x.engine.api().ImageInspect(ctx, spec.ImageID)
+	if err == nil {
+		return x.held.RUnlock, nil
+	}
+	x.held.RUnlock()
+	if errdefs.IsNotFound(err) {
+		err = noSuchImage(spec.Params.Image)
+	}
+	return nil, err
 }
 
 // importTag returns the tag of an import: the first digits of its image's id.
@@ -125,6 +144,7 @@ func (x *images) importImage(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	noteChange(w, id, "import_image")
 	writeJSON(w, http.StatusCreated, map[string]string{"image_id": id})
 	return nil
 }
@@ -132,6 +152,7 @@ func (x *images) importImage(w http.ResponseWriter, r *http.Request) error {
 var (
 	errSlowUpload   = badRequest("the body came too slowly")
 	errBrokenUpload = badRequest("the body is incomplete")
+	errUploadEnded  = newAPIError(kindUnavailable, "the client disconnected, or the daemon is shutting down")
 )
 
 // receive writes a request's body to an unnamed file while checkTar reads it, and returns the file. The
@@ -142,10 +163,16 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 		return nil, fmt.Errorf("cannot make a file for an upload: %w", err)
 	}
 	ctl := http.NewResponseController(w)
+	defer context.AfterFunc(r.Context(), func() { ctl.SetReadDeadline(time.Now()) })() // at shutdown
 	body := readerFunc(func(p []byte) (int, error) {
 		ctl.SetReadDeadline(time.Now().Add(uploadStall))
+		if r.Context().Err() != nil {
+			return 0, errUploadEnded
+		}
 		n, err := r.Body.Read(p)
 		switch {
+		case r.Context().Err() != nil:
+			return n, errUploadEnded
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return n, errSlowUpload
 		case err != nil && err != io.EOF && !isType[*http.MaxBytesError](err):

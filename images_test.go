@@ -861,3 +861,36 @@ func TestImportedImagesAreListedAndRemoved(t *testing.T) {
 	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 404)
 	d.do(t, "GET", "/docker/image", "").want(t, 200, pending)
 }
+
+// An engine syncs a pulled image as little as an imported one.
+func TestPulledImageIsSynced(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addRemote("far:1", true)
+	d := startDaemon(t, e.host(), nil)
+	d.do(t, "POST", "/service", createBodyJSON("web", `"image":"far:1"`)).want(t, 201)
+	if countCalls(e.calls(), "GET /info") == 0 {
+		t.Error("nobody has asked where the engine keeps its data")
+	}
+}
+
+func TestUploadDoesNotHoldUpTheShutdown(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	in, out := io.Pipe()
+	defer out.Close()
+	sent := make(chan struct{})
+	go func() { // ends with the daemon
+		defer close(sent)
+		if answer, err := d.client.Do(d.request(t, "POST", "/docker/image", in)); err == nil {
+			answer.Body.Close()
+		}
+	}()
+	io.WriteString(out, wholeTar()[:512])
+	waitFor(t, "the upload's file", func() bool { return len(uploadsIn(t, d.binds)) > 0 })
+	if err := d.stop(); err != nil { // else it would wait for its grace, and say so
+		t.Error(err)
+	}
+	<-sent
+}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"log/slog"
 	"os"
 	"regexp"
@@ -43,9 +44,10 @@ type services struct {
 	locks      *keyedMutex // by service id
 	log        *slog.Logger
 
-	// ensureImage and tidyImages are those of images; forgetStats keeps statistics of what ran before from being
-	// served after a change.
+	// ensureImage, holdImage and tidyImages are those of images; forgetStats keeps statistics of what ran
+	// before from being served after a change.
 	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error)
+	holdImage   func(ctx context.Context, spec serviceSpec) (release func(), err error)
 	tidyImages  func(ctx context.Context) error
 	forgetStats func(id string)
 
@@ -72,11 +74,8 @@ func detached(ctx, daemon context.Context, timeout time.Duration) (context.Conte
 // the engine has containers of it: its disk is probably not mounted, and settle would remove the containers.
 // A root with neither is new, and gets its directory of records.
 func (s *services) checkRoot(ctx context.Context) error {
-	if err := s.binds.check(); err != nil {
-		return err
-	}
-	adopted, err := s.binds.has(recordDir)
-	if err != nil || adopted {
+	err := s.binds.checkRecords()
+	if !errors.Is(err, errNoRecords) {
 		return err
 	}
 	all, err := s.containers.all(ctx)
@@ -120,8 +119,8 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 	}
 	rollBack, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
 	defer cancel()
-	if _, err := s.settle(rollBack, p.ID); err != nil {
-		s.log.Warn("cannot undo a failed create yet", "id", p.ID, "err", err)
+	if _, undoErr := s.settle(rollBack, p.ID); undoErr != nil {
+		s.log.Warn("cannot undo a failed create yet", "id", p.ID, "err", undoErr)
 	}
 	return err
 }
@@ -154,7 +153,7 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	opCtx, cancel := detached(ctx, s.ctx, s.config.createTimeout)
 	defer cancel()
-	id, record := spec.Params.ID, serviceRecord{serviceSpec: spec, Revision: rand.Text()}
+	id, record := spec.Params.ID, serviceRecord{serviceSpec: spec, UID: rand.Text(), Revision: rand.Text()}
 	if err := s.binds.mark(id); err != nil {
 		return err
 	}
@@ -190,7 +189,7 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 func (s *services) fill(ctx context.Context, dir *os.File, spec serviceSpec) error {
 	p := spec.Params
 	if p.BindContents == "" {
-		return cmp.Or(dir.Sync(), s.binds.sync("."))
+		return cmp.Or(dir.Sync(), s.binds.dir.Sync())
 	}
 	root, err := s.binds.root.OpenRoot(p.ID)
 	if err != nil {
@@ -225,29 +224,38 @@ func (s *services) createCandidate(ctx context.Context, r serviceRecord, replace
 	return created.ID, err
 }
 
-// setParams replaces a service's parameters from its next start on. Its data stays.
+// setParams replaces a service's parameters from its next start on. Its data stays. The image is made sure of
+// without the lock, since a pull may take long: the service may be another one of the same id by then.
 func (s *services) setParams(ctx context.Context, id string, p serviceParams, registryAuth string) error {
-	if _, err := s.record(id); err != nil {
-		return err
-	}
-	image, err := s.ensureImage(ctx, p, registryAuth) // no lock: a pull may take long
+	seen, err := s.record(id)
 	if err != nil {
 		return err
 	}
-	return s.setPending(ctx, id, func(serviceSpec) serviceSpec { return serviceSpec{p, image.id, image.user} })
+	image, err := s.ensureImage(ctx, p, registryAuth)
+	if err != nil {
+		return err
+	}
+	return s.setPending(ctx, id, func(record serviceRecord) (serviceSpec, error) {
+		if record.UID != seen.UID {
+			return serviceSpec{}, noSuchService(id)
+		}
+		return serviceSpec{p, image.id, image.user}, nil
+	})
 }
 
 // setEnv replaces a service's variables from its next start on.
 func (s *services) setEnv(ctx context.Context, id string, env []string) error {
-	return s.setPending(ctx, id, func(latest serviceSpec) serviceSpec {
-		latest.Params.Env = env
-		return latest
+	return s.setPending(ctx, id, func(record serviceRecord) (serviceSpec, error) {
+		spec := record.latest()
+		spec.Params.Env = env
+		return spec, nil
 	})
 }
 
-// setPending changes the spec that the next start will run. It does not ask the engine, so that it can repair
-// a service whose container or image is missing.
-func (s *services) setPending(ctx context.Context, id string, change func(serviceSpec) serviceSpec) error {
+// setPending changes the spec that the next start will run. It does not ask the engine for containers, so
+// that it can repair a service whose container or image is missing.
+func (s *services) setPending(ctx context.Context, id string,
+	change func(serviceRecord) (serviceSpec, error)) error {
 	unlock, err := s.lock(ctx, id)
 	if err != nil {
 		return err
@@ -257,10 +265,20 @@ func (s *services) setPending(ctx context.Context, id string, change func(servic
 	if err != nil {
 		return err
 	}
-	pending := change(record.latest())
+	pending, err := change(*record)
+	if err != nil {
+		return err
+	}
 	if bindTarget(pending.Params.BindDir) != bindTarget(record.Params.BindDir) {
 		// VolumesFrom would carry the old mount along.
 		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
+	}
+	if pending.ImageID != record.latest().ImageID {
+		release, err := s.holdImage(ctx, pending)
+		if err != nil {
+			return err
+		}
+		defer release()
 	}
 	pending.Params.BindContents = ""
 	record.Pending = &pending

@@ -315,6 +315,26 @@ func TestEngineThatListsNothingForAMomentCostsNoService(t *testing.T) {
 	}
 }
 
+// Nor does it put in force what is pending, which would stop a running service in the next round.
+func TestEngineThatListsNothingForAMomentStopsNoService(t *testing.T) {
+	t.Parallel()
+	e, server := bareService(t)
+	s := server.services
+	err := errors.Join(s.change(t.Context(), "web", s.start), s.setEnv(t.Context(), "web", []string{"A=1"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.answerWith("/containers/json", 200, "[]")
+	s.settleAll(t.Context())
+	e.setIntercept(nil)
+	if err := s.settleAll(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if c, _ := e.container("web"); !c.Running || len(c.Config.Env) > 0 {
+		t.Errorf("the service runs: %v, with %q", c.Running, c.Config.Env)
+	}
+}
+
 func TestServiceThatCannotBeSettledHidesNoOther(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -468,7 +488,13 @@ func TestPruneCostsNoService(t *testing.T) {
 	e.prune()
 	d.do(t, "GET", "/service/web", "").want(t, 503, "unavailable")
 	d.do(t, "GET", "/service/web/params", "").want(t, 200, `"pending":`, `"A=1"`)
+	d.do(t, "POST", "/service", createBodyJSON("other", "")).want(t, 201)
+	e.prune()
+	before := len(e.calls())
 	d.do(t, "GET", "/service", "").want(t, 200, "[]")
+	if lists := countCalls(e.calls()[before:], "GET /containers/json"); lists != 2 {
+		t.Errorf("the engine was asked for %d lists", lists) // one more in all, not one a service
+	}
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
 	e.prune() // it runs: nothing happens
@@ -523,7 +549,8 @@ func TestPutReplacesAllParametersAtTheNextStart(t *testing.T) {
 	before, _ := e.container("web")
 	calls := len(e.calls())
 	d.do(t, "PUT", "/service/web", createBodyJSON("web", `"image":"img:2","max_ram":67108864,"env":["A=1"]`)).want(t, 204)
-	if asked := e.calls()[calls:]; len(asked) != 1 || !strings.Contains(asked[0], "/images/") {
+	// The image is looked at twice: before and after the wait for the lock.
+	if asked := e.calls()[calls:]; len(asked) != 2 || countCalls(asked, "GET /images/") != 2 {
 		t.Errorf("the engine was asked %q", asked)
 	}
 	d.do(t, "PATCH", "/service/web/env", `{"B":"2"}`).want(t, 204) // of what is pending
@@ -550,6 +577,40 @@ func TestPutReplacesAllParametersAtTheNextStart(t *testing.T) {
 	d.do(t, "PUT", "/service/none", createBodyJSON("none", "")).want(t, 404)
 	d.do(t, "PATCH", "/service/none/env", "{}").want(t, 404)
 	d.do(t, "GET", "/service/none/params", "").want(t, 404)
+}
+
+// A PUT pulls without the lock. Meanwhile its service can be deleted, and the id be another customer's.
+func TestPutReachesNoLaterServiceOfTheSameID(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	e.addRemote("far:1", true)
+	held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, "POST /images/create") })
+	put := crowdSend(t, d, "PUT", "/service/web", createBodyJSON("web", `"image":"far:1","env":["PASSWORD=x"]`))
+	<-held
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	release()
+	(<-put).want(t, 404, "no_such_service")
+	if a := d.do(t, "GET", "/service/web/params", "").want(t, 200); strings.Contains(a.body, "PASSWORD") {
+		t.Errorf("the later service has %s", a.body)
+	}
+}
+
+// A PUT that waits for the service's lock has looked at its image before.
+func TestPutLosesNoImage(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	id := strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body, `"`)[3]
+	held, release := crowdHold(e, func(call string) bool { return strings.HasSuffix(call, "/start") })
+	started := crowdSend(t, d, "POST", "/service/web/ctl", `{"op":"start"}`)
+	<-held
+	before := len(e.calls())
+	put := crowdSend(t, d, "PUT", "/service/web", createBodyJSON("web", fmt.Sprintf(`"cmd":["/x"],"image":%q`, id)))
+	waitFor(t, "the PUT has looked at its image", func() bool { return countCalls(e.calls()[before:], "GET /images/"+id) > 0 })
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 204)
+	release()
+	(<-started).want(t, 204)
+	(<-put).want(t, 404, "no_such_image")
 }
 
 // A PUT with another image repairs a service whose image and container are gone.

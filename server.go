@@ -107,7 +107,7 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 		shutdown: serving}
 	s.services = &services{config: cfg, engine: e, binds: b, containers: own,
 		fetcher: newFetcher(cfg.fetchAllow),
-		locks:   locks, ensureImage: s.images.ensure,
+		locks:   locks, ensureImage: s.images.ensure, holdImage: s.images.hold,
 		tidyImages: s.images.removeUnfinished, forgetStats: s.stats.forget, log: log,
 		ctx: life}
 	methods := map[string][]string{}
@@ -193,7 +193,7 @@ func (s *server) logRequest(w *responseWriter, r *http.Request, start time.Time)
 	if w.status < 400 && (r.Method == http.MethodGet || r.Method == http.MethodHead) {
 		level = slog.LevelDebug
 	}
-	fields := []any{"method", r.Method, "route", r.Pattern, "id", cmp.Or(w.id, r.PathValue("id")),
+	fields := []any{"method", r.Method, "route", r.Pattern, "id", truncate(cmp.Or(w.id, r.PathValue("id"))),
 		"status", w.status, "bytes", w.written,
 		"duration", time.Since(start).Round(time.Microsecond), "remote", r.RemoteAddr}
 	if w.op != "" {
@@ -329,8 +329,8 @@ func (s *server) machine(w http.ResponseWriter, r *http.Request) error {
 	writeJSON(w, http.StatusOK, map[string]any{
 		"version": versionNumber(), "engine": info.ServerVersion, "api": s.engine.api().ClientVersion(),
 		"arch": info.Architecture, "cpus": info.NCPU, "memory": info.MemTotal,
-		"bind_root": map[string]uint64{"size": disk.Blocks * uint64(disk.Bsize),
-			"free": disk.Bavail * uint64(disk.Bsize), "inodes": disk.Files, "free_inodes": disk.Ffree},
+		"bind_root": map[string]uint64{"size": disk.Blocks * uint64(disk.Frsize),
+			"free": disk.Bavail * uint64(disk.Frsize), "inodes": disk.Files, "free_inodes": disk.Ffree},
 	})
 	return nil
 }

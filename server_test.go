@@ -310,6 +310,31 @@ func TestUploadWithTheLimitOfJSON(t *testing.T) {
 	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
 }
 
+// The log is the audit trail: it names what was changed, and no client makes its lines long.
+func TestLogNamesWhatIsChanged(t *testing.T) {
+	t.Parallel()
+	_, d := startWithService(t)
+	id := strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body, `"`)[3]
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 204)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"`+strings.Repeat("x", 60_000)+`"}`).want(t, 400)
+	d.do(t, "GET", "/service/"+strings.Repeat("y", 9_000), "").want(t, 404)
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	if err := d.stop(); err != nil {
+		t.Fatal(err)
+	}
+	log := d.log.String()
+	for _, want := range []string{"id=" + id + " status=201", "id=" + id + " status=204", "op=import_image", "op=remove_image", "op=delete"} {
+		if !strings.Contains(log, want) {
+			t.Errorf("%s is not in the log", want)
+		}
+	}
+	for line := range strings.Lines(log) {
+		if len(line) > 2000 {
+			t.Errorf("a line of %d bytes: %.100s", len(line), line)
+		}
+	}
+}
+
 func TestHTTP10IsRefused(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)

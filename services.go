@@ -53,6 +53,7 @@ func (s *services) handlePut(w http.ResponseWriter, r *http.Request) error {
 	if params.BindContents != "" {
 		return badRequest("bind_contents: only a create unpacks an archive")
 	}
+	noteChange(w, params.ID, "put")
 	return s.setParams(r.Context(), params.ID, params, r.Header.Get("X-Registry-Auth"))
 }
 
@@ -73,8 +74,12 @@ func (s *services) handleParams(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// handleList answers GET /service with the engine's list entries of this daemon's services.
+// handleList answers GET /service with the engine's list, of this daemon's services alone. One broken service
+// must not be an error for all: it is left out, and logged.
 func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
+	if err := s.checkRoot(r.Context()); err != nil {
+		return err
+	}
 	all, err := s.containers.all(r.Context())
 	if err != nil {
 		return err
@@ -83,35 +88,42 @@ func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), s.config.timeouts.engineRead/3)
-	defer cancel()
+	if all, err = s.awaitContainers(r.Context(), ids, all); err != nil {
+		return err
+	}
 	list := make([][]byte, 0, len(ids))
 	for _, id := range ids {
-		entry := all[id].current
-		if entry == nil {
-			entry = s.awaitContainer(ctx, id)
-		}
-		if entry != nil {
+		if entry := all[id].current; entry != nil {
 			list = append(list, entry.raw)
+		} else {
+			s.log.Warn("a service was left out of the list: it has no container of its name", "id", id)
 		}
 	}
 	writeBytes(w, http.StatusOK, slices.Concat([]byte("["), bytes.Join(list, []byte(",")), []byte("]\n")))
 	return nil
 }
 
-// awaitContainer waits for an operation that is replacing a service's container, and returns the new one. One
-// broken service must not be an error for all: it returns nil for a container that is missing, and logs that.
-func (s *services) awaitContainer(ctx context.Context, id string) *listEntry {
-	unlock, err := s.locks.lock(ctx, id)
-	if err == nil {
-		defer unlock()
-		var found serviceContainers
-		if found, err = s.containers.ofService(ctx, id); err == nil && found.current != nil {
-			return found.current
+// awaitContainers returns all, or, if some of the services have no container in it, what the engine lists
+// after the operations on those: a start may be replacing a container. It waits for a part of the time of a
+// read.
+func (s *services) awaitContainers(ctx context.Context, ids []string, all map[string]serviceContainers) (
+	map[string]serviceContainers, error) {
+	waiting, cancel := context.WithTimeout(ctx, s.config.timeouts.engineRead/3)
+	defer cancel()
+	missing := false
+	for _, id := range ids {
+		if all[id].current != nil {
+			continue
+		}
+		missing = true
+		if unlock, err := s.locks.lock(waiting, id); err == nil {
+			defer unlock() // after the list: another start may be next
 		}
 	}
-	s.log.Warn("a service was left out of the list: its container is missing", "id", id, "err", err)
-	return nil
+	if !missing {
+		return all, nil
+	}
+	return s.containers.all(ctx)
 }
 
 // handleInspect answers GET /service/{id} with the engine's answer, byte for byte.
@@ -125,7 +137,8 @@ func (s *services) handleInspect(w http.ResponseWriter, r *http.Request) error {
 }
 
 // handleDelete answers DELETE /service/{id} when everything that belonged to the service is removed.
-func (s *services) handleDelete(_ http.ResponseWriter, r *http.Request) error {
+func (s *services) handleDelete(w http.ResponseWriter, r *http.Request) error {
+	noteChange(w, r.PathValue("id"), "delete")
 	return s.remove(r.Context(), r.PathValue("id"))
 }
 
@@ -138,7 +151,9 @@ func (s *services) handleControl(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	ctx, id := r.Context(), r.PathValue("id")
-	noteChange(w, id, body.Op)
+	if slices.Contains([]string{"start", "stop", "restart", "kill"}, body.Op) {
+		noteChange(w, id, body.Op)
+	}
 	switch body.Op {
 	case "start":
 		return s.change(ctx, id, s.start)
@@ -166,5 +181,6 @@ func (s *services) handleSetEnv(w http.ResponseWriter, r *http.Request) error {
 		}
 		env = append(env, name+"="+value)
 	}
+	noteChange(w, r.PathValue("id"), "env")
 	return s.setEnv(r.Context(), r.PathValue("id"), env)
 }

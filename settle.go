@@ -26,7 +26,8 @@ import (
 //	                                             directory is left alone and reported
 //	the container has the record's revision      remove the candidate, if there is one
 //	no container or candidate has it, and        write the record: what is pending is applied,
-//	something is pending                         with a new revision; go on
+//	something is pending                         with a new revision; go on. (An engine that lists
+//	                                             nothing for a moment must not look like this.)
 //	another revision, or no container            make the candidate if none has the record's
 //	                                             revision, removing any other; stop and remove
 //	                                             the container; rename the candidate to <id>
@@ -56,7 +57,8 @@ func (s *services) settle(ctx context.Context, id string) (*service, error) {
 		running := found.current.State == container.StateRunning
 		return &service{id, *record, found.current.ID, running}, s.removeContainers(ctx, found.candidate)
 	}
-	if !found.candidate.hasRevision(record.Revision) && record.Pending != nil {
+	if !found.candidate.hasRevision(record.Revision) && record.Pending != nil &&
+		(found.current != nil || s.containers.isMissing(ctx, id)) {
 		*record = record.applied()
 		if err := s.binds.writeRecord(id, *record); err != nil {
 			return nil, err

@@ -112,6 +112,7 @@ type serviceSpec struct {
 // serviceRecord is the desired state of a service. If the engine differs, the record is right.
 type serviceRecord struct {
 	serviceSpec
+	UID      string       `json:"uid"`               // of the service, from its create to its DELETE
 	Revision string       `json:"revision"`          // of the spec; a label of the container made from it
 	Pending  *serviceSpec `json:"pending,omitempty"` // for the next start; nil if nothing changes
 }
@@ -127,7 +128,7 @@ func (r serviceRecord) latest() serviceSpec {
 // applied returns the record with what is pending applied, and with a new revision. The revision is random
 // and not a hash of the parameters: a daemon that encodes JSON differently must not replace every container.
 func (r serviceRecord) applied() serviceRecord {
-	return serviceRecord{serviceSpec: r.latest(), Revision: rand.Text()}
+	return serviceRecord{serviceSpec: r.latest(), UID: r.UID, Revision: rand.Text()}
 }
 
 // check returns a 400 that names the first invalid field.
