@@ -151,7 +151,13 @@ func (w *exploration) start() {
 	if w.daemon != nil {
 		w.daemon.binds.close()
 	}
-	binds, err := openBinds(w.dir)
+	var binds *bindRoot
+	var err error
+	// A program that another test starts has the dead daemon's descriptor, and its lock, until it has been executed.
+	waitFor(w.t, "the bind root is free", func() bool {
+		binds, err = openBinds(w.dir)
+		return err == nil || !strings.Contains(err.Error(), "in use by another daemon")
+	})
 	if err != nil {
 		w.t.Fatal(err)
 	}
