@@ -5,6 +5,9 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"maps"
 	"math"
 	"net"
@@ -801,4 +804,74 @@ func anchors(text string) map[string]bool {
 		all[strings.ReplaceAll(kept, " ", "-")] = true
 	}
 	return all
+}
+
+// messagesOfOthers are parts of the troubleshooting table that the daemon does not write: systemd, the
+// kernel, the standard library and the engine do.
+const messagesOfOthers = `Assertion failed on job for duxcore-daemon.service, read-only file system, listen tcp,
+address already in use, permission denied, client version, is too old, is too new, port is already allocated,
+cannot start a paused container, try unpause instead, certificate signed by unknown authority,
+accept, too many open files; retrying, count=, operation not permitted`
+
+// programTexts returns the strings in the program's source, those that are joined with + as one.
+func programTexts(t *testing.T) (texts []string) {
+	t.Helper()
+	names, _ := filepath.Glob("*.go")
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(node ast.Node) bool {
+			expr, ok := node.(ast.Expr)
+			if ok {
+				texts = append(texts, literalText(expr))
+			}
+			return true
+		})
+	}
+	return texts
+}
+
+// literalText returns the value of a string literal, or of several that are joined with +.
+func literalText(expr ast.Expr) string {
+	switch e := expr.(type) {
+	case *ast.BasicLit:
+		text, _ := strconv.Unquote(e.Value)
+		return text
+	case *ast.BinaryExpr:
+		return literalText(e.X) + literalText(e.Y)
+	}
+	return ""
+}
+
+// The words of each message that the troubleshooting table quotes are in the program: what stands between
+// two values, that is numbers, names in quotation marks, and what is left out.
+func TestTroubleshootingQuotesMessagesOfTheProgram(t *testing.T) {
+	t.Parallel()
+	guide, err := os.ReadFile("docs/OPERATE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(guide), "\n## Troubleshooting by error message\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	texts := append(programTexts(t), strings.ReplaceAll(messagesOfOthers, "\n", " "))
+	value, checked := regexp.MustCompile(`…|: |, |"|[0-9]+|\.services`), 0
+	for line := range strings.Lines(table) {
+		cell, _, _ := strings.Cut(strings.TrimPrefix(strings.ReplaceAll(line, `\|`, "¦"), "|"), "|")
+		for _, quoted := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+			for _, words := range value.Split(quoted[1], -1) {
+				checked++
+				if !slices.ContainsFunc(texts, func(text string) bool { return strings.Contains(text, strings.TrimSpace(words)) }) {
+					t.Errorf("the program has no message with %q", words)
+				}
+			}
+		}
+	}
+	if checked < 80 {
+		t.Errorf("%d parts of messages were found in the table", checked)
+	}
 }

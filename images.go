@@ -33,10 +33,9 @@ import (
 const importName = "duxcore/import"
 
 const (
-	uploadStall    = time.Minute // longest pause in an upload
-	maxImageConfig = 64 << 10    // bytes of an image's configuration, as JSON
-	maxVolumes     = 32          // of an image
-	uploadName     = ".upload"
+	uploadStall    = time.Minute                      // longest pause in an upload
+	maxImageConfig = 64 << 10                         // bytes of an image's configuration, as JSON
+	maxVolumes     = 32                               // of an image
 	containerdRoot = "/var/lib/containerd"            // of a containerd that the engine did not start
 	oTmpfile       = 0o20000000 | syscall.O_DIRECTORY // package syscall lacks it
 )
@@ -55,16 +54,11 @@ type images struct {
 	tempPrefix string
 	held       sync.RWMutex // read-locked while a record that needs an image is written; see hold
 	inProgress sync.Map     // temporary tags of imports in progress; none is used twice
-	naming     sync.Mutex   // held while uploadName exists
 	notSynced  sync.Once    // logs that imports are not synced
 }
 
-// newImages also removes the upload's file that a killed daemon may have left, see removedFile.
 func newImages(ctx context.Context, e *engine, b *bindRoot, createTimeout, readTimeout time.Duration,
 	log *slog.Logger) *images {
-	if err := b.root.Remove(uploadName); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		log.Warn("cannot remove the file of an upload of an earlier daemon", "err", err)
-	}
 	return &images{engine: e, binds: b, log: log, ctx: ctx, createTimeout: createTimeout,
 		readTimeout: readTimeout, tempPrefix: tempPrefix(b.path)}
 }
@@ -156,9 +150,10 @@ var (
 )
 
 // receive writes a request's body to an unnamed file while checkTar reads it, and returns the file. The
-// caller closes it, which frees its space, as the death of this process does.
+// caller closes it, which frees its space, as the death of this process does. File systems without O_TMPFILE
+// (see open(2)), such as NFS, cannot hold the bind root of a daemon that imports images.
 func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, error) {
-	file, err := x.unnamedFile()
+	file, err := x.binds.root.OpenFile(".", os.O_RDWR|oTmpfile, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("cannot make a file for an upload: %w", err)
 	}
@@ -194,31 +189,6 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-// unnamedFile returns a new file without a name in the bind root: O_TMPFILE in open(2).
-func (x *images) unnamedFile() (*os.File, error) {
-	file, err := x.binds.root.OpenFile(".", os.O_RDWR|oTmpfile, 0o600)
-	if errors.Is(err, syscall.EOPNOTSUPP) {
-		return x.removedFile()
-	}
-	return file, err
-}
-
-// removedFile is unnamedFile for file systems without O_TMPFILE, such as NFS. If the daemon dies between the
-// two steps, an empty file stays until the next start.
-func (x *images) removedFile() (*os.File, error) {
-	x.naming.Lock()
-	defer x.naming.Unlock()
-	file, err := x.binds.root.OpenFile(uploadName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := x.binds.root.Remove(uploadName); err != nil {
-		file.Close()
-		return nil, err
-	}
-	return file, nil
-}
 
 // makeImage has the engine make an image of an archive, under its own tag, and returns the image's id once a
 // power cut cannot damage it. After an error no image is left.

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -506,30 +505,6 @@ func TestUploadLeavesNoFile(t *testing.T) {
 	}
 	conn.Close()
 	waitFor(t, "the file to go", func() bool { return len(uploadsIn(t, d.binds)) == 0 })
-}
-
-func TestUploadOnAFileSystemWithoutUnnamedFiles(t *testing.T) {
-	t.Parallel()
-	path := t.TempDir()
-	if err := os.WriteFile(filepath.Join(path, uploadName), nil, 0o600); err != nil { // of a daemon that died
-		t.Fatal(err)
-	}
-	root, err := os.OpenRoot(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
-	x := newImages(t.Context(), nil, &bindRoot{root: root}, 0, 0, slog.New(slog.DiscardHandler))
-	for range 2 {
-		f, err := x.removedFile()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		if entries, err := os.ReadDir(path); err != nil || len(entries) > 0 {
-			t.Errorf("the directory has %v, %v", entries, err)
-		}
-	}
 }
 
 func TestUploadOnAFullDisk(t *testing.T) {

@@ -73,43 +73,37 @@ func (s *server) routes() []route {
 // server answers the core's requests. newServer sets its fields.
 type server struct {
 	config
-	key        keyDigest
-	engine     *engine
-	binds      *bindRoot
-	containers *containers
-	services   *services
-	log        *slog.Logger
-	locks      *keyedMutex // by service id
-	console    *console
-	images     *images
-	stats      *stats
-	rejected   *rejectedLog
-	mux        *http.ServeMux
-	software   string          // for the Server header
-	ctx        context.Context // done when the daemon no longer waits for operations in progress
-	shutdown   context.Context // done when the daemon starts to shut down: streams end with it
+	key      keyDigest
+	engine   *engine
+	binds    *bindRoot
+	services *services
+	log      *slog.Logger
+	console  *console
+	images   *images
+	stats    *stats
+	rejected *rejectedLog
+	mux      *http.ServeMux
+	software string          // for the Server header
+	ctx      context.Context // done when the daemon no longer waits for operations in progress
+	shutdown context.Context // done when the daemon starts to shut down: streams end with it
 }
 
 // newServer registers each route with and without /v1, and each path once more for all other methods:
 // because "/" matches every path, [http.ServeMux] would answer 404 and not 405.
 func newServer(life, serving context.Context, cfg config, key keyDigest, e *engine, b *bindRoot,
 	log *slog.Logger) *server {
-	locks := newKeyedMutex()
 	cfg.binds = b.path // absolute
-	own := &containers{engine: e, binds: b, locks: locks, timeout: cfg.timeouts.engineRead}
-	s := &server{config: cfg, key: key, engine: e, binds: b, containers: own, log: log,
-		ctx: life, shutdown: serving,
-		locks: locks, rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
+	own := &containers{engine: e, binds: b, locks: newKeyedMutex(), timeout: cfg.timeouts.engineRead}
+	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, ctx: life, shutdown: serving,
+		rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
 	s.images = newImages(life, e, b, cfg.createTimeout, cfg.timeouts.engineRead, log)
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.timeouts, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.timeouts,
 		shutdown: serving}
-	s.services = &services{config: cfg, engine: e, binds: b, containers: own,
-		fetcher: newFetcher(cfg.fetchAllow),
-		locks:   locks, ensureImage: s.images.ensure, holdImage: s.images.hold,
-		tidyImages: s.images.removeUnfinished, forgetStats: s.stats.forget, log: log,
-		ctx: life}
+	s.services = &services{config: cfg, engine: e, binds: b, containers: own, locks: own.locks, log: log,
+		fetcher: newFetcher(cfg.fetchAllow), ensureImage: s.images.ensure, holdImage: s.images.hold,
+		tidyImages: s.images.removeUnfinished, forgetStats: s.stats.forget, ctx: life}
 	methods := map[string][]string{}
 	for _, rt := range s.routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")

@@ -142,11 +142,14 @@ func TestStopSignal(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	d := startDaemon(t, e.host(), nil)
-	for i, value := range []string{`"SIGINT"`, `"INT"`, `2`, `"2"`, `64`, `"RTMIN+3"`, `"SIGRTMAX-14"`} {
+	for i, test := range []struct{ value, signal string }{
+		{`"SIGINT"`, "SIGINT"}, {`"INT"`, "INT"}, {`2`, "2"}, {`"2"`, "2"}, {`64`, "64"}, {`"RTMIN+3"`, "RTMIN+3"},
+		{`"SIGRTMAX-14"`, "SIGRTMAX-14"}, {`"\u0054ERM"`, "TERM"},
+	} {
 		id := fmt.Sprint("web", i)
-		d.do(t, "POST", "/service", createBodyJSON(id, `"stop_signal":`+value)).want(t, 201)
-		if c, _ := e.container(id); c.Config.StopSignal != strings.Trim(value, `"`) {
-			t.Errorf("%s: the engine was told %q", value, c.Config.StopSignal)
+		d.do(t, "POST", "/service", createBodyJSON(id, `"stop_signal":`+test.value)).want(t, 201)
+		if c, _ := e.container(id); c.Config.StopSignal != test.signal {
+			t.Errorf("%s: the engine was told %q", test.value, c.Config.StopSignal)
 		}
 	}
 	for _, value := range []string{`"SIGFOO"`, `0`, `65`, `-1`, `2.0`, `""x`, `"int"`, `true`, `["INT"]`, `{}`, `null`, `"INT "`, `"RTMIN+16"`} {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/rand"
+	"encoding/json"
 	"maps"
 	"math"
 	"net/netip"
@@ -73,7 +74,10 @@ type serviceParams struct {
 type stopSignal string
 
 func (s *stopSignal) UnmarshalJSON(text []byte) error {
-	*s = stopSignal(strings.Trim(string(text), `"`)) // signalName rejects what is neither
+	if text[0] == '"' {
+		return json.Unmarshal(text, (*string)(s))
+	}
+	*s = stopSignal(text) // signalName rejects everything but a number
 	return nil
 }
 

@@ -54,8 +54,12 @@ func (s *stats) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	ctx, id := r.Context(), r.PathValue("id")
 	stream, _ := strconv.ParseBool(r.URL.Query().Get("stream"))
 	f, err := s.next(ctx, id, time.Now().Add(-maxFrameAge), s.timeouts.engineRead)
-	if err != nil || !stream || f.arrived.IsZero() || r.Method == http.MethodHead { // a HEAD would hang
-		return passOn(w, f.text, err)
+	if err != nil {
+		return err
+	}
+	if !stream || f.arrived.IsZero() || r.Method == http.MethodHead { // a HEAD would hang
+		writeBytes(w, http.StatusOK, f.text)
+		return nil
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	for err == nil && !f.arrived.IsZero() {

@@ -115,14 +115,6 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	writeBytes(w, status, encodeJSON(v))
 }
 
-// passOn answers with the engine's JSON, or returns err if that is not nil.
-func passOn(w http.ResponseWriter, text []byte, err error) error {
-	if err == nil {
-		writeBytes(w, http.StatusOK, text)
-	}
-	return err
-}
-
 // writeBytes answers with JSON text. It ignores an error of Write: the client has disconnected.
 func writeBytes(w http.ResponseWriter, status int, text []byte) {
 	w.Header().Set("Content-Type", "application/json")
