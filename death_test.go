@@ -26,6 +26,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -1028,6 +1029,9 @@ func (w *deathWorld) spawn(t *testing.T) {
 	d.cmd.Env = []string{"DOCKER_HOST=unix://" + w.proxy.socket}
 	d.cmd.Stderr = d.log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // never outlives the test
+	// Pdeathsig is sent when this thread ends, which another goroutine that locks it could cause.
+	runtime.LockOSThread()
+	t.Cleanup(runtime.UnlockOSThread)
 	if w.alone {
 		root := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}}
 		d.cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER
