@@ -67,6 +67,7 @@ type apiSchema struct {
 	Items, PropertyNames, AdditionalProperties, Not  *apiSchema
 	OneOf                                            []*apiSchema
 	nothing                                          bool // the schema false
+	pattern                                          *regexp.Regexp
 }
 
 func (s *apiSchema) UnmarshalJSON(text []byte) error {
@@ -176,7 +177,7 @@ func (s *apiSchema) fits(value any) bool {
 		if _, err := netip.ParseAddr(v); s.Format == "ip" && err != nil {
 			return false
 		}
-		return is("string") && within(float64(len(v)), s.MinLength, s.MaxLength) && regexp.MustCompile(s.Pattern).MatchString(v)
+		return is("string") && within(float64(len(v)), s.MinLength, s.MaxLength) && s.matches(v)
 	case []any:
 		return is("array") && within(float64(len(v)), s.MinItems, nil) && !slices.ContainsFunc(v, func(item any) bool { return !s.Items.fits(item) })
 	case object:
@@ -189,6 +190,14 @@ func (s *apiSchema) fits(value any) bool {
 		return is("object") && !slices.ContainsFunc(s.Required, func(name string) bool { _, ok := v[name]; return !ok })
 	}
 	return is("null")
+}
+
+// matches reports whether a text matches the schema's pattern.
+func (s *apiSchema) matches(text string) bool {
+	if s.pattern == nil {
+		s.pattern = regexp.MustCompile(s.Pattern)
+	}
+	return s.pattern.MatchString(text)
 }
 
 func (s *apiSchema) property(name string) *apiSchema {
@@ -463,10 +472,15 @@ func TestLimitsOfTheAPIDocument(t *testing.T) {
 		if op.method == "GET" {
 			apiStop(t, w) // or its logs would go on
 		}
+		tried := map[string]bool{}
 		try := func(good bool, field, query, body string) {
 			if good && op.method == "PUT" && slices.Contains([]string{"id", "bind_dir", "bind_contents"}, field) {
 				return // it has to be the service's, or absent
 			}
+			if tried[query+" "+body] {
+				return
+			}
+			tried[query+" "+body] = true
 			a := op.ask(t, w, query, body)
 			if good == (a.status == http.StatusBadRequest) || !good && !strings.Contains(a.body, field) {
 				t.Errorf("%s%s %.500s: %d %s, but good is %v, by %q", op.name, query, body, a.status, a.body, good, field)
@@ -528,6 +542,8 @@ var apiFailures = map[string]struct {
 		w.reopen()
 	}},
 	"NotDone": {change: apiHaste, absent: true, setUp: func(t *testing.T, w apiWorld) {
+		healthy := func() bool { return w.do(t, "GET", "/health", "").status == 204 }
+		waitFor(t, "an engine that has answered in that haste", healthy)
 		apiRecord(t, w, `{"params":{"id":"demo","bind_dir":"/data"},"revision":"1"}`)
 		apiMuteEngine(t, w)
 	}},

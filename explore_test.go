@@ -38,8 +38,8 @@ var exploreSizes = flag.String("explore", "3 1 1 0, 3 1 0 1, 3 1 0 0 nature",
 func TestEveryHistoryKeepsItsPromises(t *testing.T) {
 	t.Parallel()
 	sizes := *exploreSizes
-	if testing.Short() {
-		sizes = "2 1 1 1, 3 1 0 0, 3 1 0 0 nature"
+	if testing.Short() || raceDetector() {
+		sizes = "2 1 1 1, 3 1 0 0 nature"
 	}
 	for size := range strings.SplitSeq(sizes, ",") {
 		var requests, deaths, lates, errors int

@@ -843,6 +843,15 @@ func (e *fakeEngine) input(name string) string {
 	return text.String()
 }
 
+// takeInput returns what a service has read, and forgets it.
+func (e *fakeEngine) takeInput(name string) string {
+	text := e.input(name)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.byName(name).stdin = nil
+	return text
+}
+
 // attach passes a connection's bytes on to a container's stdin, in small pieces between
 // those of other connections, until their end or that of the container's run.
 func (e *fakeEngine) attach(w http.ResponseWriter, r *http.Request, ref string) {

@@ -13,6 +13,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -27,6 +28,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,6 +37,27 @@ import (
 	"testing"
 	"time"
 )
+
+// TestMain lets more tests run at a time than there are processors: most wait for most of their time.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	chosen := false
+	flag.Visit(func(f *flag.Flag) { chosen = chosen || f.Name == "test.parallel" })
+	if !chosen {
+		flag.Set("test.parallel", "8")
+	}
+	debug.SetGCPercent(400) // the collector would take a sixth of the time
+	os.Exit(m.Run())
+}
+
+// raceDetector reports whether the tests were built with -race, with which everything takes ten times as long.
+func raceDetector() bool {
+	build, _ := debug.ReadBuildInfo()
+	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// patience is how long a test waits for what has to happen, on a machine of which others use all processors.
+const patience = time.Minute
 
 // tempInMemory returns a directory in memory, where there is one: on a disk, the daemon's syncs
 // take most of the time of a test with thousands of steps.
@@ -88,12 +111,15 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
+	if dockerHost != "" { // the engine is a fake one, which needs no disk
+		dir = tempInMemory(t)
+	}
 	cfg.addr, cfg.coreKeyPath, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"), filepath.Join(dir, "binds")
 	cfg.dockerHost = dockerHost
 	if change != nil {
 		change(&cfg)
 	}
-	d := &daemon{log: &syncBuffer{}, client: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}}
+	d := &daemon{log: &syncBuffer{}, client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
 	ctx, cancel := context.WithCancel(context.Background())
 	listening, ended := make(chan net.Addr, 1), make(chan error, 1)
 	go func() {
@@ -243,12 +269,12 @@ func createBodyJSON(id, extra string) string {
 // waitFor returns when the condition holds.
 func waitFor(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(patience)
 	for every := time.Tick(2 * time.Millisecond); !condition(); {
 		select {
 		case <-every:
 		case <-deadline:
-			t.Fatalf("waited for 10 s: %s", what)
+			t.Fatalf("waited for %v: %s", patience, what)
 		}
 	}
 }
@@ -314,7 +340,7 @@ func wireDial(t testing.TB, d *daemon) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(time.Minute))
+	conn.SetDeadline(time.Now().Add(patience))
 	return conn
 }
 
@@ -353,7 +379,7 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"), client: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}}
+	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"), client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
 	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
 	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+engineHost), d.log
 	if err := process.Start(); err != nil {
@@ -784,7 +810,7 @@ func sendRaw(t testing.TB, d *daemon, text string) (a answer, closed bool) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	conn.SetDeadline(time.Now().Add(patience))
 	if _, err := io.WriteString(conn, text); err != nil {
 		t.Fatal(err)
 	}

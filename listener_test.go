@@ -126,14 +126,14 @@ func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
 			core = append(core, open())
 			healthy(core[len(core)-1])
 		}
-		for i := range 3000 {
+		for i := range 1000 {
 			conn := wireDial(t, d)
 			io.WriteString(conn, "\x16\x03") // the beginning of a TLS handshake, or of a bad request
 			if crowd = append(crowd, conn); len(crowd) > 100 {
 				crowd[0].Close()
 				crowd = crowd[1:]
 			}
-			if i%500 == 0 {
+			if i%200 == 0 {
 				for _, conn := range core {
 					healthy(conn)
 				}

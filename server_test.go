@@ -269,7 +269,7 @@ func TestEngineThatHangsIsAGatewayTimeout(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.createTimeout = time.Second })
+	d := startDaemon(t, e.host(), func(c *config) { c.createTimeout, c.timeouts.engineRead = time.Second, time.Second })
 	for _, test := range []struct{ call, method, path, body string }{
 		{"", "POST", "/service", createBodyJSON("web", "")}, // the first of all, a ping
 		{"", "DELETE", "/service/web", ""},
@@ -490,7 +490,7 @@ func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	if text, err := answers.Peek(1); err == nil {
 		t.Fatalf("the daemon says %q", text)
 	}
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	c.SetReadDeadline(time.Now().Add(patience))
 	io.WriteString(c, "PATCH /service/web/env HTTP/1.1\r\n"+head+"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
 	line, err := answers.ReadString('\n')
 	if err != nil || !strings.Contains(line, "100 Continue") {
@@ -778,26 +778,29 @@ func TestBodyWithoutEndIsCutOff(t *testing.T) {
 		{"GET /health", chunked, 413},
 		{"DELETE /service/web", "Content-Length: 1099511627776\r\n", 413},
 	} {
-		conn := wireDial(t, d)
-		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n%s\r\n", test.line, d.key, test.framing)
-		piece := strings.Repeat(" ", 32<<10)
-		if test.framing == chunked {
-			piece = fmt.Sprintf("%x\r\n%s\r\n", len(piece), piece)
-		}
-		var sent error
-		var sending sync.WaitGroup
-		sending.Go(func() {
-			for sent == nil {
-				_, sent = io.WriteString(conn, piece)
+		t.Run(test.line+" "+test.framing, func(t *testing.T) {
+			t.Parallel()
+			conn := wireDial(t, d)
+			fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n%s\r\n", test.line, d.key, test.framing)
+			piece := strings.Repeat(" ", 32<<10)
+			if test.framing == chunked {
+				piece = fmt.Sprintf("%x\r\n%s\r\n", len(piece), piece)
+			}
+			var sent error
+			var sending sync.WaitGroup
+			sending.Go(func() {
+				for every := time.Tick(10 * time.Millisecond); sent == nil; <-every { // at full speed it would show no more
+					_, sent = io.WriteString(conn, piece)
+				}
+			})
+			if status := wireStatus(t, conn); status != test.status {
+				t.Errorf("%s: status %d, want %d", test.line, status, test.status)
+			}
+			sending.Wait()
+			if errors.Is(sent, os.ErrDeadlineExceeded) { // which wireDial has set
+				t.Errorf("%s with %q: the daemon takes all", test.line, test.framing)
 			}
 		})
-		if status := wireStatus(t, conn); status != test.status {
-			t.Errorf("%s: status %d, want %d", test.line, status, test.status)
-		}
-		sending.Wait()
-		if errors.Is(sent, os.ErrDeadlineExceeded) { // which wireDial has set
-			t.Errorf("%s with %q: the daemon takes all", test.line, test.framing)
-		}
 	}
 }
 

@@ -27,8 +27,8 @@ func (s statsStream) next(t testing.TB) string {
 			t.Fatal("the stream has ended")
 		}
 		return line
-	case <-time.After(10 * time.Second):
-		t.Fatal("no line in 10 s")
+	case <-time.After(patience):
+		t.Fatal("no line in", patience)
 	}
 	return ""
 }
@@ -36,7 +36,7 @@ func (s statsStream) next(t testing.TB) string {
 // rest returns what comes until the stream ends.
 func (s statsStream) rest(t testing.TB) (lines []string) {
 	t.Helper()
-	for limit := time.After(10 * time.Second); ; {
+	for limit := time.After(patience); ; {
 		select {
 		case line, ok := <-s.lines:
 			if !ok {
@@ -44,7 +44,7 @@ func (s statsStream) rest(t testing.TB) (lines []string) {
 			}
 			lines = append(lines, line)
 		case <-limit:
-			t.Fatal("the stream did not end in 10 s")
+			t.Fatal("the stream did not end in", patience)
 		}
 	}
 }
