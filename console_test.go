@@ -10,7 +10,6 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -490,26 +489,6 @@ func (n *byteCount) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestFollowersLeaveNothing(t *testing.T) { // not parallel: it counts the process's goroutines
-	newFakeEngine(t).close() // the first socket of a process makes two descriptors more
-	crowdLeavesNothing(t, func() {
-		e, d := consoleStart(t, "", nil)
-		goroutines := runtime.NumGoroutine()
-		var followers []logStream
-		for range 20 {
-			followers = append(followers, logsOpen(t, d, "/service/web/logs?follow=true"))
-		}
-		for _, l := range followers { // of a service that prints nothing
-			l.leave()
-		}
-		waitFor(t, "the ends of the engine's requests", func() bool { return strings.Count(d.log.String(), "/logs\"") >= 20 })
-		d.client.CloseIdleConnections()
-		waitFor(t, "as few goroutines as before", func() bool { return runtime.NumGoroutine() <= goroutines+2 })
-		d.stop()
-		e.close()
-	})
-}
-
 // A request whose client leaves ends though the service prints nothing, whatever body it has.
 func TestFollowEndsWhenItsClientLeaves(t *testing.T) {
 	t.Parallel()
@@ -523,7 +502,7 @@ func TestFollowEndsWhenItsClientLeaves(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			_, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite, c.timeouts.jsonBody = time.Second, time.Second })
+			e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite, c.timeouts.jsonBody = time.Second, time.Second })
 			conn := wireDial(t, d)
 			go io.WriteString(conn, "GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+rest)
 			answered := make(chan error, 1)
@@ -541,6 +520,7 @@ func TestFollowEndsWhenItsClientLeaves(t *testing.T) {
 			}
 			conn.Close()
 			waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "/logs\"") })
+			e.wantAnswered(t, "/logs")
 		})
 	}
 }
@@ -860,8 +840,7 @@ func TestStdinOfAServiceThatStopsWithinAChunk(t *testing.T) {
 				e, d := consoleStart(t, "", nil)
 				e.setDeaf("web", true)
 				sent := crowdSend(t, d, "POST", "/service/web/stdin", strings.Repeat("x", size))
-				waitFor(t, "the engine's call", func() bool { return len(consoleCalls(e, "/attach?")) > 0 })
-				// The engine has read a piece, which the service does not take.
+				e.wantAttached(t) // the engine has a piece, which the service does not take
 				end(t, e, d)
 				if a := <-sent; a.status != 409 && !(a.status == 404 && strings.HasPrefix(name, "delete")) {
 					t.Errorf("answered %d %s", a.status, a.body)
@@ -925,6 +904,7 @@ func TestStdinWhoseClientLeaves(t *testing.T) {
 			waitFor(t, "the part", func() bool { all := e.input("web"); return all == "hello" })
 			conn.Close()
 			waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "/stdin\"") })
+			e.wantAnswered(t, "/attach")
 			d.do(t, "POST", "/service/web/stdin", "!").want(t, 204)
 			if all := e.input("web"); all != "hello!" {
 				t.Errorf("the service has read %q", all)
@@ -1029,39 +1009,6 @@ func TestDaemonEndsWhileStdinIsOpen(t *testing.T) {
 			}
 		})
 	}
-}
-
-func TestStdinLeavesNothing(t *testing.T) { // not parallel: it counts the process's goroutines
-	newFakeEngine(t).close() // the first socket of a process makes two descriptors more
-	crowdLeavesNothing(t, func() {
-		e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = time.Second })
-		e.setDeaf("web", true)
-		d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 1<<20)).want(t, 504)
-		e.setDeaf("web", false)
-		d.stop()
-		e.close()
-	})
-	// With time enough for ten writers to take turns, and few bytes to look for their marks in.
-	crowdLeavesNothing(t, func() {
-		e, d := consoleStart(t, "", nil)
-		consoleService(t, d, "marks", "")
-		for range 10 {
-			d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 100_000)).want(t, 204)
-		}
-		var open []stdinRequest
-		for range 10 {
-			r := stdinOpen(t, d, "marks")
-			io.WriteString(r, "!")
-			open = append(open, r)
-		}
-		waitFor(t, "ten marks", func() bool { return e.input("marks") == "!!!!!!!!!!" })
-		d.stop()
-		for _, r := range open {
-			r.answer(t).want(t, 503)
-			r.Close()
-		}
-		e.close()
-	})
 }
 
 func TestSizeOfTheTTY(t *testing.T) {

@@ -87,6 +87,7 @@ type fakeEngine struct {
 	server     *http.Server
 	dialect    dialect
 	recorded   []string
+	answering  map[string]int // how many calls are being answered, by their path's end
 	intercept  func(http.ResponseWriter, *http.Request) bool
 	containers []*fakeContainer // in order of creation
 	images     []*fakeImage
@@ -152,7 +153,8 @@ func newFakeEngine(t testing.TB) *fakeEngine {
 
 // bareFakeEngine returns one that listens nowhere.
 func bareFakeEngine(t testing.TB) *fakeEngine {
-	return &fakeEngine{t: t, dialect: dialects[*dialectName], changed: make(chan struct{}), volumes: map[string]bool{}, remote: map[string]bool{}}
+	return &fakeEngine{t: t, dialect: dialects[*dialectName], changed: make(chan struct{}),
+		answering: map[string]int{}, volumes: map[string]bool{}, remote: map[string]bool{}}
 }
 
 func (e *fakeEngine) host() string { return "unix://" + e.socket }
@@ -189,6 +191,16 @@ func (e *fakeEngine) calls() []string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return slices.Clone(e.recorded)
+}
+
+// wantAnswered waits until no call whose path ends so is being answered: the daemon holds no stream open.
+func (e *fakeEngine) wantAnswered(t testing.TB, end string) {
+	t.Helper()
+	waitFor(t, "the end of the engine's answers to "+end, func() bool {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return e.answering[end] == 0
+	})
 }
 
 // setIntercept has f called before each such call. It returns true where it has answered itself.
@@ -403,7 +415,14 @@ func (e *fakeEngine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	e.recorded = append(e.recorded, call)
 	intercept := e.intercept
+	end := path[strings.LastIndex(path, "/"):]
+	e.answering[end]++
 	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.answering[end]--
+	}()
 	if intercept != nil && intercept(w, r) {
 		return
 	}
@@ -843,6 +862,16 @@ func (e *fakeEngine) input(name string) string {
 	return text.String()
 }
 
+// wantAttached waits until a call has been attached to a service's run. Until then it could be to the next run.
+func (e *fakeEngine) wantAttached(t testing.TB) {
+	t.Helper()
+	waitFor(t, "an attach", func() bool {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return e.attaches > 0
+	})
+}
+
 // takeInput returns what a service has read, and forgets it.
 func (e *fakeEngine) takeInput(name string) string {
 	text := e.input(name)
@@ -862,8 +891,6 @@ func (e *fakeEngine) attach(w http.ResponseWriter, r *http.Request, ref string) 
 	}
 	e.mu.Lock()
 	c := e.find(w, ref)
-	e.attaches++
-	number := e.attaches
 	e.mu.Unlock()
 	if c == nil {
 		return
@@ -877,7 +904,8 @@ func (e *fakeEngine) attach(w http.ResponseWriter, r *http.Request, ref string) 
 	io.WriteString(conn, "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	startedAt, over := c.startedAt, make(chan struct{})
+	e.attaches++
+	number, startedAt, over := e.attaches, c.startedAt, make(chan struct{})
 	defer close(over)
 	go func() { // ends with the run or the connection
 		e.mu.Lock()

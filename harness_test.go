@@ -29,10 +29,12 @@ import (
 	"regexp"
 	"runtime"
 	"runtime/debug"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -122,9 +124,11 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 	d := &daemon{log: &syncBuffer{}, client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
 	ctx, cancel := context.WithCancel(context.Background())
 	listening, ended := make(chan net.Addr, 1), make(chan error, 1)
-	go func() {
-		ended <- run(ctx, cfg, slog.New(slog.NewTextHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug})), func(a net.Addr) { listening <- a })
-	}()
+	log := slog.New(slog.NewTextHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	label := strconv.FormatInt(daemons.Add(1), 10)
+	go pprof.Do(ctx, pprof.Labels("daemon", label), func(context.Context) {
+		ended <- run(ctx, cfg, log, func(a net.Addr) { listening <- a })
+	})
 	d.stop = sync.OnceValue(func() error {
 		d.client.CloseIdleConnections()
 		cancel()
@@ -141,6 +145,7 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 		if err := d.stop(); err != nil {
 			t.Errorf("the daemon ended with: %v", err)
 		}
+		wantNothingOpen(t, label, dir)
 	})
 	key, err := os.ReadFile(cfg.coreKeyPath)
 	if err != nil {
@@ -149,6 +154,60 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 	d.key = base64.StdEncoding.EncodeToString(key)
 	d.binds = cfg.binds
 	return d
+}
+
+// daemons counts the daemons of the tests. A daemon's goroutines inherit a label with its number.
+var daemons atomic.Int64
+
+// daemonsLeave is true when a daemon has left something. The tests do not wait for the others then.
+var daemonsLeave atomic.Bool
+
+// wantNothingOpen fails the test unless all goroutines of a daemon end that has ended, and all files that it
+// had open in its directory are closed.
+func wantNothingOpen(t testing.TB, label, dir string) {
+	t.Helper()
+	var open []string
+	ended := poll(func() bool {
+		open = append(goroutines(label), openFiles(dir)...)
+		return len(open) == 0 || daemonsLeave.Load()
+	})
+	if !ended || len(open) > 0 {
+		daemonsLeave.Store(true)
+		t.Errorf("the daemon has ended, and has left:\n%s", strings.Join(open, "\n"))
+	}
+}
+
+// goroutines returns the stacks of the goroutines of the daemon with this label.
+func goroutines(label string) (stacks []string) {
+	var profile bytes.Buffer
+	pprof.Lookup("goroutine").WriteTo(&profile, 1)
+	for stack := range strings.SplitSeq(profile.String(), "\n\n") {
+		if strings.Contains(stack, fmt.Sprintf("\n# labels: {%q:%q}\n", "daemon", label)) {
+			stacks = append(stacks, stack)
+		}
+	}
+	return stacks
+}
+
+// openFiles returns the paths below dir that the process has open.
+func openFiles(dir string) (paths []string) {
+	for _, path := range descriptors() {
+		if strings.HasPrefix(path, dir+"/") {
+			paths = append(paths, path)
+		}
+	}
+	return paths
+}
+
+// descriptors returns what the process's descriptors refer to, a path where it is a file.
+func descriptors() (targets []string) {
+	open, _ := os.ReadDir("/proc/self/fd")
+	for _, fd := range open {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil { // unless it was closed meanwhile
+			targets = append(targets, to)
+		}
+	}
+	return targets
 }
 
 // bindDirs returns what is in a bind root: bind directories by the services' ids, marks, and records whose
@@ -269,14 +328,22 @@ func createBodyJSON(id, extra string) string {
 // waitFor returns when the condition holds.
 func waitFor(t testing.TB, what string, condition func() bool) {
 	t.Helper()
+	if !poll(condition) {
+		t.Fatalf("waited for %v: %s", patience, what)
+	}
+}
+
+// poll reports whether the condition came to hold.
+func poll(condition func() bool) bool {
 	deadline := time.After(patience)
 	for every := time.Tick(2 * time.Millisecond); !condition(); {
 		select {
 		case <-every:
 		case <-deadline:
-			t.Fatalf("waited for %v: %s", patience, what)
+			return false
 		}
 	}
+	return true
 }
 
 // bareServer returns a daemon's server on a root of its own, without the network and without
@@ -709,24 +776,6 @@ func crowdHold(e *fakeEngine, matches func(call string) bool) (held <-chan struc
 		}
 	})
 	return arrived, sync.OnceFunc(func() { close(free) })
-}
-
-// crowdLeavesNothing runs f, which stops all that it starts, and waits until there are
-// as few goroutines and descriptors as before. A test that uses it is not parallel.
-func crowdLeavesNothing(t *testing.T, f func()) {
-	t.Helper()
-	goroutines, descriptors := runtime.NumGoroutine(), crowdDescriptors()
-	f()
-	defer func() {
-		if t.Failed() {
-			stacks := make([]byte, 1<<20)
-			t.Logf("%d goroutines, then %d; %d descriptors, then %d\n%s", goroutines, runtime.NumGoroutine(),
-				descriptors, crowdDescriptors(), stacks[:runtime.Stack(stacks, true)])
-		}
-	}()
-	waitFor(t, "goroutines and descriptors as before", func() bool {
-		return runtime.NumGoroutine() <= goroutines && crowdDescriptors() <= descriptors
-	})
 }
 
 // crowdSend sends a request in the background.

@@ -679,11 +679,6 @@ func crowdRuns(e *fakeEngine, id string) bool {
 	return c.Running
 }
 
-func crowdDescriptors() int {
-	open, _ := os.ReadDir("/proc/self/fd")
-	return len(open)
-}
-
 func TestOneOfTenCreatesOfOneIDWins(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
@@ -714,32 +709,26 @@ func TestOneOfTenCreatesOfOneIDWins(t *testing.T) {
 }
 
 // Forty clients do ten things each, on twenty services.
-func TestCrowdLeavesAConsistentEnd(t *testing.T) { // not parallel: it counts the process's goroutines
+func TestCrowdLeavesAConsistentEnd(t *testing.T) {
+	t.Parallel()
 	source := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) { w.Write(tgz(file("hello", "world"))) })
-	crowdLeavesNothing(t, func() {
-		e := newFakeEngine(t)
-		e.addImage("img:1")
-		d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
-		var ids []string
-		for i := range 20 {
-			ids = append(ids, fmt.Sprintf("s%d", i))
+	d, e := startFetching(t, "127.0.0.0/8")
+	var ids []string
+	for i := range 20 {
+		ids = append(ids, fmt.Sprintf("s%d", i))
+	}
+	var clients sync.WaitGroup
+	for client := range 40 {
+		clients.Go(func() { crowdClient(t, d, client, ids, fmt.Sprintf(`"bind_contents":%q`, source.URL)) })
+	}
+	clients.Wait()
+	crowdWantConsistent(t, e, d, ids)
+	for _, id := range ids {
+		if a := d.do(t, "DELETE", "/service/"+id, ""); a.status != 204 {
+			a.want(t, 404)
 		}
-		var clients sync.WaitGroup
-		for client := range 40 {
-			clients.Go(func() { crowdClient(t, d, client, ids, fmt.Sprintf(`"bind_contents":%q`, source.URL)) })
-		}
-		clients.Wait()
-		crowdWantConsistent(t, e, d, ids)
-		for _, id := range ids {
-			if a := d.do(t, "DELETE", "/service/"+id, ""); a.status != 204 {
-				a.want(t, 404)
-			}
-		}
-		wantNothing(t, d, e)
-		d.stop()
-		e.close()
-		source.CloseClientConnections()
-	})
+	}
+	wantNothing(t, d, e)
 }
 
 func crowdClient(t *testing.T, d *daemon, client int, ids []string, contents string) {

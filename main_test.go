@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"testing"
@@ -301,6 +302,41 @@ func TestGoHasTheFixesOfOsRoot(t *testing.T) {
 	asked, _, _ := strings.Cut(rest, "\n")
 	if goversion.Compare("go"+asked, "go1.26.5") < 0 {
 		t.Errorf("go.mod asks for go %s only", asked)
+	}
+}
+
+// A daemon closes each file and connection, also one that no goroutine waits for.
+func TestNoDescriptorIsLeft(t *testing.T) { // not parallel: it counts those of the process
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // the collector would close what was forgotten
+	use := func(t *testing.T) {
+		e, d := consoleStart(t, "", func(c *config) {
+			c.fetchAllow, c.timeouts.clientWrite = loopback, 200*time.Millisecond
+		})
+		archive := serveArchives(t, map[string][]byte{"/good": tgz(file("a", "b")), "/bad": tgz(file("../a", "b"))})
+		for path, status := range map[string]int{"good": 201, "bad": 400} {
+			extra := fmt.Sprintf(`"bind_contents":"%s/%s"`, archive, path)
+			d.do(t, "POST", "/service", createBodyJSON(path, extra)).want(t, status)
+			d.do(t, "POST", "/docker/image", map[int]string{201: wholeTar(), 400: "no tar"}[status]).want(t, status)
+		}
+		for range 20 {
+			statsOpen(t, d, "web").next(t)
+			logsOpen(t, d, "/service/web/logs?follow=true")
+			d.do(t, "POST", "/service/web/stdin", "text").want(t, 204)
+		}
+		e.setDeaf("web", true)
+		d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 1<<20)).want(t, 504)
+		d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
+		for _, id := range []string{"web", "good"} {
+			d.do(t, "DELETE", "/service/"+id, "").want(t, 204)
+		}
+		d.stop()
+		e.close()
+	}
+	t.Run("once", use) // the runtime and the resolver open some that stay
+	before := descriptors()
+	t.Run("again", use)
+	if !poll(func() bool { return len(descriptors()) <= len(before) }) {
+		t.Errorf("there were %q, there are %q", before, descriptors())
 	}
 }
 

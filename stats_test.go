@@ -395,15 +395,6 @@ func TestFeedIsIdleIfNobodyHasAskedSinceTheFrameBefore(t *testing.T) {
 func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
 	t.Parallel()
 	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = time.Second })
-	ended := make(chan struct{}, 100)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.URL.Query().Get("stream") != "1" {
-			return false
-		}
-		e.stats(w, r, strings.Split(versionPrefix.ReplaceAllString(r.URL.Path, ""), "/")[2])
-		ended <- struct{}{}
-		return true
-	})
 	for n := range 3 {
 		stream := statsOpen(t, d, "web")
 		d.do(t, "GET", "/service/web/stats", "").want(t, 200)
@@ -412,7 +403,7 @@ func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
 			t.Errorf("the engine was asked for %d streams, want %d", stats, n+1)
 		}
 		stream.leave()
-		waitFor(t, "the end of the engine's stream", func() bool { return len(ended) == n+1 })
+		e.wantAnswered(t, "/stats")
 	}
 }
 
@@ -457,29 +448,6 @@ func TestEngineWithoutStatistics(t *testing.T) {
 			waitFor(t, "statistics", func() bool { return d.do(t, "GET", "/service/web/stats", "").status == 200 })
 		})
 	}
-}
-
-func TestStatsLeaveNothing(t *testing.T) { // not parallel: it counts the process's goroutines
-	crowdLeavesNothing(t, func() {
-		e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = 20 * time.Millisecond })
-		var streams []statsStream
-		for range 20 {
-			streams = append(streams, statsOpen(t, d, "web"))
-			d.do(t, "GET", "/service/web/stats", "").want(t, 200)
-		}
-		for i, stream := range streams {
-			if stream.next(t); i%2 == 0 {
-				stream.leave()
-			}
-		}
-		d.stop()
-		for i, stream := range streams {
-			if i%2 == 1 {
-				stream.rest(t)
-			}
-		}
-		e.close()
-	})
 }
 
 // A service that is restarted before its first statistics is not a failure of the engine's.
