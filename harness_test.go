@@ -159,7 +159,7 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 // daemons counts the daemons of the tests. A daemon's goroutines inherit a label with its number.
 var daemons atomic.Int64
 
-// daemonsLeave is true when a daemon has left something. The tests do not wait for the others then.
+// daemonsLeave is true when a daemon has left something. Nobody waits for what the others leave then.
 var daemonsLeave atomic.Bool
 
 // wantNothingOpen fails the test unless all goroutines of a daemon end that has ended, and all files that it
@@ -167,12 +167,11 @@ var daemonsLeave atomic.Bool
 func wantNothingOpen(t testing.TB, label, dir string) {
 	t.Helper()
 	var open []string
-	ended := poll(func() bool {
+	poll(func() bool {
 		open = append(goroutines(label), openFiles(dir)...)
 		return len(open) == 0 || daemonsLeave.Load()
 	})
-	if !ended || len(open) > 0 {
-		daemonsLeave.Store(true)
+	if len(open) > 0 && !daemonsLeave.Swap(true) {
 		t.Errorf("the daemon has ended, and has left:\n%s", strings.Join(open, "\n"))
 	}
 }
