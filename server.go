@@ -31,6 +31,7 @@ type route struct {
 	json     bool           // the body is JSON, of at most maxJSON bytes
 	limit    time.Duration  // forever: until the client disconnects or the daemon shuts down
 	detached bool           // keeps running until limit if the client disconnects
+	offline  bool           // works without the engine
 	query    *regexp.Regexp // each query parameter must match this, as name=value; nil allows none
 	handle   func(http.ResponseWriter, *http.Request) error
 }
@@ -44,7 +45,7 @@ func (s *server) routes() []route {
 		{pattern: "GET /service/{id}", success: 200, limit: s.timeouts.engineRead, handle: svc.handleInspect},
 		{pattern: "PUT /service/{id}", success: 204, json: true, limit: s.createTimeout, detached: true,
 			handle: svc.handlePut},
-		{pattern: "GET /service/{id}/params", success: 200, limit: s.timeouts.engineRead,
+		{pattern: "GET /service/{id}/params", success: 200, limit: s.timeouts.engineRead, offline: true,
 			handle: svc.handleParams},
 		{pattern: "DELETE /service/{id}", success: 204, limit: s.createTimeout, detached: true,
 			handle: svc.handleDelete},
@@ -59,7 +60,7 @@ func (s *server) routes() []route {
 		{pattern: "POST /service/{id}/tty", success: 204, json: true, limit: s.timeouts.engineRead,
 			handle: s.console.resizeTTY},
 		{pattern: "PATCH /service/{id}/env", success: 204, json: true, limit: change, detached: true,
-			handle: svc.handleSetEnv},
+			offline: true, handle: svc.handleSetEnv},
 		{pattern: "GET /docker/image", success: 200, limit: s.timeouts.engineRead, handle: s.images.listImages},
 		{pattern: "DELETE /docker/image/{image}", success: 204, limit: s.timeouts.engineRead, detached: true,
 			handle: s.images.removeImage},
@@ -232,8 +233,10 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	if rt.limit == forever {
 		defer context.AfterFunc(s.shutdown, cancel)()
 	}
-	if err := s.engine.ready(ctx); err != nil {
-		return err
+	if !rt.offline {
+		if err := s.engine.ready(ctx); err != nil {
+			return err
+		}
 	}
 	if err := rt.handle(w, r.WithContext(ctx)); err != nil {
 		return err
