@@ -153,13 +153,13 @@ func BenchmarkImport(b *testing.B) {
 	engine, content := direct(b), make([]byte, 256<<20)
 	proxy := throughProxy(b, engine)
 	rand.Read(content)
-	files := make([]imageEntry, 5000) // as a small distribution has
+	files := make([]entry, 5000) // as a small distribution has
 	for i := range files {
 		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i), string(content[i<<10:][:2<<10+(i%10)<<13]))
 	}
 	for name, archive := range map[string][]byte{
-		"large-file":       imageOf(b, imageFile("large", string(content))),
-		"root-file-system": imageOf(b, files...),
+		"large-file":       archiveOf(imageFile("large", string(content))),
+		"root-file-system": archiveOf(files...),
 	} {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(len(archive)))
@@ -202,20 +202,20 @@ func removeImage(b *testing.B, m *machine, answer []byte) {
 func BenchmarkUnpack(b *testing.B) {
 	large := make([]byte, 256<<20)
 	rand.Read(large[:len(large)/2]) // half of it compresses
-	small := make([]imageEntry, 10_000)
+	small := make([]entry, 10_000)
 	for i := range small {
 		small[i] = imageFile(fmt.Sprintf("package-%d/src/file-%d.js", i/100, i), strings.Repeat("some text of a small file\n", 100))
 	}
-	files := make([]imageEntry, 5000) // 76 MB, of which a third does not compress
+	files := make([]entry, 5000) // 76 MB, of which a third does not compress
 	for i := range files {
 		size := 2<<10 + (i%10)*3<<10
 		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i),
 			string(large[i<<10:][:size/3])+strings.Repeat("some text\n", size/15))
 	}
 	for name, archive := range map[string][]byte{
-		"large-file":       gzipOf(b, imageOf(b, imageFile("large", string(large)))),
-		"small-files":      gzipOf(b, imageOf(b, small...)),
-		"root-file-system": gzipOf(b, imageOf(b, files...)),
+		"large-file":       gzipped(archiveOf(imageFile("large", string(large)))),
+		"small-files":      gzipped(archiveOf(small...)),
+		"root-file-system": gzipped(archiveOf(files...)),
 	} {
 		b.Run(name, func(b *testing.B) {
 			source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(archive) }))
@@ -303,7 +303,7 @@ func newProcess(b *testing.B, args ...string) (m *machine, pid int) {
 	m.daemon, pid = wireProcess(b, client.DefaultDockerHost, args...)
 	m.client.Timeout = 0
 	m.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
-	m.image = m.importImage(b, string(imageOf(b, imageFile("probe", buildProbe(b)))))
+	m.image = m.importImage(b, string(archiveOf(imageFile("probe", buildProbe(b)))))
 	m.cleanUp(b, m.binds, m.image)
 	return m, pid
 }

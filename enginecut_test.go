@@ -28,13 +28,13 @@ func TestImportSurvivesAPowerCut(t *testing.T) {
 	skipWithoutOwnEngine(t)
 	d := newDisk(t, "with a journal")
 	before := d.startEngine(t)
-	var entries []imageEntry
+	var entries []entry
 	for i := range 5 {
 		content := make([]byte, 3<<20)
 		rand.Read(content)
 		entries = append(entries, imageFile(fmt.Sprint("file", i), string(content)))
 	}
-	id := before.importImage(t, string(imageOf(t, entries...)))
+	id := before.importImage(t, string(archiveOf(entries...)))
 	copied := d.afterCut(t)
 	copied.dir = t.TempDir()
 	copied.mount(t)
@@ -42,8 +42,8 @@ func TestImportSurvivesAPowerCut(t *testing.T) {
 	after.do(t, "GET", "/docker/image", "").want(t, http.StatusOK, `"`+id+`"`)
 	got := after.filesOfImage(t, id)
 	for _, e := range entries {
-		if want := describePath(0o755, owner{7, 8}, e.content); got[e.Name] != want {
-			t.Errorf("after a power cut %s is %q, want %q", e.Name, got[e.Name], want)
+		if want := describePath(0o755, owner{7, 8}, e.body); got[e.name] != want {
+			t.Errorf("after a power cut %s is %q, want %q", e.name, got[e.name], want)
 		}
 	}
 }

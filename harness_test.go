@@ -1,7 +1,6 @@
 package main
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
 	"compress/gzip"
@@ -563,7 +562,15 @@ func gzipped(parts ...[]byte) []byte {
 	return b.Bytes()
 }
 
-func tgz(entries ...entry) []byte { return gzipped(tarOf(entries...), tarEnd) }
+func tgz(entries ...entry) []byte { return gzipped(archiveOf(entries...)) }
+
+// archiveOf returns a whole tar archive.
+func archiveOf(entries ...entry) []byte { return archiveOf(entries...) }
+
+// imageFile is a program of a root file system.
+func imageFile(name, content string) entry {
+	return entry{name: name, mode: 0o755, uid: 7, gid: 8, body: content}
+}
 
 func tarOf(entries ...entry) (all []byte) {
 	for _, e := range entries {
@@ -904,14 +911,7 @@ func startWithService(t testing.TB) (*fakeEngine, *daemon) {
 }
 
 // wholeTar returns a tar archive with one file.
-func wholeTar() string {
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	w.WriteHeader(&tar.Header{Name: "hello", Mode: 0o755, Size: 5})
-	w.Write([]byte("world"))
-	w.Close()
-	return archive.String()
-}
+func wholeTar() string { return string(archiveOf(entry{name: "hello", mode: 0o755, body: "world"})) }
 
 // statsEnds are what ends a service's stream.
 var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){

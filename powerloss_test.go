@@ -308,7 +308,7 @@ func testPowerCuts(t *testing.T, d *disk) {
 	p.request(t, "POST", "/service/bare/ctl", `{"op":"restart"}`, http.StatusNoContent)
 	p.remove(t, "taken")
 
-	var entries []imageEntry
+	var entries []entry
 	for i := range 3001 {
 		name, size := fmt.Sprintf("%d/%d", i%40, i), i
 		if i == 3000 {
@@ -319,7 +319,7 @@ func testPowerCuts(t *testing.T, d *disk) {
 		name = "binds/full/" + name
 		p.want[path.Dir(name)], p.want[name] = theirs, describePath(0o755, owner{1234, 2345}, content)
 	}
-	url := serveArchives(t, map[string][]byte{"/a": gzipOf(t, imageOf(t, entries...))})
+	url := serveArchives(t, map[string][]byte{"/a": gzipped(archiveOf(entries...))})
 	p.create(t, "full", fmt.Sprintf(`"user":"1234:2345","bind_contents":"%s/a"`, url), theirs)
 	p.remove(t, "full")
 	p.daemon.do(t, "POST", "/service/bare/ctl", `{"op":"start"}`).want(t, http.StatusNoContent)

@@ -689,7 +689,6 @@ HostConfig.SecurityOpt ["no-new-privileges"]
 }
 
 const maximal = `"bind_dir":"x:/etc:ro","bind_contents":"","cmd":["run","--all"],"shell":["/bin/sh","-c"],"user":"1000:1001",` +
-
 	`"working_dir":"/srv","env":["A=1","B=x y=z"],"open_stdin":false,"tty":false,"hostname":"web-1","network_disabled":false,` +
 	`"port_map":{"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostPort":"0"}],"53/udp":{"HostIp":"::1","HostPort":"53"},` +
 	`"9/sctp":{"HostPort":"9"}},"max_cpu":50000,"max_ram":67108864`
