@@ -416,6 +416,7 @@ func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
 	engine.addImage("img:1")
 	d := startDaemon(t, engine.host(), func(c *config) {
 		c.fetchAllow, c.maxBindBytes, c.maxBindFiles = loopback, corpusBytes, corpusEntries
+		c.timeouts.settleInterval = time.Hour // a round reads the records
 	})
 	neighbour := filepath.Join(d.binds, "neighbour")
 	d.do(t, "POST", "/service", createBodyJSON("neighbour", "")).want(t, 201)

@@ -68,9 +68,7 @@ func TestNothingWithoutTheCoreKey(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	keyFile := filepath.Join(t.TempDir(), "corekey.bin")
-	if err := os.WriteFile(keyFile, plusSlashKey, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(keyFile, plusSlashKey, 0o600))
 	d := startDaemon(t, e.host(), func(c *config) { c.coreKeyPath = keyFile })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	before := len(e.calls())
@@ -134,9 +132,7 @@ func TestMissingCoreKeyIsCreated(t *testing.T) {
 	if !strings.Contains(d.log.String(), path) {
 		t.Errorf("the log does not say where the key is: %s", d.log)
 	}
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	again := startDaemon(t, e.host(), use)
 	if again.key != d.key {
 		t.Error("the next start replaced the key")
@@ -147,9 +143,7 @@ func TestMissingCoreKeyIsCreated(t *testing.T) {
 func TestCoreKeyThatCannotBeWrittenLeavesNothing(t *testing.T) {
 	t.Parallel()
 	program, err := shipped()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dir := t.TempDir()
 	out, err := exec.Command("sh", "-c", `ulimit -f 0; exec "$0" -addr 127.0.0.1:0 -corekey "$1/corekey.bin" -binds "$1/binds"`,
 		fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), dir).CombinedOutput()
@@ -214,12 +208,8 @@ func TestBadCoreKeyFileStopsTheDaemon(t *testing.T) {
 		}},
 	} {
 		path := filepath.Join(t.TempDir(), "keys", "corekey.bin")
-		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := test.make(path); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(filepath.Dir(path), 0o700))
+		must(t, test.make(path))
 		before, _ := os.Lstat(path)
 		log, err := startError(t, func(c *config) { c.coreKeyPath = path })
 		if err == nil || !strings.Contains(err.Error(), path) {
@@ -240,9 +230,7 @@ func TestCoreKeyOfEveryAllowedLengthWorks(t *testing.T) {
 	e := newFakeEngine(t)
 	for _, length := range []int{16, 17, 18, 64, 4096} {
 		path := filepath.Join(t.TempDir(), "corekey.bin")
-		if err := os.WriteFile(path, []byte(strings.Repeat("\n", length)), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, []byte(strings.Repeat("\n", length)), 0o600))
 		d := startDaemon(t, e.host(), func(c *config) { c.coreKeyPath = path })
 		d.do(t, "GET", "/health", "").want(t, 204)
 	}
@@ -252,9 +240,7 @@ func TestCoreKeyThatOthersCanReadIsAWarning(t *testing.T) {
 	t.Parallel()
 	for mode, warned := range map[os.FileMode]bool{0o600: false, 0o400: false, 0o640: true, 0o604: true, 0o644: true} {
 		path := filepath.Join(t.TempDir(), "corekey.bin")
-		if err := errors.Join(os.WriteFile(path, plusSlashKey, 0o600), os.Chmod(path, mode)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.WriteFile(path, plusSlashKey, 0o600), os.Chmod(path, mode)))
 		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath = path })
 		if got := strings.Contains(d.log.String(), "others can read the core key"); got != warned {
 			t.Errorf("mode %v: warned is %v", mode, got)
@@ -268,9 +254,7 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 	t.Parallel()
 	const key = "the core's key, in plain letters"
 	path := filepath.Join(t.TempDir(), "corekey.bin")
-	if err := os.WriteFile(path, []byte(key), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, []byte(key), 0o644))
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	var seen syncBuffer // all that the engine and the server of the contents get, and all that the client gets
@@ -301,9 +285,7 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 	if !strings.Contains(seen.String(), "GET /again") {
 		t.Error("the redirect was not followed")
 	}
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	all := seen.String() + d.log.String()
 	sum := sha256.Sum256([]byte(key))
 	for _, form := range []string{key, d.key, strings.TrimRight(d.key, "="), hex.EncodeToString([]byte(key)),

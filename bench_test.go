@@ -40,9 +40,7 @@ import (
 // direct is a client of the engine's socket, without the SDK.
 func direct(b *testing.B) *http.Client {
 	engine, err := client.NewClientWithOpts(client.FromEnv)
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	transport := &http.Transport{MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return engine.Dialer()(ctx)
 	}}
@@ -224,14 +222,10 @@ func BenchmarkUnpack(b *testing.B) {
 			for b.Loop() {
 				dir := b.TempDir()
 				root, err := os.OpenRoot(dir)
-				if err != nil {
-					b.Fatal(err)
-				}
+				must(b, err)
 				begin := time.Now()
 				limits := unpackLimits{bytes: math.MaxInt32, entries: math.MaxInt32}
-				if err := newFetcher(loopback).fetch(b.Context(), source.URL, root, limits, nil); err != nil {
-					b.Fatal(err)
-				}
+				must(b, newFetcher(loopback).fetch(b.Context(), source.URL, root, limits, nil))
 				ours += time.Since(begin)
 				root.Close()
 				dir = b.TempDir()
@@ -270,9 +264,7 @@ func BenchmarkCreate(b *testing.B) {
 			if err == nil {
 				err = m.engine.ContainerRemove(b.Context(), c.ID, container.RemoveOptions{Force: true})
 			}
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			theirs = append(theirs, time.Since(start))
 		}
 	}
@@ -295,9 +287,7 @@ var growth = flag.Int("growth", 100, "how many services BenchmarkGrowth runs at 
 func newProcess(b *testing.B, args ...string) (m *machine, pid int) {
 	b.Helper()
 	engine, err := client.NewClientWithOpts(client.FromEnv, client.WithAPIVersionNegotiation())
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	b.Cleanup(func() { engine.Close() })
 	m = &machine{engine: engine}
 	m.daemon, pid = wireProcess(b, client.DefaultDockerHost, args...)
@@ -319,15 +309,11 @@ func peak(b *testing.B, pid int) {
 func processorTime(b *testing.B, pid int) (used time.Duration) {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	_, rest, _ := strings.Cut(string(stat), ") ")
 	for _, field := range strings.Fields(rest)[11:13] { // utime and stime of proc_pid_stat(5), in hundredths of a second
 		ticks, err := strconv.Atoi(field)
-		if err != nil {
-			b.Fatal(err)
-		}
+		must(b, err)
 		used += time.Duration(ticks) * 10 * time.Millisecond
 	}
 	return used
@@ -351,13 +337,9 @@ func enginePID(b *testing.B) (pid int) {
 func BenchmarkStart(b *testing.B) {
 	var all time.Duration
 	program, err := shipped()
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	info, err := program.Stat()
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	for b.Loop() {
 		begin := time.Now()
 		d, pid := wireProcess(b, client.DefaultDockerHost)
@@ -527,9 +509,7 @@ func BenchmarkWatched(b *testing.B) {
 			frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","pad":"` + strings.Repeat("x", 2500) + `"}` + "\n"
 			socket := filepath.Join(b.TempDir(), "s")
 			listener, err := net.Listen("unix", socket)
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			engine := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				_, call, _ := strings.Cut(r.URL.Path, "/containers/")
 				id, call, _ := strings.Cut(call, "/")
@@ -562,9 +542,7 @@ func BenchmarkWatched(b *testing.B) {
 			d, pid := wireProcess(b, "unix://"+socket)
 			for _, id := range ids {
 				record := fmt.Sprintf(`{"params":{"id":%q},"revision":"1"}`, id)
-				if err := os.WriteFile(filepath.Join(d.binds, recordDir, id), []byte(record), 0o600); err != nil {
-					b.Fatal(err)
-				}
+				must(b, os.WriteFile(filepath.Join(d.binds, recordDir, id), []byte(record), 0o600))
 			}
 			binds.Store(d.binds)
 			d.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64

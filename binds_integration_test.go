@@ -19,9 +19,7 @@ func TestBindDirectoryIsWrittenOnBothSides(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	id := m.create(t, "")
-	if err := os.WriteFile(filepath.Join(m.binds, id, "from-host"), []byte("written outside"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(m.binds, id, "from-host"), []byte("written outside"), 0o600))
 	m.ctl(t, id, "start")
 	if got, want := m.report(t, id).Files["from-host"], "0:0 -rw------- written outside"; got != want {
 		t.Errorf("the service sees %q, want %q", got, want)
@@ -76,9 +74,7 @@ func TestDeleteNeverFollowsALinkThatACustomerSwapsIn(t *testing.T) {
 		writeFile(t, filepath.Join(canary, name), content)
 	}
 	relative, err := filepath.Rel(filepath.Join(m.binds, "id"), canary)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for i, target := range slices.Repeat([]string{canary, relative}, 5) {
 		t.Run(fmt.Sprintf("round %d", i), func(t *testing.T) {
 			t.Parallel()
@@ -99,30 +95,17 @@ func TestDeleteNeverFollowsALinkThatACustomerSwapsIn(t *testing.T) {
 // A deleted customer's data must not appear in the next customer's service.
 func TestMovedBindRootGivesNobodyAnothersData(t *testing.T) {
 	t.Parallel()
-	mount := func(t *testing.T, dir string) {
-		t.Helper()
-		if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
-			t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
-		}
-		t.Cleanup(func() {
-			if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-				t.Error(err)
-			}
-		})
-	}
 	for name, move := range map[string]func(t *testing.T, binds string){
 		"to another file system, with a link left": func(t *testing.T, binds string) {
 			disk := t.TempDir()
-			mount(t, disk)
+			mountTmpfs(t, disk, "size=1m")
 			command(t, "cp", "-a", binds, disk+"/binds")
-			if err := cmp.Or(os.RemoveAll(binds), os.Symlink(disk+"/binds", binds)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, cmp.Or(os.RemoveAll(binds), os.Symlink(disk+"/binds", binds)))
 		},
 		"under a disk that is mounted over it": func(t *testing.T, binds string) {
 			disk := t.TempDir()
 			command(t, "cp", "-a", binds, disk+"/binds")
-			mount(t, binds)
+			mountTmpfs(t, binds, "size=1m")
 			command(t, "cp", "-a", disk+"/binds/.", binds)
 		},
 	} {
@@ -165,24 +148,20 @@ func TestFullDiskCanBeEmptied(t *testing.T) {
 	id := m.create(t, "")
 	dir := filepath.Join(m.binds, id)
 	for i := range 100 {
-		if err := os.MkdirAll(fmt.Sprintf("%s/%0200d/is/not/empty", dir, i), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(fmt.Sprintf("%s/%0200d/is/not/empty", dir, i), 0o755))
 	}
 	full := func(what string, more func(i int) error) {
 		for i := range 1 << 20 {
-			if err := more(i); errors.Is(err, syscall.ENOSPC) {
+			err := more(i)
+			if errors.Is(err, syscall.ENOSPC) {
 				return
-			} else if err != nil {
-				t.Fatal(err)
 			}
+			must(t, err)
 		}
 		t.Fatalf("%s is never full", what)
 	}
 	file, err := os.Create(dir + "/file")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer file.Close()
 	full("the disk", func(int) error { _, err := file.Write(make([]byte, 1<<10)); return err })
 	// A short link stands in the directory alone.

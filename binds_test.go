@@ -20,9 +20,7 @@ import (
 func TestPipeInThePlaceOfADirectoryIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600))
 	tree := openTree(t, dir)
 	defer tree.Close()
 	opened := make(chan error, 1)
@@ -46,9 +44,7 @@ func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	for _, target := range []string{"web", "../web", "/etc"} {
 		e, d := startWithService(t)
 		data := filepath.Join(d.binds, "web", "data")
-		if err := errors.Join(os.WriteFile(data, []byte("precious"), 0o600), os.Symlink(target, filepath.Join(d.binds, "link"))); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.WriteFile(data, []byte("precious"), 0o600), os.Symlink(target, filepath.Join(d.binds, "link"))))
 		d.do(t, "POST", "/service", createBodyJSON("link", "")).want(t, 409)
 		d.do(t, "DELETE", "/service/link", "").want(t, 204)
 		if got := bindDirs(t, d.binds); !slices.Equal(got, []string{"web"}) || len(e.names()) != 1 {
@@ -67,9 +63,7 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 	e, d := startWithService(t)
 	before := state(t, e, d)
 	moved := d.binds + "-moved"
-	if err := errors.Join(os.Rename(d.binds, moved), os.Mkdir(d.binds, 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Rename(d.binds, moved), os.Mkdir(d.binds, 0o700)))
 	asked := len(e.calls())
 	for _, request := range []struct{ method, path, body string }{
 		{"DELETE", "/service/web", ""}, {"POST", "/service", createBodyJSON("new", "")}, {"POST", "/service", createBodyJSON("web", "")},
@@ -85,9 +79,7 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 		}
 	}
 	// Renamed on its own disk, with a link in its place, it is still the same directory.
-	if err := errors.Join(os.Remove(d.binds), os.Symlink(moved, d.binds)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Remove(d.binds), os.Symlink(moved, d.binds)))
 	if after := state(t, e, d); after != before {
 		t.Errorf("before%s\nafter%s", before, after)
 	}
@@ -102,13 +94,9 @@ func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	e, d := startWithService(t)
 	pending := imageID.FindString(strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body, `"`)[3])
 	d.do(t, "PUT", "/service/web", createBodyJSON("web", fmt.Sprintf(`"cmd":["/x"],"image":%q`, pending))).want(t, 204)
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	disk := d.binds + "-disk"
-	if err := os.Rename(d.binds, disk); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(d.binds, disk))
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	d.do(t, "GET", "/health", "").want(t, 503, "unavailable")
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 503)
@@ -121,15 +109,11 @@ func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	if !strings.Contains(d.log.String(), "is its disk mounted?") || !slices.Equal(e.names(), []string{"web"}) {
 		t.Errorf("there are %q; the log: %s", e.names(), d.log)
 	}
-	if err := errors.Join(d.stop(), os.RemoveAll(d.binds), os.Rename(disk, d.binds)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(d.stop(), os.RemoveAll(d.binds), os.Rename(disk, d.binds)))
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	d.do(t, "GET", "/health", "").want(t, 204)
 	// A backup without its dot directories: the containers and their directories are left alone.
-	if err := errors.Join(d.stop(), os.RemoveAll(filepath.Join(d.binds, recordDir)), os.Mkdir(filepath.Join(d.binds, recordDir), 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(d.stop(), os.RemoveAll(filepath.Join(d.binds, recordDir)), os.Mkdir(filepath.Join(d.binds, recordDir), 0o700)))
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	if !strings.Contains(d.log.String(), "restore the record") || !slices.Equal(e.names(), []string{"web"}) {
 		t.Errorf("there are %q; the log: %s", e.names(), d.log)
@@ -185,9 +169,7 @@ func TestChangeThatCannotBeSyncedIsNotMade(t *testing.T) {
 		"mark":   {markDir, func() error { return b.mark("web") }},
 		"record": {recordDir, func() error { return b.removeRecord("web") }},
 	} {
-		if err := b.root.Rename(change.dir, "away"); err != nil {
-			t.Fatal(err)
-		}
+		must(t, b.root.Rename(change.dir, "away"))
 		err := change.do()
 		if renameErr := b.root.Rename("away", change.dir); renameErr != nil {
 			t.Fatal(renameErr)
@@ -205,9 +187,7 @@ func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 		e.addForeign(name, map[string]string{labelService: name, labelBinds: "/elsewhere"}, "/elsewhere/"+name)
 	}
 	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds}, filepath.Join(d.binds, "half"))
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	if got := e.names(); !slices.Equal(got, []string{"one", "two", "web"}) {
 		t.Errorf("there are %q", got)
@@ -217,6 +197,34 @@ func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 	}
 	d.do(t, "GET", "/service", "").want(t, 200, `"/web"`)
 	d.do(t, "DELETE", "/service/one", "").want(t, 404)
+}
+
+func TestBindDirectoryWithDataIsNeitherUsedNorErased(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	data := filepath.Join(d.binds, "new", "data")
+	must(t, errors.Join(os.Mkdir(filepath.Dir(data), 0o700), os.WriteFile(data, []byte("precious"), 0o600)))
+	d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 409, "not empty")
+	if text, err := os.ReadFile(data); err != nil || string(text) != "precious" || len(e.names()) != 1 {
+		t.Errorf("the data: %q, %v; the containers: %q", text, err, e.names())
+	}
+	must(t, os.Remove(data)) // an empty directory is no obstacle
+	d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 201)
+}
+
+func TestFullDiskDuringACreateUndoesIt(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts a file system, which takes root")
+	}
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	url := serveArchives(t, map[string][]byte{"/large": tgz(file("small", "x"), file("large", strings.Repeat("x", 1<<20)))})
+	d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = loopback; mountTmpfs(t, c.binds, "size=512k") })
+	d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"bind_contents":"%s/large"`, url))).want(t, 507, "disk_full")
+	wantNothing(t, d, e)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	must(t, os.WriteFile(filepath.Join(d.binds, "web", "file"), make([]byte, 400<<10), 0o600)) // there is room again
 }
 
 // A file system that cannot say whether an entry is there must not be taken for one without it.
@@ -280,9 +288,7 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 	t.Parallel()
 	dir := tempInMemory(t)
 	outside := filepath.Join(dir, "outside")
-	if err := errors.Join(os.WriteFile(outside, nil, 0o600), os.Mkdir(dir+"/tree", 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.WriteFile(outside, nil, 0o600), os.Mkdir(dir+"/tree", 0o700)))
 	depth := 1500
 	if testing.Short() || raceDetector() {
 		depth = 400
@@ -303,9 +309,7 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 	}
 	below.Close()
 	ctx := &countingContext{Context: t.Context(), dir: dir}
-	if err := removeContents(ctx, openTree(t, dir+"/tree")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, removeContents(ctx, openTree(t, dir+"/tree")))
 	if left, err := os.ReadDir(dir + "/tree"); err != nil || len(left) > 0 {
 		t.Errorf("left: %v %v", left, err)
 	}

@@ -29,9 +29,7 @@ type logStream struct {
 func logsOpen(t testing.TB, d *daemon, path string) logStream {
 	t.Helper()
 	response, err := d.client.Do(d.request(t, "GET", path, nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if response.StatusCode != 200 {
 		text, _ := io.ReadAll(response.Body)
 		t.Fatalf("status %d: %s", response.StatusCode, text)
@@ -326,9 +324,7 @@ func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 	t.Parallel()
 	e, d := consoleStart(t, `"tty":false`, func(c *config) { c.timeouts.clientWrite = 3 * time.Second })
 	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer idle.Close()
 	io.WriteString(idle, "GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
 	const followers, size = 30, 64_000
@@ -336,9 +332,7 @@ func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 	ended := make(chan error, followers)
 	for i := range followers {
 		response, err := d.client.Do(d.request(t, "GET", "/service/web/logs?follow=true", nil))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer response.Body.Close()
 		go func() { // ends with the stream
 			_, err := io.Copy(&sizes[i], response.Body)

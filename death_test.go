@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
-	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -114,9 +113,7 @@ func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
 	release()
 	found := func() (images []image.Summary) {
 		all, err := w.engine.ImageList(context.Background(), image.ListOptions{All: true})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, img := range all {
 			saved, err := w.engine.ImageSave(context.Background(), []string{img.ID})
 			if err != nil { // another test's, and gone meanwhile
@@ -171,20 +168,11 @@ func TestDeathInTheMiddleOfAnUploadLeavesNothing(t *testing.T) {
 	t.Parallel()
 	w := newDeathWorld(t)
 	w.daemon.kill()
-	if err := syscall.Mount("tmpfs", w.binds, "tmpfs", 0, "size=16m"); err != nil {
-		t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
-	}
-	t.Cleanup(func() {
-		w.daemon.kill()
-		if err := syscall.Unmount(w.binds, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	mountTmpfs(t, w.binds, "size=16m")
+	t.Cleanup(func() { w.daemon.kill() })
 	free := func() (blocks, inodes uint64) {
 		var found syscall.Statfs_t
-		if err := syscall.Statfs(w.binds, &found); err != nil {
-			t.Fatal(err)
-		}
+		must(t, syscall.Statfs(w.binds, &found))
 		return found.Bfree * uint64(found.Bsize), found.Ffree
 	}
 	w.start(t)
@@ -196,9 +184,7 @@ func TestDeathInTheMiddleOfAnUploadLeavesNothing(t *testing.T) {
 		upload.Write(archiveOf(imageFile("large", strings.Repeat("x", 8<<20)))[:4<<20])
 	}()
 	r, err := http.NewRequest("POST", w.daemon.url+"/docker/image", body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r.Header.Set("X-Duxcore-CoreKey", w.key)
 	answered := make(chan error, 1)
 	go func() { // ends with the daemon
@@ -571,7 +557,7 @@ func (w *deathWorld) sendAndLeave(t *testing.T, ctx context.Context, r deathRequ
 	t.Helper()
 	w.send(ctx, r)
 	logged := regexp.MustCompile(fmt.Sprintf(`remote=%s\s`, w.lastFrom.Load()))
-	if !deathPoll(20*time.Second, func() bool { return logged.MatchString(w.daemon.log.String()) }) {
+	if !poll(func() bool { return logged.MatchString(w.daemon.log.String()) }) {
 		t.Fatalf("the daemon goes on with a request whose client has left\n%s", w.daemon.log)
 	}
 	w.proxy.setHook(nil)
@@ -657,7 +643,7 @@ func (w *deathWorld) stopUnderWay(t *testing.T, release <-chan struct{}) (answer
 	}()
 	<-stopping
 	w.daemon.cmd.Process.Signal(syscall.SIGTERM)
-	if !deathPoll(10*time.Second, func() bool {
+	if !poll(func() bool {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(w.daemon.url, "http://"))
 		if err == nil {
 			conn.Close()
@@ -694,7 +680,7 @@ func TestSecondSIGTERMExitsAtOnce(t *testing.T) {
 	w := newDeathWorld(t)
 	answered := w.stopUnderWay(t, nil)
 	// The daemon gives the signal back its default action shortly after the first one.
-	if !deathPoll(5*time.Second, func() bool {
+	if !poll(func() bool {
 		w.daemon.cmd.Process.Signal(syscall.SIGTERM)
 		return w.daemon.wait(0)
 	}) {
@@ -749,33 +735,6 @@ func TestDaemonsOnOneEngineLeaveEachOthersHalfMadeServicesAlone(t *testing.T) {
 	}
 }
 
-func TestFullDiskDuringCreateUndoesIt(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	w.daemon.kill()
-	if err := syscall.Mount("tmpfs", w.binds, "tmpfs", 0, "size=256k"); err != nil {
-		t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
-	}
-	t.Cleanup(func() {
-		w.daemon.kill()
-		if err := syscall.Unmount(w.binds, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	w.start(t)
-	w.begin(t, deathOps[0])
-	w.mustSend(t, deathCreate, http.StatusInsufficientStorage)
-	if got := w.look(t); got != (deathState{}) {
-		t.Errorf("left %+v, want nothing", got)
-	}
-	empty := deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data"}}`}
-	w.mustSend(t, empty, http.StatusCreated)
-	if err := os.WriteFile(w.binds+"/"+w.id+"/file", make([]byte, 200<<10), 0o600); err != nil {
-		t.Errorf("the disk is still full: %v", err)
-	}
-	w.mustSend(t, deathDelete, http.StatusNoContent)
-}
-
 func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
 	t.Parallel()
 	w := newDeathWorld(t)
@@ -789,30 +748,6 @@ func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
 	if got := w.look(t); got != (deathState{}) {
 		t.Errorf("left %+v, want nothing", got)
 	}
-}
-
-func TestRestartThatFailsLeavesTheServiceRunning(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	w.begin(t, deathOpNamed("restart"))
-	before := w.look(t)
-	w.proxy.setHook(func(r *http.Request) (*http.Response, error) {
-		if !strings.HasSuffix(r.URL.Path, "/containers/create") {
-			return w.proxy.transport.RoundTrip(r)
-		}
-		return &http.Response{StatusCode: http.StatusInternalServerError, Header: http.Header{"Content-Type": {"application/json"}},
-			Body: io.NopCloser(strings.NewReader(`{"message":"no space left"}`))}, nil
-	})
-	w.mustSend(t, deathRestart, http.StatusBadGateway)
-	w.proxy.setHook(nil)
-	if got := w.look(t); got != before || !w.running(t) {
-		t.Errorf("after the restart that failed: %+v, it runs: %v; want %+v", got, w.running(t), before)
-	}
-	w.mustSend(t, deathRestart, http.StatusNoContent)
-	if got := w.look(t); !got.isOneOf([]deathState{deathOpNamed("restart").new}, before.volumes) {
-		t.Errorf("after the next restart: %+v", got)
-	}
-	w.mustSend(t, deathDelete, http.StatusNoContent)
 }
 
 // After a reboot an administrator starts everything: docker start $(docker ps -aq).
@@ -831,9 +766,7 @@ func TestContainersThatAllWereStartedByHandAfterADeath(t *testing.T) {
 			}
 			w.proxy.setHook(nil)
 			for _, c := range w.containers(t) {
-				if err := w.engine.ContainerStart(t.Context(), c.ID, container.StartOptions{}); err != nil {
-					t.Fatal(err)
-				}
+				must(t, w.engine.ContainerStart(t.Context(), c.ID, container.StartOptions{}))
 			}
 			w.start(t)
 			w.mustSend(t, deathStart, http.StatusNoContent)

@@ -90,9 +90,7 @@ func newDeathProxy(t *testing.T, socket string, engine *client.Client) *deathPro
 	p := &deathProxy{socket: socket, transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }}}
 	listener, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	quiet := log.New(io.Discard, "", 0)
 	server := &http.Server{ErrorLog: quiet, Handler: &httputil.ReverseProxy{
 		Rewrite:       func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", "engine" },
@@ -150,23 +148,17 @@ type deathWorld struct {
 func newDeathWorld(t *testing.T) *deathWorld {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "duxcore-death-") // t.TempDir would be too long for a socket's path
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if dir, err = filepath.EvalSymlinks(dir); err != nil {
 		t.Fatal(err)
 	}
 	engine, err := client.NewClientWithOpts(client.FromEnv, client.WithAPIVersionNegotiation())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	key := make([]byte, 32)
 	rand.Read(key)
 	w := &deathWorld{dir: dir, binds: filepath.Join(dir, "binds"), keyFile: filepath.Join(dir, "corekey.bin"),
 		key: base64.StdEncoding.EncodeToString(key), engine: engine, marker: "marker-" + strings.ToLower(rand.Text())}
-	if err := os.WriteFile(w.keyFile, key, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(w.keyFile, key, 0o600))
 	t.Cleanup(func() { w.destroy(t) })
 	w.proxy = newDeathProxy(t, filepath.Join(dir, "engine.sock"), engine)
 	w.contents = httptest.NewServer(http.HandlerFunc(w.serveContents))
@@ -208,16 +200,12 @@ func (w *deathWorld) destroy(t *testing.T) {
 func (w *deathWorld) importImage(t *testing.T) {
 	t.Helper()
 	program, err := deathService()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	root := bytes.NewReader(archiveOf(imageFile("service", string(program)), file("vol/"+w.marker, "here")))
 	name := "duxcore-test/" + w.marker
 	answer, err := w.engine.ImageImport(context.Background(), image.ImportSource{Source: root, SourceName: "-"}, name,
 		image.ImportOptions{Changes: []string{"VOLUME /vol", `CMD ["/service"]`}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer answer.Close()
 	if _, err := lastStatus(answer); err != nil {
 		t.Fatal(err)
@@ -303,9 +291,7 @@ func (w *deathWorld) containers(t *testing.T) []container.Summary {
 	t.Helper()
 	list, err := w.engine.ContainerList(context.Background(), container.ListOptions{All: true,
 		Filters: filters.NewArgs(filters.Arg("label", labelBinds+"="+w.binds))})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return list
 }
 
@@ -314,9 +300,7 @@ func (w *deathWorld) containers(t *testing.T) []container.Summary {
 func (w *deathWorld) volumes(t *testing.T) (names []string) {
 	t.Helper()
 	all, err := w.engine.VolumeList(context.Background(), volume.ListOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, v := range all.Volumes {
 		if _, err := os.Stat(filepath.Join(v.Mountpoint, w.marker)); err == nil {
 			names = append(names, v.Name)
@@ -337,9 +321,7 @@ func (w *deathWorld) look(t *testing.T) (s deathState) {
 		if errdefs.IsNotFound(err) {
 			continue
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if name == "/"+w.id {
 			s.current, revision = variableA(full.Config.Env), c.Labels[labelRevision]
 		} else {
@@ -354,9 +336,7 @@ func (w *deathWorld) look(t *testing.T) (s deathState) {
 		}
 	}
 	drafts, err := filepath.Glob(filepath.Join(w.binds, recordDir, "*"+draftSuffix))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	strays = append(strays, drafts...)
 	record := w.record(t)
 	if record.Revision != revision || variableA(record.Params.Env) != s.current {
@@ -376,9 +356,7 @@ func (w *deathWorld) record(t *testing.T) (r serviceRecord) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return r
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	decode(t, string(text), &r)
 	return r
 }
@@ -420,7 +398,7 @@ func lookAtFiles(dir string) string {
 // wantState waits until there is one of the allowed states, and returns it.
 func (w *deathWorld) wantState(t *testing.T, when, volumes string, allowed ...deathState) (s deathState) {
 	t.Helper()
-	if !deathPoll(settleWait, func() bool { s = w.look(t); return s.isOneOf(allowed, volumes) }) {
+	if !pollFor(settleWait, 50*time.Millisecond, func() bool { s = w.look(t); return s.isOneOf(allowed, volumes) }) {
 		t.Fatalf("%s: %+v, want one of %+v with volumes %q\n%s", when, s, allowed, volumes, w.daemon.log)
 	}
 	return s
@@ -429,22 +407,8 @@ func (w *deathWorld) wantState(t *testing.T, when, volumes string, allowed ...de
 func (w *deathWorld) running(t *testing.T) bool {
 	t.Helper()
 	c, err := w.engine.ContainerInspect(context.Background(), w.id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return c.State.Running
-}
-
-// deathPoll reports whether condition came true within limit.
-func deathPoll(limit time.Duration, condition func() bool) bool {
-	deadline := time.Now().Add(limit)
-	for !condition() {
-		if time.Now().After(deadline) {
-			return false
-		}
-		<-time.After(50 * time.Millisecond)
-	}
-	return true
 }
 
 // deathDaemon is one process of the daemon.
@@ -475,9 +439,7 @@ func (w *deathWorld) spawn(t *testing.T) {
 		t.Errorf("the daemon has a data race:\n%s", w.daemon.log)
 	}
 	binary, err := deathBinary()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d := &deathDaemon{log: &deathLog{url: make(chan string, 1)}, exited: make(chan struct{})}
 	d.cmd = exec.Command("/proc/self/fd/3", // which is the binary, for the process itself
 		"-addr", "127.0.0.1:0", "-binds", w.binds, "-corekey", w.keyFile, "-fetch-allow", "127.0.0.0/8", "-stop-timeout", "5s")
@@ -494,9 +456,7 @@ func (w *deathWorld) spawn(t *testing.T) {
 		d.cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER
 		d.cmd.SysProcAttr.UidMappings, d.cmd.SysProcAttr.GidMappings = root, root
 	}
-	if err := d.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.cmd.Start())
 	go func() { // ends with the process
 		d.waitErr = d.cmd.Wait()
 		close(d.exited)

@@ -22,9 +22,7 @@ func TestDocumentsNameWhatIsThere(t *testing.T) {
 		names, _ := filepath.Glob(pattern)
 		for _, name := range names {
 			text, err := os.ReadFile(name)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			all.Write(text)
 		}
 		return all.String()
@@ -133,9 +131,7 @@ func programTexts(t *testing.T) (texts []string) {
 			continue
 		}
 		file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		ast.Inspect(file, func(node ast.Node) bool {
 			expr, ok := node.(ast.Expr)
 			if ok {
@@ -164,9 +160,7 @@ func literalText(expr ast.Expr) string {
 func TestTroubleshootingQuotesMessagesOfTheProgram(t *testing.T) {
 	t.Parallel()
 	guide, err := os.ReadFile("docs/OPERATE.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, table, _ := strings.Cut(string(guide), "\n## Troubleshooting by error message\n")
 	table, _, _ = strings.Cut(table, "\n## ")
 	texts := append(programTexts(t), strings.ReplaceAll(messagesOfOthers, "\n", " "))

@@ -26,9 +26,7 @@ func engineReplace(t *testing.T, e *fakeEngine, serve func(net.Conn)) (connectio
 	t.Helper()
 	e.close()
 	listener, err := net.Listen("unix", e.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	connections = &atomic.Int64{}
 	var open sync.Map
 	var served sync.WaitGroup
@@ -189,9 +187,7 @@ func TestClientThatLeavesCostsNoLookAtTheEngine(t *testing.T) {
 	e, d := startWithRunning(t, nil)
 	ctx, leave := context.WithCancel(t.Context())
 	answer, err := d.client.Do(d.request(t, "GET", "/service/web/logs?follow=true", nil).WithContext(ctx))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer answer.Body.Close()
 	leave()
 	waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "/logs\"") })
@@ -426,17 +422,13 @@ func TestEngineOverTLS(t *testing.T) {
 	dir := t.TempDir()
 	certificate := listener.TLS.Certificates[0]
 	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for name, block := range map[string]*pem.Block{
 		"ca.pem":   {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
 		"cert.pem": {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
 		"key.pem":  {Type: "PRIVATE KEY", Bytes: key},
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600))
 	}
 	t.Setenv("DOCKER_CERT_PATH", dir)
 	t.Setenv("DOCKER_TLS_VERIFY", "1")

@@ -85,9 +85,7 @@ func (d *disk) startEngine(t *testing.T) *machine {
 	// Pdeathsig is sent when this thread ends, which another goroutine that locks it could cause.
 	runtime.LockOSThread()
 	t.Cleanup(runtime.UnlockOSThread)
-	if err := process.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, process.Start())
 	t.Cleanup(func() {
 		process.Process.Kill()
 		process.Wait() // until all in the namespace are gone; returns that it was killed
@@ -96,9 +94,7 @@ func (d *disk) startEngine(t *testing.T) *machine {
 		}
 	})
 	engine, err := client.NewClientWithOpts(client.WithHost(host), client.WithAPIVersionNegotiation())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { engine.Close() })
 	waitFor(t, "the engine answers", func() bool {
 		_, err := engine.Ping(t.Context())
@@ -112,13 +108,9 @@ func (m *machine) filesOfImage(t *testing.T, id string) tree {
 	t.Helper()
 	config := &container.Config{Image: id, Cmd: []string{"never started"}}
 	created, err := m.engine.ContainerCreate(t.Context(), config, nil, nil, nil, "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	exported, err := m.engine.ContainerExport(t.Context(), created.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer exported.Close()
 	files := tree{}
 	for archive := tar.NewReader(exported); ; {

@@ -158,27 +158,19 @@ func (w *exploration) start() {
 		binds, err = openBinds(w.dir)
 		return err == nil || !strings.Contains(err.Error(), "in use by another daemon")
 	})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if err := binds.adopt(); err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
+	must(w.t, binds.adopt())
 	binds.beforeSync = w.mayDie
 	sdk, err := client.NewClientWithOpts(client.WithHost("tcp://engine:1"))
 	if err == nil {
 		err = client.WithHTTPClient(&http.Client{Transport: w})(sdk)
 	}
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
 	sdk.NegotiateAPIVersionPing(types.Ping{APIVersion: w.engine.dialect.newest})
 	e := &engine{}
 	e.sdk.Store(sdk)
 	cfg, err := parseConfig(nil, nil, io.Discard)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
 	server := newServer(context.Background(), context.Background(), cfg, keyDigest{}, e, binds, slog.New(slog.DiscardHandler))
 	w.daemon = server.services
 	w.daemon.fetcher.client.Transport = exploreContents{w}
@@ -424,9 +416,7 @@ func (w *exploration) send(op, env string) error {
 // use has a service that exists write to its directory, as it would, and look at what it wrote before.
 func (w *exploration) use() {
 	exists, err := w.daemon.binds.exists("web")
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
 	if !exists {
 		w.used, w.volume = "", ""
 		return
@@ -512,9 +502,7 @@ func exploreRepaired(may map[serviceState]bool) {
 func (w *exploration) judge(may map[serviceState]bool) {
 	w.use()
 	record, err := w.daemon.binds.record("web")
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
 	names, files := w.engine.names(), bindDirs(w.t, w.dir)
 	if record == nil {
 		w.promise(may[serviceState{}], "there is no service, may be %v", slices.Collect(maps.Keys(may)))

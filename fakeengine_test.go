@@ -140,9 +140,7 @@ type fakeImage struct {
 func newFakeEngine(t testing.TB) *fakeEngine {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "engine") // t.TempDir's name can be too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	e := bareFakeEngine(t)
 	e.dataRoot = t.TempDir()
 	e.socket = filepath.Join(dir, "s")

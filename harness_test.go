@@ -12,6 +12,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -69,9 +70,7 @@ func tempInMemory(t testing.TB) string {
 		memory = ""
 	}
 	dir, err := os.MkdirTemp(memory, "duxcore-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
 }
@@ -108,9 +107,7 @@ func (b *syncBuffer) String() string {
 func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon {
 	t.Helper()
 	cfg, err := parseConfig(nil, nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dir := t.TempDir()
 	if dockerHost != "" { // the engine is a fake one, which needs no disk
 		dir = tempInMemory(t)
@@ -147,9 +144,7 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 		wantNothingOpen(t, label, dir)
 	})
 	key, err := os.ReadFile(cfg.coreKeyPath)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d.key = base64.StdEncoding.EncodeToString(key)
 	d.binds = cfg.binds
 	return d
@@ -214,9 +209,7 @@ func bindDirs(t testing.TB, binds string) (names []string) {
 	t.Helper()
 	for _, dir := range []string{".", markDir, recordDir} {
 		entries, err := os.ReadDir(filepath.Join(binds, dir))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, entry := range entries {
 			if name := entry.Name(); name[0] != '.' && (dir != recordDir || !slices.Contains(names, name)) {
 				names = append(names, filepath.Join(dir, name))
@@ -237,9 +230,7 @@ type answer struct {
 func (d *daemon) request(t testing.TB, method, path string, body io.Reader) *http.Request {
 	t.Helper()
 	r, err := http.NewRequest(method, d.url+path, body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r.Header.Set("X-Duxcore-CoreKey", d.key)
 	return r
 }
@@ -247,14 +238,10 @@ func (d *daemon) request(t testing.TB, method, path string, body io.Reader) *htt
 func (d *daemon) send(t testing.TB, r *http.Request) answer {
 	t.Helper()
 	response, err := d.client.Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer response.Body.Close()
 	body, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return answer{response.StatusCode, response.Header, string(body)}
 }
 
@@ -331,10 +318,34 @@ func waitFor(t testing.TB, what string, condition func() bool) {
 	}
 }
 
+// must fails the test if what it needs cannot be had.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mountTmpfs mounts a small file system, which takes root, until the test ends.
+func mountTmpfs(t testing.TB, dir, options string) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(dir, 0o700), syscall.Mount("tmpfs", dir, "tmpfs", 0, options)); err != nil {
+		t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // poll reports whether the condition came to hold.
-func poll(condition func() bool) bool {
-	deadline := time.After(patience)
-	for every := time.Tick(2 * time.Millisecond); !condition(); {
+func poll(condition func() bool) bool { return pollFor(patience, 2*time.Millisecond, condition) }
+
+// pollFor reports whether the condition came to hold within limit, and looks now and then.
+func pollFor(limit, now time.Duration, condition func() bool) bool {
+	deadline := time.After(limit)
+	for every := time.Tick(now); !condition(); {
 		select {
 		case <-every:
 		case <-deadline:
@@ -349,27 +360,17 @@ func poll(condition func() bool) bool {
 func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
 	t.Helper()
 	cfg, err := parseConfig(nil, nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if change != nil {
 		change(&cfg)
 	}
 	binds, err := openBinds(tempInMemory(t))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(binds.close)
-	if err := binds.adopt(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, binds.adopt())
 	engine, err := newEngine(e.host())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := engine.negotiate(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, engine.negotiate(t.Context()))
 	t.Cleanup(func() { engine.api().Close() })
 	life, end := context.WithCancel(context.Background())
 	t.Cleanup(end)
@@ -382,9 +383,7 @@ func bareService(t *testing.T) (*fakeEngine, *server) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	s := bareServer(t, e, nil)
-	if err := s.services.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.services.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""))
 	return e, s
 }
 
@@ -401,9 +400,7 @@ func countCalls(calls []string, text string) (count int) {
 func wireDial(t testing.TB, d *daemon) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
 	return conn
@@ -428,9 +425,7 @@ func wireStatuses(t testing.TB, conn net.Conn) (statuses []int) {
 func wireStatus(t testing.TB, conn net.Conn) int {
 	t.Helper()
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	response.Body.Close()
 	return response.StatusCode
 }
@@ -440,16 +435,12 @@ func wireStatus(t testing.TB, conn net.Conn) int {
 func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int) {
 	t.Helper()
 	program, err := shipped()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dir := t.TempDir()
 	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"), client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
 	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
 	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+engineHost), d.log
-	if err := process.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, process.Start())
 	t.Cleanup(func() {
 		process.Process.Signal(syscall.SIGTERM)
 		if err := process.Wait(); err != nil {
@@ -460,9 +451,7 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 	waitFor(t, "the daemon listens", func() bool { return address.MatchString(d.log.String()) })
 	d.url = "http://" + address.FindStringSubmatch(d.log.String())[1]
 	key, err := os.ReadFile(filepath.Join(dir, "corekey.bin"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d.key = base64.StdEncoding.EncodeToString(key)
 	return d, process.Process.Pid
 }
@@ -471,9 +460,7 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 func wireMemory(t testing.TB, pid int) (now, peak int) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for field, value := range map[string]*int{"VmRSS": &now, "VmHWM": &peak} {
 		found := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
 		if *value, err = strconv.Atoi(string(found[1])); err != nil {
@@ -565,7 +552,7 @@ func gzipped(parts ...[]byte) []byte {
 func tgz(entries ...entry) []byte { return gzipped(archiveOf(entries...)) }
 
 // archiveOf returns a whole tar archive.
-func archiveOf(entries ...entry) []byte { return archiveOf(entries...) }
+func archiveOf(entries ...entry) []byte { return append(tarOf(entries...), tarEnd...) }
 
 // imageFile is a program of a root file system.
 func imageFile(name, content string) entry {
@@ -630,9 +617,7 @@ func readTree(t testing.TB, dir, skip string) map[string]node {
 		nodes[name] = n
 		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return nodes
 }
 
@@ -682,9 +667,7 @@ func startError(t *testing.T, change func(*config)) (log string, err error) {
 	dir := t.TempDir()
 	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir + "/binds"},
 		nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	cfg.dockerHost = "unix://" + dir + "/no-engine"
 	change(&cfg)
 	// A daemon that serves all the same is stopped, and returns nil.
@@ -698,9 +681,7 @@ func startError(t *testing.T, change func(*config)) (log string, err error) {
 func openTree(t *testing.T, dir string) *os.Root {
 	t.Helper()
 	tree, err := os.OpenRoot(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return tree
 }
 
@@ -731,9 +712,7 @@ func networks(texts ...string) (list []netip.Prefix) {
 func serveOn(t *testing.T, ip string, handler http.HandlerFunc) *httptest.Server {
 	t.Helper()
 	listener, err := net.Listen("tcp", ip+":0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := httptest.NewUnstartedServer(handler)
 	s.Listener.Close()
 	s.Listener = listener
@@ -828,30 +807,20 @@ func errorsClean(t testing.TB, d *daemon, body string) {
 func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	write := func(name, kind string, der []byte) string {
 		path := filepath.Join(t.TempDir(), name)
-		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
 		return path
 	}
 	trusted = x509.NewCertPool()
 	parsed, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	trusted.AddCert(parsed)
 	return write("cert.pem", "CERTIFICATE", der), write("key.pem", "PRIVATE KEY", keyDER), trusted
 }
@@ -861,9 +830,7 @@ func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
 func sendRaw(t testing.TB, d *daemon, text string) (a answer, closed bool) {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(patience))
 	if _, err := io.WriteString(conn, text); err != nil {
@@ -937,9 +904,7 @@ var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
 func statsOpen(t testing.TB, d *daemon, id string) statsStream {
 	t.Helper()
 	response, err := d.client.Do(d.request(t, "GET", "/service/"+id+"/stats?stream=true", nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if response.StatusCode != 200 {
 		t.Fatalf("status %d", response.StatusCode)
 	}

@@ -63,9 +63,7 @@ func TestRealEngineKeepsOnlyImportsThatSucceed(t *testing.T) {
 func (m *machine) holding(t testing.TB, marker string) (ids []string) {
 	t.Helper()
 	all, err := m.engine.ImageList(t.Context(), image.ListOptions{All: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, found := range all {
 		// Larger or older ones are not this test's. Others' images may go meanwhile.
 		if found.Size > 1<<20 || time.Since(time.Unix(found.Created, 0)) > time.Hour {
@@ -118,14 +116,10 @@ func (m *machine) breakOff(t testing.TB, archive string, bytes int) {
 	const line = `route="POST /docker/image"`
 	before := strings.Count(m.log.String(), line)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(m.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: daemon\r\nX-Duxcore-CoreKey: %s\r\nContent-Length: %d\r\n\r\n%s",
 		m.key, len(archive), archive[:bytes])
-	if err := conn.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, conn.Close())
 	waitFor(t, "the end of the upload", func() bool { return strings.Count(m.log.String(), line) > before })
 }
 
@@ -140,9 +134,7 @@ func (m *machine) loadImage(t testing.TB, config string) string {
 	manifest := fmt.Sprintf(`[{"Config":"config.json","RepoTags":[%q],"Layers":["layer.tar"]}]`, name)
 	answer, err := m.engine.ImageLoad(t.Context(), bytes.NewReader(archiveOf(
 		imageFile("manifest.json", manifest), imageFile("config.json", image), imageFile("layer.tar", layer))))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer answer.Body.Close()
 	m.cleanUp(t, m.binds, name)
 	if text, err := io.ReadAll(answer.Body); err != nil || !bytes.Contains(text, []byte(name)) {

@@ -27,9 +27,7 @@ func (m *machine) imageWithVolume(t testing.TB) string {
 	archive := archiveOf(imageFile("probe", buildProbe(t)))
 	progress, err := m.engine.ImageImport(t.Context(), image.ImportSource{Source: bytes.NewReader(archive), SourceName: "-"}, ref,
 		image.ImportOptions{Changes: []string{"VOLUME /vol", "ENV FROM_IMAGE=underneath"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer progress.Close()
 	m.cleanUp(t, m.binds, ref)
 	if text, err := io.ReadAll(progress); err != nil || !bytes.Contains(text, []byte("sha256:")) {
@@ -195,14 +193,10 @@ func TestDeleteRemovesWhatIsLeft(t *testing.T) {
 	for name, lose := range map[string]func(t testing.TB, id string){
 		"nothing is lost": func(t testing.TB, id string) {},
 		"the directory is lost": func(t testing.TB, id string) {
-			if err := os.RemoveAll(filepath.Join(m.binds, id)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.RemoveAll(filepath.Join(m.binds, id)))
 		},
 		"the container is lost": func(t testing.TB, id string) {
-			if err := m.engine.ContainerRemove(t.Context(), id, container.RemoveOptions{Force: true}); err != nil {
-				t.Fatal(err)
-			}
+			must(t, m.engine.ContainerRemove(t.Context(), id, container.RemoveOptions{Force: true}))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -259,9 +253,7 @@ func TestServicesAreMadeAgainAfterTheirContainersAreGone(t *testing.T) {
 
 	m.restarted(t, func() {
 		for _, c := range m.containers(t, m.binds) {
-			if err := m.engine.ContainerRemove(t.Context(), c.ID, container.RemoveOptions{Force: true, RemoveVolumes: true}); err != nil {
-				t.Fatal(err)
-			}
+			must(t, m.engine.ContainerRemove(t.Context(), c.ID, container.RemoveOptions{Force: true, RemoveVolumes: true}))
 		}
 	})
 	wantSame("after all containers were removed")

@@ -24,9 +24,7 @@ func TestCreateOfATakenIDTouchesNothingEvenIfTheEngineCannotInspectIt(t *testing
 	d := startDaemon(t, e.host(), nil)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	before, err := os.Stat(filepath.Join(d.binds, "web"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
 		if !strings.HasSuffix(r.URL.Path, "/web/json") {
 			return false
@@ -76,9 +74,7 @@ func TestIDThatSeveralContainerIDsBeginWith(t *testing.T) {
 		e.addForeign(name, nil)
 		e.byName(name).ID = "78" + e.byName(name).ID[2:]
 	}
-	if err := os.Mkdir(filepath.Join(d.binds, "78"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(filepath.Join(d.binds, "78"), 0o700))
 	d.do(t, "GET", "/service/78", "").want(t, 404)
 	d.do(t, "DELETE", "/service/78", "").want(t, 204)
 	d.do(t, "POST", "/service", createBodyJSON("78", "")).want(t, 201)
@@ -209,9 +205,7 @@ func TestDamagedRecordIsAnErrorAndCostsNothing(t *testing.T) {
 		if !strings.Contains(d.log.String(), "the record is damaged") {
 			t.Errorf("the log: %s", d.log)
 		}
-		if err := os.WriteFile(name, good, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(name, good, 0o600))
 		if after := state(t, e, d); after != before {
 			t.Errorf("before%s\nafter%s", before, after)
 		}
@@ -484,9 +478,7 @@ func TestWaiterThatGivesUpLeavesTheQueue(t *testing.T) {
 	t.Parallel()
 	locks := newKeyedMutex()
 	unlock, err := locks.lock(t.Context(), "web")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := locks.lock(gone, "web"); err != errBusy {
@@ -496,4 +488,19 @@ func TestWaiterThatGivesUpLeavesTheQueue(t *testing.T) {
 	if len(locks.slots) > 0 {
 		t.Errorf("%d mutexes are left", len(locks.slots))
 	}
+}
+
+func TestRestartThatFailsLeavesTheServiceRunning(t *testing.T) {
+	t.Parallel()
+	e, d := startWithRunning(t, nil)
+	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
+	before := state(t, e, d)
+	e.answerWith("/containers/create", 500, `{"message":"no space left"}`)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 502)
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
+	}
+	e.setIntercept(nil)
+	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
+	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
 }

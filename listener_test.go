@@ -77,9 +77,7 @@ func TestReplacedTLSConnectionIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	cert, key, trusted := selfSigned(t)
 	pair, err := tls.LoadX509KeyPair(cert, key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	client, server := net.Pipe()
 	defer client.Close()
 	conn := tls.Server(server, &tls.Config{Certificates: []tls.Certificate{pair}, SessionTicketsDisabled: true})

@@ -40,9 +40,7 @@ type machine struct {
 func newMachine(t testing.TB, change func(*config)) *machine {
 	t.Helper()
 	engine, err := client.NewClientWithOpts(client.FromEnv, client.WithAPIVersionNegotiation())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if _, err := engine.Ping(t.Context()); err != nil {
 		t.Fatalf("these tests need a Docker Engine: %v", err)
 	}
@@ -57,9 +55,7 @@ func newMachine(t testing.TB, change func(*config)) *machine {
 func buildProbe(t testing.TB) string {
 	t.Helper()
 	binary, err := builtProbe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return binary
 }
 
@@ -112,9 +108,7 @@ func (m *machine) containers(t testing.TB, binds string) []container.Summary {
 	t.Helper()
 	list, err := m.engine.ContainerList(context.Background(), container.ListOptions{
 		All: true, Filters: filters.NewArgs(filters.Arg("label", labelBinds+"="+binds))})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return list
 }
 
@@ -189,27 +183,21 @@ func (m *machine) foreign(t testing.TB, name string, labels map[string]string, m
 	}
 	created, err := m.engine.ContainerCreate(t.Context(), &container.Config{Image: m.image, Labels: labels,
 		Cmd: []string{"/probe", "run", "/tmp"}, WorkingDir: "/tmp"}, host, nil, nil, name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() {
 		err := m.engine.ContainerRemove(context.Background(), created.ID, container.RemoveOptions{Force: true})
 		if err != nil && !errdefs.IsNotFound(err) {
 			t.Error(err)
 		}
 	})
-	if err := m.engine.ContainerStart(t.Context(), created.ID, container.StartOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	must(t, m.engine.ContainerStart(t.Context(), created.ID, container.StartOptions{}))
 	return created.ID
 }
 
 // restarted stops the daemon, has something done meanwhile, and starts one on the same bind root.
 func (m *machine) restarted(t *testing.T, meanwhile func()) {
 	t.Helper()
-	if err := m.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, m.stop())
 	meanwhile()
 	m.daemon = startDaemon(t, "", func(c *config) { c.binds = m.binds })
 }
@@ -234,12 +222,8 @@ func (m *machine) report(t testing.TB, id string) (r report) {
 	path := filepath.Join(m.binds, id, "report.json")
 	waitFor(t, "the probe's report", func() bool { _, err := os.Stat(path); return err == nil })
 	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, os.Remove(path))
 	decode(t, string(text), &r)
 	return r
 }
@@ -281,21 +265,15 @@ func decode(t testing.TB, text string, v any) {
 func toJSON(t testing.TB, v any) string {
 	t.Helper()
 	text, err := json.Marshal(v)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return string(text)
 }
 
 // writeFile writes a file and makes the directories that it is in.
 func writeFile(t testing.TB, path, content string) {
 	t.Helper()
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	must(t, os.WriteFile(path, []byte(content), 0o644))
 }
 
 func wantFile(t testing.TB, path, content string) {
@@ -309,14 +287,10 @@ func wantFile(t testing.TB, path, content string) {
 func freePorts(t testing.TB) (tcp, udp string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer listener.Close()
 	packets, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer packets.Close()
 	_, tcp, _ = net.SplitHostPort(listener.Addr().String())
 	_, udp, _ = net.SplitHostPort(packets.LocalAddr().String())
@@ -327,9 +301,7 @@ func freePorts(t testing.TB) (tcp, udp string) {
 func ask(t testing.TB, network, address string) string {
 	t.Helper()
 	conn, err := net.DialTimeout(network, address, 10*time.Second)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(10 * time.Second))
 	if _, err := io.WriteString(conn, "hello\n"); err != nil {

@@ -166,14 +166,10 @@ func TestVersionIsAFlagAlone(t *testing.T) {
 func TestSystemdIsToldWhenTheDaemonIsReady(t *testing.T) {
 	socket := t.TempDir() + "/notify"
 	systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer systemd.Close()
 	raw, err := systemd.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	told := func() (said string) { // without waiting: what was sent is there
 		text := make([]byte, 64)
 		raw.Read(func(fd uintptr) bool {
@@ -243,9 +239,7 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	dir := t.TempDir()
-	if err := errors.Join(os.Mkdir(dir+"/real", 0o755), os.Symlink("real", dir+"/link")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Mkdir(dir+"/real", 0o755), os.Symlink("real", dir+"/link")))
 	d := startDaemon(t, e.host(), func(c *config) { c.binds = dir + "/link" })
 	if info, err := os.Stat(dir + "/real"); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("%v, %v", info.Mode(), err)
@@ -259,9 +253,7 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 func TestBadBindRootStopsTheDaemon(t *testing.T) {
 	t.Parallel()
 	file := t.TempDir() + "/file"
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, nil, 0o600))
 	for _, path := range []string{file, file + "/below", "/proc/binds", "/dev/null"} {
 		if _, err := startError(t, func(c *config) { c.binds = path }); err == nil {
 			t.Errorf("runs with the bind root %s", path)
@@ -295,9 +287,7 @@ func TestAddressInUseStopsTheDaemonBeforeItCreatesAnything(t *testing.T) {
 
 func TestGoHasTheFixesOfOsRoot(t *testing.T) {
 	text, err := os.ReadFile("go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, rest, _ := strings.Cut(string(text), "\ngo ")
 	asked, _, _ := strings.Cut(rest, "\n")
 	if goversion.Compare("go"+asked, "go1.26.5") < 0 {
@@ -365,9 +355,7 @@ func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 	t.Parallel()
 	e, s := bareService(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	failing := &failingListener{listener, make(chan struct{})}
 	served := make(chan error, 1)
 	serving, stop := context.WithCancel(t.Context())

@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -490,9 +489,7 @@ func TestLimitsOfTheAPIDocument(t *testing.T) {
 		}
 		if media, ok := op.RequestBody.Content["application/json"]; ok {
 			var example any
-			if err := json.Unmarshal([]byte(op.bodies()[0]), &example); err != nil {
-				t.Fatal(err)
-			}
+			must(t, json.Unmarshal([]byte(op.bodies()[0]), &example))
 			media.Schema.vary(example, "", func(value any, field string) {
 				try(media.Schema.fits(value), field, "", apiText(value, true))
 			})
@@ -553,11 +550,7 @@ var apiFailures = map[string]struct {
 		if os.Geteuid() != 0 {
 			t.Skip("mounts a file system, which takes root")
 		}
-		dir := filepath.Join(w.binds, recordDir)
-		if err := cmp.Or(os.MkdirAll(dir, 0o700), syscall.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=1")); err != nil {
-			t.Fatal("this test needs CAP_SYS_ADMIN too: ", err)
-		}
-		t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+		mountTmpfs(t, filepath.Join(w.binds, recordDir), "nr_inodes=1")
 	}},
 	"ImageGone": {setUp: func(t *testing.T, w apiWorld) { w.do(t, "DELETE", "/docker/image/"+w.image, "").want(t, 204) }},
 	"ImageInUse": {setUp: func(t *testing.T, w apiWorld) {
@@ -616,9 +609,7 @@ func apiCreate(extra string) string { return createBodyJSON("demo", apiImage+","
 // apiRecord writes the record of the service demo.
 func apiRecord(t *testing.T, w apiWorld, text string) {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(w.binds, recordDir, "demo"), []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(w.binds, recordDir, "demo"), []byte(text), 0o600))
 }
 
 func apiHaste(c *config) {
@@ -633,9 +624,7 @@ func apiStop(t *testing.T, w apiWorld) {
 func apiMuteEngine(t *testing.T, w apiWorld) {
 	w.fakeEngine.close()
 	listener, err := net.Listen("unix", w.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { listener.Close() })
 	w.do(t, "GET", "/service/demo", "") // no connection of the earlier engine's is used after
 }
@@ -646,9 +635,7 @@ var anyID = regexp.MustCompile(`[0-9a-f]{64}`)
 func (b apiBody) wantExample(t *testing.T, name string, a answer) {
 	t.Helper()
 	var got any
-	if err := json.Unmarshal([]byte(a.body), &got); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(a.body), &got))
 	example := b.Content["application/json"].Examples[name].Value
 	is, want := anyID.ReplaceAllString(apiText(got, true), "ID"), anyID.ReplaceAllString(apiText(example, true), "ID")
 	if is != want {

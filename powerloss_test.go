@@ -37,9 +37,7 @@ var diskKinds = map[string]struct{ mkfs, mount string }{
 func newDisk(t *testing.T, kind string) *disk {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "image")
-	if err := cmp.Or(os.WriteFile(image, nil, 0o600), os.Truncate(image, 128<<20)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmp.Or(os.WriteFile(image, nil, 0o600), os.Truncate(image, 128<<20)))
 	command(t, "mkfs.ext4", "-q", "-b1024", "-I1024", "-N5000", "-Elazy_itable_init=0", diskKinds[kind].mkfs, image)
 	d := &disk{kind, image, t.TempDir()}
 	d.mount(t)
@@ -154,9 +152,7 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 				}
 				keyFile, root := filepath.Join(keys.dir, "corekey.bin"), filepath.Join(binds.dir, "lib", "binds")
 				if anotherDied { // before it synced what it had made
-					if err := cmp.Or(os.WriteFile(keyFile, make([]byte, 32), 0o600), os.MkdirAll(filepath.Join(root, markDir), 0o700)); err != nil {
-						t.Fatal(err)
-					}
+					must(t, cmp.Or(os.WriteFile(keyFile, make([]byte, 32), 0o600), os.MkdirAll(filepath.Join(root, markDir), 0o700)))
 				}
 				d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath, c.binds = keyFile, root })
 				key, err := base64.StdEncoding.DecodeString(d.key)
@@ -221,9 +217,7 @@ func (p *powerCuts) withRecords(t *testing.T) tree {
 	all := maps.Clone(p.want)
 	for _, id := range p.ids {
 		text, err := os.ReadFile(filepath.Join(p.daemon.binds, recordDir, id))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		all["binds/.services/"+id] = describePath(0o600, owner{}, string(text))
 	}
 	return all
@@ -238,9 +232,7 @@ func (p *powerCuts) request(t *testing.T, method, path, body string, status int)
 	left := p.disk.afterCut(t)
 	answered := p.services(t)
 	want := p.withRecords(t)
-	if err := p.daemon.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.daemon.stop())
 	p.disk = left
 	// A machine does this when it starts; the status is 1 if something was repaired. Without a journal it always is.
 	check := exec.Command("e2fsck", "-fy", left.image)
@@ -292,9 +284,7 @@ func testPowerCuts(t *testing.T, d *disk) {
 	p.create(t, "bare", `"env":["A=1"],"max_ram":67108864,"port_map":{"80/tcp":{"HostPort":"8080"}}`, public)
 
 	dir := filepath.Join(p.daemon.binds, "taken")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(dir, 0o700))
 	command(t, "sync", dir, p.daemon.binds)
 	p.create(t, "taken", `"user":"1234:2345"`, theirs)
 

@@ -319,9 +319,7 @@ func TestLogNamesWhatIsChanged(t *testing.T) {
 	d.do(t, "POST", "/service/web/ctl", `{"op":"`+strings.Repeat("x", 60_000)+`"}`).want(t, 400)
 	d.do(t, "GET", "/service/"+strings.Repeat("y", 9_000), "").want(t, 404)
 	d.do(t, "DELETE", "/service/web", "").want(t, 204)
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	log := d.log.String()
 	for _, want := range []string{"id=" + id + " status=201", "id=" + id + " status=204", "op=import_image", "op=remove_image", "op=delete"} {
 		if !strings.Contains(log, want) {
@@ -428,9 +426,7 @@ func TestServesTLS(t *testing.T) {
 	transport.ForceAttemptHTTP2 = true
 	transport.TLSClientConfig = &tls.Config{RootCAs: trusted}
 	response, err := d.client.Do(d.request(t, "GET", "/health", nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	response.Body.Close()
 	if response.StatusCode != 204 || response.Proto != "HTTP/1.1" {
 		t.Errorf("%s in %s", response.Status, response.Proto)
@@ -474,9 +470,7 @@ func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.clientWrite = 100 * time.Millisecond })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	c, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer c.Close()
 	answers := bufio.NewReader(c)
 	head := "Host: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
@@ -548,9 +542,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 		c.fetchAllow, c.maxBindBytes, c.maxImageBytes = networks("127.0.0.0/8"), 1<<20, 64<<10
 	})
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	if err := os.MkdirAll(filepath.Join(d.binds, "taken", "full"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(filepath.Join(d.binds, "taken", "full"), 0o700))
 	type request struct{ method, path, body string }
 	requests := []request{
 		{"GET", "/nowhere", ""}, {"PUT", "/service", ""}, {"GET", "/service/%00", ""}, {"GET", "/service/" + strings.Repeat("a", 1000), ""},
@@ -595,14 +587,10 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 
 	// Our own fault.
 	marks := filepath.Join(d.binds, markDir)
-	if err := os.Rename(marks, marks+"-away"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(marks, marks+"-away"))
 	a := d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 500)
 	errorsClean(t, d, a.body)
-	if err := os.Rename(marks+"-away", marks); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(marks+"-away", marks))
 
 	// What the engine says is passed on, for operators: as it is, but no more than they read.
 	for message, passed := range map[string]string{
@@ -653,9 +641,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
 	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer listener.Close()
 	go func() { // ends with the listener
 		for {

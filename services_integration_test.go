@@ -109,9 +109,7 @@ func TestStdinIsOpenOrClosed(t *testing.T) {
 			id := m.create(t, `"cmd":["/probe","stdin","/data"],`+test.extra)
 			if test.send != "" {
 				attached, err := m.engine.ContainerAttach(t.Context(), id, container.AttachOptions{Stream: true, Stdin: true})
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				defer attached.Close()
 				m.ctl(t, id, "start")
 				if _, err := io.WriteString(attached.Conn, test.send); err != nil {

@@ -128,9 +128,7 @@ func TestImagesNumericUserOwnsTheBindDirectory(t *testing.T) {
 		d := startDaemon(t, e.host(), nil)
 		d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"user":%q`, test.user))).want(t, 201)
 		info, err := os.Stat(filepath.Join(d.binds, "web"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if stat := info.Sys().(*syscall.Stat_t); stat.Uid != test.uid || stat.Gid != test.gid {
 			t.Errorf("%+v: the owner is %d:%d", test, stat.Uid, stat.Gid)
 		}
@@ -285,9 +283,7 @@ func TestServiceThatTheEngineRefusesLeavesNothing(t *testing.T) {
 	var answer struct {
 		ID string `json:"image_id"`
 	}
-	if err := json.Unmarshal([]byte(imported.body), &answer); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(imported.body), &answer))
 	before := state(t, e, d)
 	for _, test := range []struct {
 		extra  string
@@ -489,9 +485,7 @@ func FuzzServiceID(f *testing.F) {
 	for _, id := range badIDs {
 		f.Add(id.path)
 		var decoded string
-		if err := json.Unmarshal([]byte(id.json), &decoded); err != nil {
-			f.Fatal(err)
-		}
+		must(f, json.Unmarshal([]byte(id.json), &decoded))
 		f.Add(decoded)
 	}
 	for _, good := range []string{"web", "a1", "A_b-9", strings.Repeat("z", 63), "containers", "json", "create", "service", "ctl"} {
@@ -524,9 +518,7 @@ func FuzzServiceID(f *testing.F) {
 			return false
 		})
 		body, err := json.Marshal(map[string]any{"type": "raw", "params": map[string]string{"id": id, "image": "img:1", "bind_dir": "/data"}})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if a := d.do(t, "POST", "/service", string(body)); (a.status == 201) != plainID(id) {
 			t.Errorf("create %q: %d %s", id, a.status, a.body)
 		}
@@ -593,9 +585,7 @@ func granted(t *testing.T, change func(*config), extra string) string {
 	})
 	d.do(t, "POST", "/service", createBodyJSON("web", extra)).want(t, 201)
 	var config map[string]any
-	if err := json.Unmarshal(<-sent, &config); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal(<-sent, &config))
 	host := config["HostConfig"].(map[string]any)
 	delete(config, "HostConfig")
 	lines := strings.ReplaceAll(fieldLines("", config)+fieldLines("HostConfig.", host), d.binds, "BINDS")

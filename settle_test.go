@@ -154,9 +154,7 @@ func (f found) put(t *testing.T, e *fakeEngine, b *bindRoot, image string, runni
 	if f.marked {
 		err = errors.Join(err, b.mark("web"))
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 }
 
 // foundNow returns the state that there is.
@@ -171,9 +169,7 @@ func foundNow(t *testing.T, e *fakeEngine, b *bindRoot) found {
 		}
 	}
 	record, err := b.record("web")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if record != nil {
 		f.record = record.Params.Env[0]
 		if record.Pending != nil {
@@ -207,9 +203,7 @@ func TestServiceRenamedByHandIsAConflictAndKeepsItsData(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	data := filepath.Join(d.binds, "web", "data")
-	if err := os.WriteFile(data, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(data, []byte("precious"), 0o600))
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	d.do(t, "PATCH", "/service/web/env", `{"A":"2"}`).want(t, 204)
 	e.rename("web", "old")
@@ -267,9 +261,7 @@ func TestEngineThatListsNothingForAMomentCostsNoService(t *testing.T) {
 	e, d := startWithService(t)
 	before := state(t, e, d)
 	e.answerWith("/containers/json", 200, "[]")
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 409)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409)
@@ -286,9 +278,7 @@ func TestEngineThatListsNothingForAMomentStopsNoService(t *testing.T) {
 	e, server := bareService(t)
 	s := server.services
 	err := errors.Join(s.change(t.Context(), "web", s.start), s.setEnv(t.Context(), "web", []string{"A=1"}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	e.answerWith("/containers/json", 200, "[]")
 	s.settleAll(t.Context())
 	e.setIntercept(nil)
@@ -354,9 +344,7 @@ func TestHungCallOfTheFirstRoundIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	binds := filepath.Join(t.TempDir(), "binds")
-	if err := os.MkdirAll(filepath.Join(binds, recordDir), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(filepath.Join(binds, recordDir), 0o700))
 	hung := halfDone(e, binds, "hangs")
 	_, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "DELETE /containers/"+hung) })
 	d := startDaemon(t, e.host(), func(c *config) { c.binds, c.timeouts.settleInterval = binds, 100*time.Millisecond })
@@ -369,9 +357,7 @@ func TestHungCallOfTheFirstRoundIsNotWaitedFor(t *testing.T) {
 func TestEngineThatStartsAfterTheDaemonIsFoundSoon(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	e.prune()
 	e.close()
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
@@ -451,9 +437,7 @@ func TestRestoredBindRootMakesAllServicesAgain(t *testing.T) {
 	extra := `"env":["A=<&>"],"max_ram":67108864,"max_cpu":50000,"port_map":{"80/tcp":{"HostPort":"8080"}},"cmd":["x"],"user":"1000:5"`
 	d.do(t, "POST", "/service", createBodyJSON("full", extra)).want(t, 201)
 	before, _ := e.container("full")
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	machine := newFakeEngine(t)
 	machine.images = e.images
 	startDaemon(t, machine.host(), func(c *config) { c.binds = d.binds })

@@ -218,9 +218,7 @@ func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	}()
 	defer close(done)
 	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer idle.Close()
 	io.WriteString(idle, "GET /service/web/stats?stream=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
 	stream := statsOpen(t, d, "web")

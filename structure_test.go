@@ -34,9 +34,7 @@ var upwards = []string{
 func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info *types.Info, pkg *types.Package) {
 	t.Helper()
 	list, err := exec.Command("go", "list", "-export", "-deps", "-json=ImportPath,Export,DepOnly,GoFiles", ".").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	fset, files = token.NewFileSet(), map[string]*ast.File{}
 	exports, parsed := map[string]string{}, []*ast.File(nil)
 	for decoder := json.NewDecoder(bytes.NewReader(list)); decoder.More(); {
@@ -45,27 +43,21 @@ func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info
 			DepOnly            bool
 			GoFiles            []string
 		}
-		if err := decoder.Decode(&p); err != nil {
-			t.Fatal(err)
-		}
+		must(t, decoder.Decode(&p))
 		exports[p.ImportPath] = p.Export
 		for _, name := range p.GoFiles {
 			if p.DepOnly {
 				break
 			}
 			file, err := parser.ParseFile(fset, name, nil, parser.ParseComments)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			files[strings.TrimSuffix(name, ".go")], parsed = file, append(parsed, file)
 		}
 	}
 	lookup := func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) }
 	info = &types.Info{Uses: map[*ast.Ident]types.Object{}}
 	pkg, err = (&types.Config{Importer: importer.ForCompiler(fset, "gc", lookup)}).Check("main", fset, parsed, info)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return fset, files, info, pkg
 }
 
@@ -109,9 +101,7 @@ func TestFilesAndFunctionsAreShort(t *testing.T) {
 	comment := regexp.MustCompile(`^\s*(//.*)?$`)
 	for name, file := range files {
 		text, err := os.ReadFile(name + ".go")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		code := 0
 		for i, line := range strings.Split(string(text), "\n") {
 			if len(line) > 110 {
