@@ -74,11 +74,12 @@ func TestNothingWithoutTheCoreKey(t *testing.T) {
 	before := len(e.calls())
 
 	requests := []string{
-		"GET /", "GET /nothing", "GET /v1", "GET /v2/service", "DELETE /service", "PUT /service/web", "GET /docker/image",
-		"OPTIONS *", "OPTIONS /service", "TRACE /service", "HEAD /service", "BREW /health", "CONNECT example.com:80",
-		"CONNECT /service", "GET //", "GET //service", "GET /../", "GET /../service", "GET /service/", "GET /service//ctl",
-		"GET /service/.", "GET /service/..", "GET /service/%2e%2e", "GET /service/%2F", "GET /service/%00",
-		"GET http://127.0.0.1/service", "GET /health?x=1", "GET /service/web;x=1", "GET /favicon.ico",
+		"GET /", "GET /nothing", "GET /v1", "GET /v2/service", "DELETE /service", "PUT /service/web",
+		"GET /docker/image", "OPTIONS *", "OPTIONS /service", "TRACE /service", "HEAD /service", "BREW /health",
+		"CONNECT example.com:80", "CONNECT /service", "GET //", "GET //service", "GET /../", "GET /../service",
+		"GET /service/", "GET /service//ctl", "GET /service/.", "GET /service/..", "GET /service/%2e%2e",
+		"GET /service/%2F", "GET /service/%00", "GET http://127.0.0.1/service", "GET /health?x=1",
+		"GET /service/web;x=1", "GET /favicon.ico",
 	}
 	for _, rt := range (&server{}).routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
@@ -87,8 +88,10 @@ func TestNothingWithoutTheCoreKey(t *testing.T) {
 	}
 	for name, header := range wrongKeys(plusSlashKey) {
 		for _, request := range requests {
-			a, closed := sendRaw(t, d, request+" HTTP/1.1\r\nHost: h\r\n"+header+"Content-Length: 14\r\n\r\n"+`{"op":"start"}`)
-			if body := strings.TrimSuffix(a.body, "\n"); a.status != 401 || (body != unauthorizedBody && !strings.HasPrefix(request, "HEAD")) {
+			a, closed := sendRaw(t, d,
+				request+" HTTP/1.1\r\nHost: h\r\n"+header+"Content-Length: 14\r\n\r\n"+`{"op":"start"}`)
+			if body := strings.TrimSuffix(a.body, "\n"); a.status != 401 ||
+				(body != unauthorizedBody && !strings.HasPrefix(request, "HEAD")) {
 				t.Fatalf("%s with the key %s: %d %s", request, name, a.status, a.body)
 			}
 			if !closed {
@@ -105,7 +108,8 @@ func TestBodyWithoutTheCoreKeyIsNotRead(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	before := len(e.calls())
-	for _, framing := range []string{"Content-Length: 17179869184\r\n", "Transfer-Encoding: chunked\r\n", "Content-Length: 9\r\nExpect: 100-continue\r\n"} {
+	for _, framing := range []string{"Content-Length: 17179869184\r\n", "Transfer-Encoding: chunked\r\n",
+		"Content-Length: 9\r\nExpect: 100-continue\r\n"} {
 		a, closed := sendRaw(t, d, "POST /docker/image HTTP/1.1\r\nHost: h\r\n"+framing+"\r\n")
 		if a.status != 401 || !closed {
 			t.Errorf("%q: status %d, closed %v", framing, a.status, closed)
@@ -145,7 +149,8 @@ func TestCoreKeyThatCannotBeWrittenLeavesNothing(t *testing.T) {
 	program, err := shipped()
 	must(t, err)
 	dir := t.TempDir()
-	out, err := exec.Command("sh", "-c", `ulimit -f 0; exec "$0" -addr 127.0.0.1:0 -corekey "$1/corekey.bin" -binds "$1/binds"`,
+	out, err := exec.Command("sh", "-c",
+		`ulimit -f 0; exec "$0" -addr 127.0.0.1:0 -corekey "$1/corekey.bin" -binds "$1/binds"`,
 		fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), dir).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "cannot create the core key: write "+dir+"/corekey.bin") {
 		t.Errorf("the daemon ended with %v: %s", err, out)
@@ -155,13 +160,15 @@ func TestCoreKeyThatCannotBeWrittenLeavesNothing(t *testing.T) {
 	}
 }
 
-// A power cut on ext4 cannot show that the directory is synced, because fsync of a new file there syncs its name too.
+// A power cut on ext4 cannot show that the directory is synced, because fsync of a new file there syncs its
+// name too.
 func TestCoreKeyWhoseDirectoryCannotBeSyncedIsNotCreated(t *testing.T) {
 	t.Parallel()
 	const nobody = 65534
 	dir := t.TempDir()
 	t.Cleanup(func() { os.Chmod(dir, 0o700) })
-	if err := cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)); err != nil { // it can be written, not opened
+	// it can be written, not opened
+	if err := cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)); err != nil {
 		t.Fatal(err)
 	}
 	created := make(chan error)
@@ -219,7 +226,8 @@ func TestBadCoreKeyFileStopsTheDaemon(t *testing.T) {
 		if strings.Contains(err.Error()+log, secret) {
 			t.Errorf("%s: the key is in the error or the log: %v %s", test.name, err, log)
 		}
-		if after, _ := os.Lstat(path); before != nil && (!os.SameFile(before, after) || after.ModTime() != before.ModTime()) {
+		if after, _ := os.Lstat(path); before != nil &&
+			(!os.SameFile(before, after) || after.ModTime() != before.ModTime()) {
 			t.Errorf("%s: the file was changed", test.name)
 		}
 	}
@@ -238,7 +246,8 @@ func TestCoreKeyOfEveryAllowedLengthWorks(t *testing.T) {
 
 func TestCoreKeyThatOthersCanReadIsAWarning(t *testing.T) {
 	t.Parallel()
-	for mode, warned := range map[os.FileMode]bool{0o600: false, 0o400: false, 0o640: true, 0o604: true, 0o644: true} {
+	for mode, warned := range map[os.FileMode]bool{0o600: false, 0o400: false, 0o640: true, 0o604: true,
+		0o644: true} {
 		path := filepath.Join(t.TempDir(), "corekey.bin")
 		must(t, errors.Join(os.WriteFile(path, plusSlashKey, 0o600), os.Chmod(path, mode)))
 		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath = path })
@@ -274,9 +283,10 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 	for _, call := range []struct{ method, path, body string }{
 		{"POST", "/service", createBodyJSON("web", "")}, {"POST", "/service", createBodyJSON("web", "")},
 		{"POST", "/service", createBodyJSON("other", `"bind_contents":"`+contents.URL+`"`)},
-		{"POST", "/service", "{"}, {"POST", "/service/web/ctl", `{"op":"start"}`}, {"PATCH", "/service/web/env", `{"A":"1"}`},
-		{"POST", "/service/web/ctl", `{"op":"restart"}`}, {"GET", "/service/web", ""}, {"GET", "/service", ""},
-		{"POST", "/docker/image", wholeTar()}, {"POST", "/docker/image", "x"}, {"GET", "/nothing", ""}, {"PUT", "/service", ""},
+		{"POST", "/service", "{"}, {"POST", "/service/web/ctl", `{"op":"start"}`},
+		{"PATCH", "/service/web/env", `{"A":"1"}`}, {"POST", "/service/web/ctl", `{"op":"restart"}`},
+		{"GET", "/service/web", ""}, {"GET", "/service", ""}, {"POST", "/docker/image", wholeTar()},
+		{"POST", "/docker/image", "x"}, {"GET", "/nothing", ""}, {"PUT", "/service", ""},
 		{"DELETE", "/service/web", ""}, {"DELETE", "/service/web", ""},
 	} {
 		a := d.do(t, call.method, call.path, call.body)

@@ -24,7 +24,8 @@ func TestBindDirectoryIsWrittenOnBothSides(t *testing.T) {
 	if got, want := m.report(t, id).Files["from-host"], "0:0 -rw------- written outside"; got != want {
 		t.Errorf("the service sees %q, want %q", got, want)
 	}
-	if text, err := os.ReadFile(filepath.Join(m.binds, id, "from-container")); err != nil || string(text) != "written inside" {
+	if text, err := os.ReadFile(filepath.Join(m.binds, id, "from-container")); err != nil ||
+		string(text) != "written inside" {
 		t.Errorf("the host reads %q, %v", text, err)
 	}
 }
@@ -43,7 +44,8 @@ func TestBindContentsArriveInTheService(t *testing.T) {
 			id := m.create(t, fmt.Sprintf(`"user":%q,"bind_contents":"%s/a.tar.gz"`, user, url))
 			m.ctl(t, id, "start")
 			files := m.report(t, id).Files
-			for name, want := range map[string]string{"dir": "drwxr-x--- ", "dir/program": "-rwxr-xr-x contents", "link": "Lrwxrwxrwx "} {
+			for name, want := range map[string]string{"dir": "drwxr-x--- ", "dir/program": "-rwxr-xr-x contents",
+				"link": "Lrwxrwxrwx "} {
 				if want = owner + " " + want; files[name] != want {
 					t.Errorf("%s: the service sees %q, want %q", name, files[name], want)
 				}
@@ -117,11 +119,15 @@ func TestMovedBindRootGivesNobodyAnothersData(t *testing.T) {
 			move(t, m.binds)
 			for _, request := range []struct{ method, path, body string }{
 				{"DELETE", "/service/" + id, ""}, {"POST", "/service", createBodyJSON(newID(), "")},
-				{"PUT", "/service/" + id, createBodyJSON(id, fmt.Sprintf(`"image":%q`, m.image))}, {"PATCH", "/service/" + id + "/env", "{}"},
-				{"POST", "/service/" + id + "/ctl", `{"op":"start"}`}, {"POST", "/service/" + id + "/ctl", `{"op":"stop"}`},
-				{"POST", "/service/" + id + "/ctl", `{"op":"restart"}`}, {"POST", "/service/" + id + "/ctl", `{"op":"kill"}`}, {"GET", "/health", ""},
+				{"PUT", "/service/" + id, createBodyJSON(id, fmt.Sprintf(`"image":%q`, m.image))},
+				{"PATCH", "/service/" + id + "/env", "{}"},
+				{"POST", "/service/" + id + "/ctl", `{"op":"start"}`},
+				{"POST", "/service/" + id + "/ctl", `{"op":"stop"}`},
+				{"POST", "/service/" + id + "/ctl", `{"op":"restart"}`},
+				{"POST", "/service/" + id + "/ctl", `{"op":"kill"}`}, {"GET", "/health", ""},
 			} {
-				m.do(t, request.method, request.path, request.body).want(t, http.StatusServiceUnavailable, "bind_root_moved")
+				m.do(t, request.method, request.path, request.body).want(t, http.StatusServiceUnavailable,
+					"bind_root_moved")
 			}
 			m.restarted(t, func() {})
 			m.ctl(t, id, "start")

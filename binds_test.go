@@ -44,7 +44,8 @@ func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	for _, target := range []string{"web", "../web", "/etc"} {
 		e, d := startWithService(t)
 		data := filepath.Join(d.binds, "web", "data")
-		must(t, errors.Join(os.WriteFile(data, []byte("precious"), 0o600), os.Symlink(target, filepath.Join(d.binds, "link"))))
+		must(t, errors.Join(os.WriteFile(data, []byte("precious"), 0o600),
+			os.Symlink(target, filepath.Join(d.binds, "link"))))
 		d.do(t, "POST", "/service", createBodyJSON("link", "")).want(t, 409)
 		d.do(t, "DELETE", "/service/link", "").want(t, 204)
 		if got := bindDirs(t, d.binds); !slices.Equal(got, []string{"web"}) || len(e.names()) != 1 {
@@ -56,8 +57,9 @@ func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	}
 }
 
-// The bind root is moved to another disk and a link is left, or a disk is mounted over it, while the daemon runs.
-// The engine resolves the path at each start, so it would mount a directory that the daemon cannot delete.
+// The bind root is moved to another disk and a link is left, or a disk is mounted over it, while the daemon
+// runs. The engine resolves the path at each start, so it would mount a directory that the daemon cannot
+// delete.
 func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -66,10 +68,11 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 	must(t, errors.Join(os.Rename(d.binds, moved), os.Mkdir(d.binds, 0o700)))
 	asked := len(e.calls())
 	for _, request := range []struct{ method, path, body string }{
-		{"DELETE", "/service/web", ""}, {"POST", "/service", createBodyJSON("new", "")}, {"POST", "/service", createBodyJSON("web", "")},
-		{"PUT", "/service/web", createBodyJSON("web", "")}, {"PATCH", "/service/web/env", "{}"}, {"GET", "/health", ""},
-		{"POST", "/service/web/ctl", `{"op":"start"}`}, {"POST", "/service/web/ctl", `{"op":"stop"}`},
-		{"POST", "/service/web/ctl", `{"op":"restart"}`}, {"POST", "/service/web/ctl", `{"op":"kill"}`},
+		{"DELETE", "/service/web", ""}, {"POST", "/service", createBodyJSON("new", "")},
+		{"POST", "/service", createBodyJSON("web", "")}, {"PUT", "/service/web", createBodyJSON("web", "")},
+		{"PATCH", "/service/web/env", "{}"}, {"GET", "/health", ""}, {"POST", "/service/web/ctl", `{"op":"start"}`},
+		{"POST", "/service/web/ctl", `{"op":"stop"}`}, {"POST", "/service/web/ctl", `{"op":"restart"}`},
+		{"POST", "/service/web/ctl", `{"op":"kill"}`},
 	} {
 		d.do(t, request.method, request.path, request.body).want(t, 503, "bind_root_moved")
 	}
@@ -92,8 +95,10 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	pending := imageID.FindString(strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body, `"`)[3])
-	d.do(t, "PUT", "/service/web", createBodyJSON("web", fmt.Sprintf(`"cmd":["/x"],"image":%q`, pending))).want(t, 204)
+	pending := imageID.FindString(strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body,
+		`"`)[3])
+	d.do(t, "PUT", "/service/web", createBodyJSON("web",
+		fmt.Sprintf(`"cmd":["/x"],"image":%q`, pending))).want(t, 204)
 	must(t, d.stop())
 	disk := d.binds + "-disk"
 	must(t, os.Rename(d.binds, disk))
@@ -101,7 +106,8 @@ func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	d.do(t, "GET", "/health", "").want(t, 503, "unavailable")
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 503)
 	// Nothing may be called gone, or a core creates it elsewhere.
-	for _, path := range []string{"/service", "/service/web", "/service/web/params", "/service/web/logs", "/service/web/stats"} {
+	for _, path := range []string{"/service", "/service/web", "/service/web/params", "/service/web/logs",
+		"/service/web/stats"} {
 		d.do(t, "GET", path, "").want(t, 503)
 	}
 	d.do(t, "PUT", "/service/web", createBodyJSON("web", "")).want(t, 503)
@@ -113,7 +119,8 @@ func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	d.do(t, "GET", "/health", "").want(t, 204)
 	// A backup without its dot directories: the containers and their directories are left alone.
-	must(t, errors.Join(d.stop(), os.RemoveAll(filepath.Join(d.binds, recordDir)), os.Mkdir(filepath.Join(d.binds, recordDir), 0o700)))
+	must(t, errors.Join(d.stop(), os.RemoveAll(filepath.Join(d.binds, recordDir)),
+		os.Mkdir(filepath.Join(d.binds, recordDir), 0o700)))
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	if !strings.Contains(d.log.String(), "restore the record") || !slices.Equal(e.names(), []string{"web"}) {
 		t.Errorf("there are %q; the log: %s", e.names(), d.log)
@@ -142,7 +149,8 @@ func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
 	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
 		if r.Method == http.MethodDelete {
 			once.Do(func() {
-				if err := errors.Join(os.Rename(s.binds.path, moved), os.MkdirAll(s.binds.path+"/bb", 0o700)); err != nil {
+				if err := errors.Join(os.Rename(s.binds.path, moved),
+					os.MkdirAll(s.binds.path+"/bb", 0o700)); err != nil {
 					t.Error(err)
 				}
 			})
@@ -157,7 +165,8 @@ func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
 	}
 }
 
-// If a directory cannot be opened for its sync, nothing is changed: a create that fails must not leave a service.
+// If a directory cannot be opened for its sync, nothing is changed: a create that fails must not leave a
+// service.
 func TestChangeThatCannotBeSyncedIsNotMade(t *testing.T) {
 	t.Parallel()
 	_, server := bareService(t)
@@ -186,7 +195,8 @@ func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 	for _, name := range []string{"one", "two"} {
 		e.addForeign(name, map[string]string{labelService: name, labelBinds: "/elsewhere"}, "/elsewhere/"+name)
 	}
-	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds}, filepath.Join(d.binds, "half"))
+	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds},
+		filepath.Join(d.binds, "half"))
 	must(t, d.stop())
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	if got := e.names(); !slices.Equal(got, []string{"one", "two", "web"}) {
@@ -219,12 +229,18 @@ func TestFullDiskDuringACreateUndoesIt(t *testing.T) {
 	}
 	e := newFakeEngine(t)
 	e.addImage("img:1")
-	url := serveArchives(t, map[string][]byte{"/large": tgz(file("small", "x"), file("large", strings.Repeat("x", 1<<20)))})
-	d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = loopback; mountTmpfs(t, c.binds, "size=512k") })
-	d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"bind_contents":"%s/large"`, url))).want(t, 507, "disk_full")
+	url := serveArchives(t, map[string][]byte{"/large": tgz(file("small", "x"),
+		file("large", strings.Repeat("x", 1<<20)))})
+	d := startDaemon(t, e.host(), func(c *config) {
+		c.fetchAllow = loopback
+		mountTmpfs(t, c.binds, "size=512k")
+	})
+	d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"bind_contents":"%s/large"`, url))).want(t,
+		507, "disk_full")
 	wantNothing(t, d, e)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	must(t, os.WriteFile(filepath.Join(d.binds, "web", "file"), make([]byte, 400<<10), 0o600)) // there is room again
+	// there is room again
+	must(t, os.WriteFile(filepath.Join(d.binds, "web", "file"), make([]byte, 400<<10), 0o600))
 }
 
 // A file system that cannot say whether an entry is there must not be taken for one without it.
@@ -232,7 +248,8 @@ func TestErrorOfTheFileSystemIsNotAnAbsence(t *testing.T) {
 	t.Parallel()
 	e, server := bareService(t)
 	s := server.services
-	e.addForeign(candidatePrefix+"web", map[string]string{labelService: "web", labelBinds: s.binds.path}, filepath.Join(s.binds.path, "web"))
+	e.addForeign(candidatePrefix+"web", map[string]string{labelService: "web", labelBinds: s.binds.path},
+		filepath.Join(s.binds.path, "web"))
 	before := e.names()
 	s.binds.root.Close() // now every look fails, with an error that is not ENOENT
 	for name, do := range map[string]func() error{
@@ -243,14 +260,16 @@ func TestErrorOfTheFileSystemIsNotAnAbsence(t *testing.T) {
 		"create": func() error {
 			return s.create(t.Context(), serviceParams{ID: "new", Image: "img:1", BindDir: "/data"}, "")
 		},
-		"read":       func() error { _, err := s.containers.lookup(t.Context(), "web"); return err },
-		"unrecorded": func() error { return s.removeUnrecorded(t.Context(), "web", serviceContainers{current: &listEntry{}}) },
-		"unused":     func() error { return s.binds.checkUnused("web") },
-		"erase":      func() error { return s.binds.erase(t.Context(), "web") },
-		"record":     func() error { return s.binds.removeRecord("web") },
-		"unmark":     func() error { return s.binds.unmark("web") },
-		"list":       func() error { _, err := s.binds.existing(); return err },
-		"adopt":      func() error { return s.binds.adopt() },
+		"read": func() error { _, err := s.containers.lookup(t.Context(), "web"); return err },
+		"unrecorded": func() error {
+			return s.removeUnrecorded(t.Context(), "web", serviceContainers{current: &listEntry{}})
+		},
+		"unused": func() error { return s.binds.checkUnused("web") },
+		"erase":  func() error { return s.binds.erase(t.Context(), "web") },
+		"record": func() error { return s.binds.removeRecord("web") },
+		"unmark": func() error { return s.binds.unmark("web") },
+		"list":   func() error { _, err := s.binds.existing(); return err },
+		"adopt":  func() error { return s.binds.adopt() },
 	} {
 		err := do()
 		if kind, _ := describe(cmp.Or(err, errors.New("none"))); err == nil || kind.status < 500 {

@@ -39,7 +39,8 @@ func (m *machine) wantRecorded(t testing.TB, id, text string) {
 	t.Helper()
 	waitFor(t, "what the service reads", func() bool { return len(m.recorded(t, id)) >= len(text) })
 	if got := m.recorded(t, id); got != text {
-		t.Fatalf("the service has read %d bytes, ending with %q, of %d, ending with %q", len(got), consoleTail(got), len(text), consoleTail(text))
+		t.Fatalf("the service has read %d bytes, ending with %q, of %d, ending with %q", len(got), consoleTail(got),
+			len(text), consoleTail(text))
 	}
 }
 
@@ -101,7 +102,8 @@ func TestOutputsOfAServiceWithoutTTY(t *testing.T) {
 			}
 		}
 		if !slices.Equal(got, want) {
-			t.Errorf("logs%s: %d lines with %q, want %d; last %q", query, len(got), prefix, len(want), got[max(0, len(got)-1):])
+			t.Errorf("logs%s: %d lines with %q, want %d; last %q", query, len(got), prefix, len(want),
+				got[max(0, len(got)-1):])
 		}
 	}
 	wantLines("", "out", out)
@@ -203,7 +205,8 @@ func TestServiceThatDoesNotReadItsStdin(t *testing.T) {
 	}
 }
 
-// The console of the documents, on Node.js: at which nobody types for longer than the daemon waits for a header.
+// The console of the documents, on Node.js: at which nobody types for longer than the daemon waits for a
+// header.
 func TestConsoleOfTheDocumentsOnNode(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("node"); err != nil {

@@ -34,7 +34,8 @@ func logsOpen(t testing.TB, d *daemon, path string) logStream {
 		text, _ := io.ReadAll(response.Body)
 		t.Fatalf("status %d: %s", response.StatusCode, text)
 	}
-	l := logStream{response.Header, &syncBuffer{}, make(chan error, 1), sync.OnceFunc(func() { response.Body.Close() })}
+	leave := sync.OnceFunc(func() { response.Body.Close() })
+	l := logStream{response.Header, &syncBuffer{}, make(chan error, 1), leave}
 	t.Cleanup(l.leave)
 	go func() { // ends with the stream, or when the test leaves it
 		_, err := io.Copy(l.text, response.Body)
@@ -45,7 +46,9 @@ func logsOpen(t testing.TB, d *daemon, path string) logStream {
 
 func (l logStream) wait(t testing.TB, text string) {
 	t.Helper()
-	waitFor(t, fmt.Sprintf("%.40q in the logs", text), func() bool { return strings.Contains(l.text.String(), text) })
+	waitFor(t, fmt.Sprintf("%.40q in the logs", text), func() bool {
+		return strings.Contains(l.text.String(), text)
+	})
 }
 
 // end returns how the stream ends.
@@ -135,20 +138,27 @@ func TestLogsAskTheEngineWhatTheClientAsks(t *testing.T) {
 
 // badLogsQueries have, by the query, what the description must name.
 var badLogsQueries = map[string]string{
-	"tale=1": "tale", "Follow=true": "Follow", "stream=true": "stream", "details=1": "details", "%20tail=1": "tail", "=1": "", "&&x": "x",
-	"follow": "follow", "follow=": "follow", "follow=maybe": "follow", "follow=2": "follow", "follow=true,true": "follow", "follow=true%00": "follow",
+	"tale=1": "tale", "Follow=true": "Follow", "stream=true": "stream", "details=1": "details",
+	"%20tail=1": "tail", "=1": "", "&&x": "x", "follow": "follow", "follow=": "follow", "follow=maybe": "follow",
+	"follow=2": "follow", "follow=true,true": "follow", "follow=true%00": "follow",
 	"follow=true&follow=true": "follow", "follow=true&follow=false": "follow", "follow=true&follow=": "follow",
-	"timestamps=yes": "timestamps", "stdout=-1": "stdout", "stderr=%0atrue": "stderr", "stderr=true%0a": "stderr", "stdout=0&stdout=1": "stdout",
-	"tail=": "tail", "tail=-1": "tail", "tail=1.5": "tail", "tail=1e3": "tail", "tail=+1": "tail", "tail=ALL": "tail", "tail=all%0a": "tail", "tail=0x10": "tail",
-	"tail=1&tail=1": "tail", "tail=all&tail=all": "tail", "tail=99999999999999999999": "tail", "tail=%D9%A3": "tail", "tail=1%26follow=true": "tail",
-	"since=": "since", "since=-1": "since", "since=1e9": "since", "since=10m": "since", "since=2022-05-08": "since", "since=.5": "since", "since=1.": "since",
-	"since=1.1234567890": "since", "since=NaN": "since", "since=1&since=2": "since", "until=1,5": "until", "until=99999999999": "until", "until=%2B1": "until",
-	"since=2022-05-08T19:50:43": "since", "since=2022-13-08T19:50:43Z": "since", "until=2022-02-30T19:50:43Z": "until", "until=2022-05-08T24:00:00Z": "until",
-	"since=2022-05-08t19:50:43z": "since", "since=2022-05-08T19:50:43+02:00": "since", "since=2022-05-08T19:50:43%2B0200": "since",
-	"since=2022-05-08T19:50:43.0000000001Z": "since", "since=2022-05-08T19:50:43.Z": "since", "until=2022-05-08T19:50:43,5Z": "until",
-	"since=2022-05-08T19:50:43Z&since=1": "since", "until=2022-05-08T:::::::::Z": "until", "since=2022-05-08T19:50:43%2B99:99": "since",
-	"until=1%20": "until", "until=1 ": "",
-	"tail=1;follow=true": "query", ";": "query", "tail=%zz": "query", "%": "query", "follow=true&%f": "query", "tail=1&since=%": "query",
+	"timestamps=yes": "timestamps", "stdout=-1": "stdout", "stderr=%0atrue": "stderr",
+	"stderr=true%0a": "stderr", "stdout=0&stdout=1": "stdout", "tail=": "tail", "tail=-1": "tail",
+	"tail=1.5": "tail", "tail=1e3": "tail", "tail=+1": "tail", "tail=ALL": "tail", "tail=all%0a": "tail",
+	"tail=0x10": "tail", "tail=1&tail=1": "tail", "tail=all&tail=all": "tail",
+	"tail=99999999999999999999": "tail", "tail=%D9%A3": "tail", "tail=1%26follow=true": "tail",
+	"since=": "since", "since=-1": "since", "since=1e9": "since", "since=10m": "since",
+	"since=2022-05-08": "since", "since=.5": "since", "since=1.": "since", "since=1.1234567890": "since",
+	"since=NaN": "since", "since=1&since=2": "since", "until=1,5": "until", "until=99999999999": "until",
+	"until=%2B1": "until", "since=2022-05-08T19:50:43": "since", "since=2022-13-08T19:50:43Z": "since",
+	"until=2022-02-30T19:50:43Z": "until", "until=2022-05-08T24:00:00Z": "until",
+	"since=2022-05-08t19:50:43z": "since", "since=2022-05-08T19:50:43+02:00": "since",
+	"since=2022-05-08T19:50:43%2B0200": "since", "since=2022-05-08T19:50:43.0000000001Z": "since",
+	"since=2022-05-08T19:50:43.Z": "since", "until=2022-05-08T19:50:43,5Z": "until",
+	"since=2022-05-08T19:50:43Z&since=1": "since", "until=2022-05-08T:::::::::Z": "until",
+	"since=2022-05-08T19:50:43%2B99:99": "since", "until=1%20": "until",
+	"tail=1;follow=true": "query", ";": "query", "tail=%zz": "query", "%": "query", "follow=true&%f": "query",
+	"tail=1&since=%": "query",
 }
 
 func TestBadLogsQueriesAreNamedAndReachNothing(t *testing.T) {
@@ -156,10 +166,8 @@ func TestBadLogsQueriesAreNamedAndReachNothing(t *testing.T) {
 	e, d := consoleStart(t, "", nil)
 	before := len(e.calls())
 	for query, named := range badLogsQueries {
-		if strings.Contains(query, " ") {
-			continue // no HTTP
-		}
-		a, _ := sendRaw(t, d, "GET /service/web/logs?"+query+" HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+		a, _ := sendRaw(t, d,
+			"GET /service/web/logs?"+query+" HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
 		a.want(t, 400, named)
 	}
 	long := d.do(t, "GET", "/service/web/logs?"+strings.Repeat("x", 8000)+"=1", "").want(t, 400)
@@ -275,8 +283,12 @@ func TestLogsThatTheEngineCutsOffAreAnError(t *testing.T) {
 			w.(http.Flusher).Flush()
 			panic(http.ErrAbortHandler)
 		},
-		"in a frame, orderly":  func(w http.ResponseWriter) { io.WriteString(w, "\x01\x00\x00\x00\x00\x00\x00\x09hel") },
-		"in a header, orderly": func(w http.ResponseWriter) { io.WriteString(w, "\x01\x00\x00\x00\x00\x00\x00\x01h\x01\x00") },
+		"in a frame, orderly": func(w http.ResponseWriter) {
+			io.WriteString(w, "\x01\x00\x00\x00\x00\x00\x00\x09hel")
+		},
+		"in a header, orderly": func(w http.ResponseWriter) {
+			io.WriteString(w, "\x01\x00\x00\x00\x00\x00\x00\x01h\x01\x00")
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -301,8 +313,10 @@ func TestEngineThatRefusesLogs(t *testing.T) {
 		"driver": {[]int{502}, func(w http.ResponseWriter, r *http.Request) {
 			reply(w, 500, "configured logging driver does not support reading")
 		}},
-		"hangs":   {[]int{504}, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }},
-		"garbage": {[]int{502, 503}, func(w http.ResponseWriter, r *http.Request) { consoleRaw(w, "garbage\r\n\r\n") }},
+		"hangs": {[]int{504}, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }},
+		"garbage": {[]int{502, 503}, func(w http.ResponseWriter, r *http.Request) {
+			consoleRaw(w, "garbage\r\n\r\n")
+		}},
 		"hang-up": {[]int{502, 503}, func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -326,7 +340,8 @@ func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
 	must(t, err)
 	defer idle.Close()
-	io.WriteString(idle, "GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+	io.WriteString(idle,
+		"GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
 	const followers, size = 30, 64_000
 	var sizes [followers]byteCount // of all: to keep that many bytes would slow them down
 	ended := make(chan error, followers)
@@ -379,9 +394,12 @@ func TestFollowEndsWhenItsClientLeaves(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite, c.timeouts.jsonBody = time.Second, time.Second })
+			e, d := consoleStart(t, "", func(c *config) {
+				c.timeouts.clientWrite, c.timeouts.jsonBody = time.Second, time.Second
+			})
 			conn := wireDial(t, d)
-			go io.WriteString(conn, "GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+rest)
+			go io.WriteString(conn,
+				"GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+rest)
 			answered := make(chan error, 1)
 			go func() {
 				response, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -409,7 +427,8 @@ func TestHeadOfLogsDoesNotHang(t *testing.T) {
 	e.print("web", stdcopy.Stdout, "text")
 	for _, query := range []string{"", "?follow=true"} {
 		conn := wireDial(t, d)
-		fmt.Fprintf(conn, "HEAD /service/web/logs%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n\r\n", query, d.key)
+		fmt.Fprintf(conn, "HEAD /service/web/logs%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n\r\n", query,
+			d.key)
 		reader := bufio.NewReader(conn)
 		head := &http.Request{Method: "HEAD"}
 		response, err := http.ReadResponse(reader, head)

@@ -115,9 +115,12 @@ func consoleBytes() (chunks []string) {
 			chunks = append(chunks, string([]byte{byte(before), byte(end)}))
 		}
 	}
-	return append(chunks, "\x10\x11", "a\x10", "\x11b", strings.Repeat("\x10\x11", 5000), strings.Repeat("\x10", 9), "\x10", "\x10\x10\x11\x11",
-		strings.Repeat("\xff", 70_000), strings.Repeat("\xfe", 70_000), strings.Repeat("\xff\xfe", 40_000), strings.Repeat("\xfe\xff", 40_000),
-		"\xff\xfe", "\xfe\xff", "\xff\xff\xfe", "\xfe\xfe\xff", strings.Repeat("\xff\xfe", 4), strings.Repeat("\xfe\xff", 4),
+	return append(chunks, "\x10\x11", "a\x10", "\x11b", strings.Repeat("\x10\x11", 5000),
+		strings.Repeat("\x10", 9), "\x10", "\x10\x10\x11\x11",
+		strings.Repeat("\xff", 70_000), strings.Repeat("\xfe", 70_000), strings.Repeat("\xff\xfe", 40_000),
+		strings.Repeat("\xfe\xff", 40_000),
+		"\xff\xfe", "\xfe\xff", "\xff\xff\xfe", "\xfe\xfe\xff", strings.Repeat("\xff\xfe", 4),
+		strings.Repeat("\xfe\xff", 4),
 		"\x00", strings.Repeat("\x00", 65536), strings.Repeat("\x04", 4096), strings.Repeat("line\r\n", 20_000))
 }
 
@@ -184,9 +187,11 @@ func consoleRecords(t *testing.T, text string) (records int) {
 	next := map[int]int{}
 	for ; len(text) >= 12; records++ {
 		header := []byte(text[:12])
-		writer, number, size := int(binary.BigEndian.Uint32(header)), int(binary.BigEndian.Uint32(header[4:])), int(binary.BigEndian.Uint32(header[8:]))
+		writer, number, size := int(binary.BigEndian.Uint32(header)), int(binary.BigEndian.Uint32(header[4:])),
+			int(binary.BigEndian.Uint32(header[8:]))
 		if size > len(text)-12 || number != next[writer] || text[:12+size] != consoleRecord(writer, number, size) {
-			t.Fatalf("record %d is torn or out of order: writer %d, number %d (want %d), %d bytes", records, writer, number, next[writer], size)
+			t.Fatalf("record %d is torn or out of order: writer %d, number %d (want %d), %d bytes", records, writer,
+				number, next[writer], size)
 		}
 		next[writer]++
 		text = text[12+size:]
@@ -290,7 +295,8 @@ func TestLargeWriterDoesNotKeepOthersOut(t *testing.T) {
 	for range 20 {
 		before := len(consoleCalls(e, "/attach?"))
 		d.do(t, "POST", "/service/web/stdin", "x").want(t, 204)
-		if between := len(consoleCalls(e, "/attach?")) - before; between > 100 { // those before it came are among them
+		// those before it came are among them
+		if between := len(consoleCalls(e, "/attach?")) - before; between > 100 {
 			t.Errorf("%d chunks of another's went ahead of one", between)
 		}
 	}
@@ -405,12 +411,14 @@ func TestServiceThatDoesNotReadIsAGatewayTimeout(t *testing.T) {
 
 func TestStdinWhoseClientLeaves(t *testing.T) {
 	t.Parallel()
-	for name, head := range map[string]string{"length": "Content-Length: 100\r\n\r\nhello", "chunked": "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
+	for name, head := range map[string]string{"length": "Content-Length: 100\r\n\r\nhello",
+		"chunked": "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			e, d := consoleStart(t, "", nil)
 			conn := wireDial(t, d)
-			io.WriteString(conn, "POST /service/web/stdin HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+head)
+			io.WriteString(conn,
+				"POST /service/web/stdin HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+head)
 			waitFor(t, "the part", func() bool { all := e.input("web"); return all == "hello" })
 			conn.Close()
 			waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "/stdin\"") })
@@ -425,7 +433,8 @@ func TestStdinWhoseClientLeaves(t *testing.T) {
 
 func TestEngineThatRefusesToAttach(t *testing.T) {
 	t.Parallel()
-	const upgraded = "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+	const upgraded = "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\n" +
+		"Connection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
 	for name, test := range map[string]struct {
 		status []int
 		engine func(w http.ResponseWriter, r *http.Request)
@@ -433,7 +442,9 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 		"paused": {[]int{409}, func(w http.ResponseWriter, r *http.Request) {
 			reply(w, 409, "Container web is paused, unpause the container before attach.")
 		}},
-		"gone":    {[]int{404, 409}, func(w http.ResponseWriter, r *http.Request) { reply(w, 404, "No such container: web") }},
+		"gone": {[]int{404, 409}, func(w http.ResponseWriter, r *http.Request) {
+			reply(w, 404, "No such container: web")
+		}},
 		"error":   {[]int{502}, func(w http.ResponseWriter, r *http.Request) { reply(w, 500, "no") }},
 		"no JSON": {[]int{502}, func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", 500) }},
 		"garbage": {[]int{502}, func(w http.ResponseWriter, r *http.Request) { consoleRaw(w, "garbage\r\n\r\n") }},
@@ -446,7 +457,9 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 			io.Copy(io.Discard, conn)
 			conn.Close()
 		}},
-		"hangs up once attached": {[]int{409, 502, 503}, func(w http.ResponseWriter, r *http.Request) { consoleRaw(w, upgraded) }},
+		"hangs up once attached": {[]int{409, 502, 503}, func(w http.ResponseWriter, r *http.Request) {
+			consoleRaw(w, upgraded)
+		}},
 		"hangs once attached": {[]int{504}, func(w http.ResponseWriter, r *http.Request) {
 			conn, _, _ := w.(http.Hijacker).Hijack()
 			io.WriteString(conn, upgraded)

@@ -37,7 +37,8 @@ func consoleCalls(e *fakeEngine, text string) (found []string) {
 }
 
 // consoleHook has f answer the engine's calls whose path ends so, and reports when one is over.
-func consoleHook(e *fakeEngine, suffix string, f func(w http.ResponseWriter, r *http.Request)) (over chan struct{}) {
+func consoleHook(e *fakeEngine, suffix string,
+	f func(w http.ResponseWriter, r *http.Request)) (over chan struct{}) {
 	over = make(chan struct{}, 1000)
 	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
 		if !strings.HasSuffix(r.URL.Path, suffix) {
@@ -86,13 +87,15 @@ func consoleRaw(w http.ResponseWriter, text string) {
 
 func TestEngineThatHangsAtInspectForTheConsole(t *testing.T) {
 	t.Parallel()
-	for path, method := range map[string]string{"logs": "GET", "logs?follow=true": "GET", "stdin": "POST", "tty": "POST"} {
+	for path, method := range map[string]string{"logs": "GET", "logs?follow=true": "GET", "stdin": "POST",
+		"tty": "POST"} {
 		t.Run(path, func(t *testing.T) {
 			t.Parallel()
 			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = time.Second })
 			consoleHook(e, "/json", func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 			select {
-			case a := <-crowdSend(t, d, method, "/service/web/"+path, map[bool]string{true: `{"rows":1,"cols":1}`}[method == "POST"]):
+			case a := <-crowdSend(t, d, method, "/service/web/"+path,
+				map[bool]string{true: `{"rows":1,"cols":1}`}[method == "POST"]):
 				a.want(t, 504)
 			case <-time.After(patience):
 				t.Error("no answer in", patience)
@@ -106,16 +109,19 @@ func TestEngineThatHangsAtInspectForTheConsole(t *testing.T) {
 func TestSizeOfTheTTY(t *testing.T) {
 	t.Parallel()
 	e, d := consoleStart(t, "", nil)
-	for body, want := range map[string]string{`{"rows":24,"cols":80}`: "24x80", `{"cols":1,"rows":1}`: "1x1", `{"rows":65535,"cols":65535}`: "65535x65535"} {
+	for body, want := range map[string]string{`{"rows":24,"cols":80}`: "24x80", `{"cols":1,"rows":1}`: "1x1",
+		`{"rows":65535,"cols":65535}`: "65535x65535"} {
 		d.do(t, "POST", "/service/web/tty", body).want(t, 204)
 		if c, _ := e.container("web"); c.tty != want {
 			t.Errorf("%s set %s", body, c.tty)
 		}
 	}
 	before := len(e.calls())
-	for _, body := range []string{"", "{}", "null", "[]", `"24x80"`, `{"rows":24}`, `{"cols":80}`, `{"rows":0,"cols":80}`, `{"rows":24,"cols":0}`,
-		`{"rows":-1,"cols":80}`, `{"rows":65536,"cols":80}`, `{"rows":24,"cols":65536}`, `{"rows":1.5,"cols":80}`, `{"rows":"24","cols":80}`,
-		`{"rows":24,"cols":80,"x":1}`, `{"rows":24,"cols":null}`, `{"rows":[24],"cols":80}`, `{"rows":true,"cols":80}`, `{"rows":1e99,"cols":80}`,
+	for _, body := range []string{"", "{}", "null", "[]", `"24x80"`, `{"rows":24}`, `{"cols":80}`,
+		`{"rows":0,"cols":80}`, `{"rows":24,"cols":0}`,
+		`{"rows":-1,"cols":80}`, `{"rows":65536,"cols":80}`, `{"rows":24,"cols":65536}`, `{"rows":1.5,"cols":80}`,
+		`{"rows":"24","cols":80}`, `{"rows":24,"cols":80,"x":1}`, `{"rows":24,"cols":null}`,
+		`{"rows":[24],"cols":80}`, `{"rows":true,"cols":80}`, `{"rows":1e99,"cols":80}`,
 		`{"rows":24,"cols":80}{}`, `{"rows":24,"cols":80`, `{"rows":18446744073709551640,"cols":80}`} {
 		d.do(t, "POST", "/service/web/tty", body).want(t, 400)
 	}
@@ -135,7 +141,9 @@ func TestSizeOfATTYThatIsNotThere(t *testing.T) {
 	}
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	for _, status := range []int{409, 404} { // it has stopped; a start has replaced it
-		consoleHook(e, "/resize", func(w http.ResponseWriter, r *http.Request) { reply(w, status, "Container web is not there") })
+		consoleHook(e, "/resize", func(w http.ResponseWriter, r *http.Request) {
+			reply(w, status, "Container web is not there")
+		})
 		d.do(t, "POST", "/service/web/tty", size).want(t, 409)
 	}
 }
@@ -147,8 +155,10 @@ func TestConsoleReachesNoOtherContainer(t *testing.T) {
 	e.print("theirs", stdcopy.Stdout, "secret")
 	other := e.addForeign("plain", nil)
 	web, _ := e.container("web")
-	for _, id := range []string{"theirs", "plain", foreign[:12], foreign[:63], other[:2], web.ID[:12], web.ID[:63], web.ID, "we", "webs", "Web"} {
-		for path, method := range map[string]string{"logs": "GET", "logs?follow=true": "GET", "stdin": "POST", "tty": "POST"} {
+	for _, id := range []string{"theirs", "plain", foreign[:12], foreign[:63], other[:2], web.ID[:12],
+		web.ID[:63], web.ID, "we", "webs", "Web"} {
+		for path, method := range map[string]string{"logs": "GET", "logs?follow=true": "GET", "stdin": "POST",
+			"tty": "POST"} {
 			body := map[bool]string{true: `{"rows":24,"cols":80}`}[method == "POST"]
 			a := d.do(t, method, "/service/"+id+"/"+path, body)
 			if a.status != 404 || strings.Contains(a.body, "secret") {

@@ -87,23 +87,28 @@ func TestImportsSurviveDeathOfTheDaemon(t *testing.T) {
 	var deaths []plannedDeath
 	for call, name := range calls {
 		for _, side := range []string{dieBefore, dieAfter, dieDuring, dieLate} {
-			deaths = append(deaths, plannedDeath{call: call, name: name, side: side, delay: randomDelay(rng, 20*time.Millisecond)})
+			deaths = append(deaths, plannedDeath{call: call, name: name, side: side,
+				delay: randomDelay(rng, 20*time.Millisecond)})
 		}
 	}
 	for range *deathRandom {
-		deaths = append(deaths, plannedDeath{call: -1, side: dieAtRandom, delay: randomDelay(rng, 300*time.Millisecond)})
+		deaths = append(deaths, plannedDeath{call: -1, side: dieAtRandom,
+			delay: randomDelay(rng, 300*time.Millisecond)})
 	}
 	var all sync.WaitGroup
 	for _, d := range deaths { // these mostly wait, so they do it all at once
 		all.Go(func() {
-			t.Run(fmt.Sprintf("%s %s %v", d.side, d.name, d.delay), func(t *testing.T) { newDeathWorld(t).dieInImport(t, d) })
+			t.Run(fmt.Sprintf("%s %s %v", d.side, d.name, d.delay), func(t *testing.T) {
+				newDeathWorld(t).dieInImport(t, d)
+			})
 		})
 	}
 	all.Wait()
 }
 
 func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
-	upload := deathRequest{"POST", "/docker/image", string(archiveOf(imageFile(w.marker+"-import", strings.Repeat("x", 1<<20))))}
+	upload := deathRequest{"POST", "/docker/image",
+		string(archiveOf(imageFile(w.marker+"-import", strings.Repeat("x", 1<<20))))}
 	release := w.plan(d)
 	w.send(context.Background(), upload)
 	w.daemon.kill() // one at random may have been too late
@@ -128,7 +133,8 @@ func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
 		return images
 	}
 	good := func(images []image.Summary) bool {
-		return len(images) == 0 || len(images) == 1 && slices.Equal(images[0].RepoTags, []string{"duxcore/import:" + images[0].ID[len("sha256:"):][:12]})
+		return len(images) == 0 || len(images) == 1 && slices.Equal(images[0].RepoTags,
+			[]string{"duxcore/import:" + images[0].ID[len("sha256:"):][:12]})
 	}
 	// What the engine was at when the daemon died may be there only when the successor has looked: it
 	// looks again after a minute.
@@ -157,7 +163,8 @@ func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
 		t.Errorf("the image that has its tag is not found: %v", images)
 	}
 	for _, img := range images {
-		if _, err := w.engine.ImageRemove(context.Background(), img.ID, image.RemoveOptions{Force: true}); err != nil {
+		if _, err := w.engine.ImageRemove(context.Background(), img.ID,
+			image.RemoveOptions{Force: true}); err != nil {
 			t.Error(err)
 		}
 	}
@@ -278,9 +285,11 @@ func plannedDeaths(t *testing.T, rng *mathrand.Rand) (deaths, lateDeaths []plann
 	}
 	for i := range *deathRandom {
 		op := deathOps[i%len(deathOps)]
-		d := plannedDeath{op: op, call: -1, side: dieAtRandom, delay: randomDelay(rng, took[op]*11/10), then: deathThens[rng.IntN(3)]}
+		d := plannedDeath{op: op, call: -1, side: dieAtRandom, delay: randomDelay(rng, took[op]*11/10),
+			then: deathThens[rng.IntN(3)]}
 		if rng.IntN(3) == 0 {
-			d.second = &plannedDeath{call: rng.IntN(6), side: []string{dieBefore, dieAfter}[rng.IntN(2)], name: "while settling"}
+			d.second = &plannedDeath{call: rng.IntN(6), side: []string{dieBefore, dieAfter}[rng.IntN(2)],
+				name: "while settling"}
 		}
 		add(&deaths, d)
 	}
@@ -424,7 +433,8 @@ type deathCall struct {
 var deathCallNames = []struct {
 	old *regexp.Regexp
 	new string
-}{{regexp.MustCompile(`^/v[0-9.]+`), ""}, {regexp.MustCompile(`/[0-9a-f]{64}`), "/*"}, {regexp.MustCompile(`/images/.*/`), "/images/*/"}}
+}{{regexp.MustCompile(`^/v[0-9.]+`), ""}, {regexp.MustCompile(`/[0-9a-f]{64}`), "/*"},
+	{regexp.MustCompile(`/images/.*/`), "/images/*/"}}
 
 func deathCallName(r *http.Request, id string) string {
 	path := strings.ReplaceAll(r.URL.Path, id, "<id>")
@@ -482,7 +492,8 @@ func (y *deathTally) lateEffect(d plannedDeath, s deathState, took time.Duration
 }
 
 func (y *deathTally) String() string {
-	return fmt.Sprintf("%d deaths %v; %d late effects:\n%s", y.total, y.by, len(y.late), strings.Join(y.late, "\n"))
+	return fmt.Sprintf("%d deaths %v; %d late effects:\n%s", y.total, y.by, len(y.late),
+		strings.Join(y.late, "\n"))
 }
 
 var errDeathPlanned = errors.New("the daemon is dead")
@@ -742,7 +753,8 @@ func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
 	w.alone = true
 	w.start(t)
 	w.begin(t, deathOps[0])
-	create := deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","user":"1000"}}`}
+	create := deathRequest{"POST", "/service",
+		`{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","user":"1000"}}`}
 	w.mustSend(t, create, http.StatusInternalServerError)
 	waitFor(t, "its reason in the log", func() bool { return w.daemon.log.contains("invalid argument") })
 	if got := w.look(t); got != (deathState{}) {

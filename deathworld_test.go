@@ -38,8 +38,9 @@ import (
 	"github.com/docker/docker/client"
 )
 
-// deathState is all that there is of a world's one service. Strays are what should be there in no state: other
-// containers, directories, marks, drafts of records, and whatever differs between the record and the container.
+// deathState is all that there is of a world's one service. Strays are what should be there in no state:
+// other containers, directories, marks, drafts of records, and whatever differs between the record and the
+// container.
 type deathState struct {
 	current, next string // the variable A of the container, and of what is pending in the record
 	files         string // in the bind directory: "all", empty without the directory, or what is wrong
@@ -65,13 +66,15 @@ func (s deathState) isOneOf(allowed []deathState, volumes string) bool {
 type deathRequest struct{ method, path, body string }
 
 var (
-	deathCreate  = deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","bind_contents":"CONTENTS","env":["A=old"]}}`}
+	deathCreate = deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE",` +
+		`"bind_dir":"/data","bind_contents":"CONTENTS","env":["A=old"]}}`}
 	deathStart   = deathRequest{"POST", "/service/ID/ctl", `{"op":"start"}`}
 	deathStop    = deathRequest{"POST", "/service/ID/ctl", `{"op":"stop"}`}
 	deathRestart = deathRequest{"POST", "/service/ID/ctl", `{"op":"restart"}`}
-	deathPut     = deathRequest{"PUT", "/service/ID", `{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","env":["A=pending"]}}`}
-	deathPatch   = deathRequest{"PATCH", "/service/ID/env", `{"A":"new"}`}
-	deathDelete  = deathRequest{"DELETE", "/service/ID", ""}
+	deathPut     = deathRequest{"PUT", "/service/ID",
+		`{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","env":["A=pending"]}}`}
+	deathPatch  = deathRequest{"PATCH", "/service/ID/env", `{"A":"new"}`}
+	deathDelete = deathRequest{"DELETE", "/service/ID", ""}
 )
 
 // deathProxy stands between the daemon and the engine.
@@ -137,11 +140,12 @@ type deathWorld struct {
 	proxy                    *deathProxy
 	contents                 *httptest.Server
 	onDownload               atomic.Pointer[func(*http.Request)] // called when half of bind_contents was sent
-	image, marker            string                              // each volume made of the image holds a file of this name
-	daemon                   *deathDaemon
-	alone                    bool   // the daemon is root in a user namespace without any other user
-	id                       string // of the service of this moment
-	count                    int
+	// each volume made of the image holds a file of this name
+	image, marker string
+	daemon        *deathDaemon
+	alone         bool   // the daemon is root in a user namespace without any other user
+	id            string // of the service of this moment
+	count         int
 }
 
 // newDeathWorld starts the first daemon. Nothing of the world outlives t.
@@ -157,7 +161,8 @@ func newDeathWorld(t *testing.T) *deathWorld {
 	key := make([]byte, 32)
 	rand.Read(key)
 	w := &deathWorld{dir: dir, binds: filepath.Join(dir, "binds"), keyFile: filepath.Join(dir, "corekey.bin"),
-		key: base64.StdEncoding.EncodeToString(key), engine: engine, marker: "marker-" + strings.ToLower(rand.Text())}
+		key: base64.StdEncoding.EncodeToString(key), engine: engine, marker: "marker-" +
+			strings.ToLower(rand.Text())}
 	must(t, os.WriteFile(w.keyFile, key, 0o600))
 	t.Cleanup(func() { w.destroy(t) })
 	w.proxy = newDeathProxy(t, filepath.Join(dir, "engine.sock"), engine)
@@ -176,7 +181,8 @@ func (w *deathWorld) destroy(t *testing.T) {
 		w.daemon.kill()
 	}
 	for _, c := range w.containers(t) {
-		if err := w.engine.ContainerRemove(ctx, c.ID, container.RemoveOptions{Force: true, RemoveVolumes: true}); err != nil {
+		if err := w.engine.ContainerRemove(ctx, c.ID,
+			container.RemoveOptions{Force: true, RemoveVolumes: true}); err != nil {
 			t.Error(err)
 		}
 	}
@@ -203,7 +209,8 @@ func (w *deathWorld) importImage(t *testing.T) {
 	must(t, err)
 	root := bytes.NewReader(archiveOf(imageFile("service", string(program)), file("vol/"+w.marker, "here")))
 	name := "duxcore-test/" + w.marker
-	answer, err := w.engine.ImageImport(context.Background(), image.ImportSource{Source: root, SourceName: "-"}, name,
+	answer, err := w.engine.ImageImport(context.Background(), image.ImportSource{Source: root, SourceName: "-"},
+		name,
 		image.ImportOptions{Changes: []string{"VOLUME /vol", `CMD ["/service"]`}})
 	must(t, err)
 	defer answer.Close()
@@ -245,8 +252,10 @@ func (w *deathWorld) serveContents(rw http.ResponseWriter, r *http.Request) {
 
 // request fills in what only this world knows.
 func (w *deathWorld) request(ctx context.Context, r deathRequest) (*http.Request, error) {
-	fill := strings.NewReplacer("ID", w.id, "IMAGE", w.image, "CONTENTS", w.contents.URL+"/contents.tar.gz").Replace
-	request, err := http.NewRequestWithContext(ctx, r.method, w.daemon.url+fill(r.path), strings.NewReader(fill(r.body)))
+	fill := strings.NewReplacer("ID", w.id, "IMAGE", w.image, "CONTENTS",
+		w.contents.URL+"/contents.tar.gz").Replace
+	request, err := http.NewRequestWithContext(ctx, r.method, w.daemon.url+fill(r.path),
+		strings.NewReader(fill(r.body)))
 	if err == nil {
 		request.Header.Set("X-Duxcore-CoreKey", w.key)
 	}
@@ -340,7 +349,8 @@ func (w *deathWorld) look(t *testing.T) (s deathState) {
 	strays = append(strays, drafts...)
 	record := w.record(t)
 	if record.Revision != revision || variableA(record.Params.Env) != s.current {
-		strays = append(strays, fmt.Sprintf("a record %q of A=%q beside a container %q", record.Revision, record.Params.Env, revision))
+		strays = append(strays, fmt.Sprintf("a record %q of A=%q beside a container %q", record.Revision,
+			record.Params.Env, revision))
 	}
 	if record.Pending != nil {
 		s.next = variableA(record.Pending.Params.Env)
@@ -398,7 +408,10 @@ func lookAtFiles(dir string) string {
 // wantState waits until there is one of the allowed states, and returns it.
 func (w *deathWorld) wantState(t *testing.T, when, volumes string, allowed ...deathState) (s deathState) {
 	t.Helper()
-	if !pollFor(settleWait, 50*time.Millisecond, func() bool { s = w.look(t); return s.isOneOf(allowed, volumes) }) {
+	if !pollFor(settleWait, 50*time.Millisecond, func() bool {
+		s = w.look(t)
+		return s.isOneOf(allowed, volumes)
+	}) {
 		t.Fatalf("%s: %+v, want one of %+v with volumes %q\n%s", when, s, allowed, volumes, w.daemon.log)
 	}
 	return s
@@ -442,7 +455,8 @@ func (w *deathWorld) spawn(t *testing.T) {
 	must(t, err)
 	d := &deathDaemon{log: &deathLog{url: make(chan string, 1)}, exited: make(chan struct{})}
 	d.cmd = exec.Command("/proc/self/fd/3", // which is the binary, for the process itself
-		"-addr", "127.0.0.1:0", "-binds", w.binds, "-corekey", w.keyFile, "-fetch-allow", "127.0.0.0/8", "-stop-timeout", "5s")
+		"-addr", "127.0.0.1:0", "-binds", w.binds, "-corekey", w.keyFile, "-fetch-allow", "127.0.0.0/8",
+		"-stop-timeout", "5s")
 	d.cmd.ExtraFiles = []*os.File{binary}
 	d.cmd.Dir = w.dir
 	d.cmd.Env = []string{"DOCKER_HOST=unix://" + w.proxy.socket}

@@ -14,7 +14,8 @@ import (
 	"testing"
 )
 
-// What the documents name is there: tests, functions, lines of code, and each other. They are short enough to be read.
+// What the documents name is there: tests, functions, lines of code, and each other. They are short enough to
+// be read.
 func TestDocumentsNameWhatIsThere(t *testing.T) {
 	t.Parallel()
 	read := func(pattern string) string {
@@ -42,7 +43,8 @@ func TestDocumentsNameWhatIsThere(t *testing.T) {
 	}
 	for _, name := range documents {
 		text := read(name)
-		for _, found := range regexp.MustCompile("`((?:Test|Fuzz|Benchmark)[A-Za-z0-9]+)`").FindAllStringSubmatch(text, -1) {
+		tests := regexp.MustCompile("`((?:Test|Fuzz|Benchmark)[A-Za-z0-9]+)`")
+		for _, found := range tests.FindAllStringSubmatch(text, -1) {
 			if !strings.Contains(code, "\nfunc "+found[1]+"(") {
 				t.Errorf("%s: there is no %s", name, found[1])
 			}
@@ -57,7 +59,8 @@ func TestDocumentsNameWhatIsThere(t *testing.T) {
 				t.Errorf("%s: %s has no %q", name, found[1], found[2])
 			}
 		}
-		for _, found := range regexp.MustCompile(`\]\(([^):]*)\)`).FindAllStringSubmatch(text, -1) { // none of the web
+		links := regexp.MustCompile(`\]\(([^):]*)\)`) // but those to the web
+		for _, found := range links.FindAllStringSubmatch(text, -1) {
 			path, anchor, _ := strings.Cut(found[1], "#")
 			file := name
 			if path != "" {
@@ -117,10 +120,10 @@ func anchors(text string) map[string]bool {
 
 // messagesOfOthers are parts of the troubleshooting table that the daemon does not write: systemd, the
 // kernel, the standard library and the engine do.
-const messagesOfOthers = `Assertion failed on job for duxcore-daemon.service, read-only file system, listen tcp,
-address already in use, permission denied, client version, is too old, is too new, port is already allocated,
-cannot start a paused container, try unpause instead, certificate signed by unknown authority,
-accept, too many open files; retrying, count=, operation not permitted`
+const messagesOfOthers = `Assertion failed on job for duxcore-daemon.service, read-only file system,
+listen tcp, address already in use, permission denied, client version, is too old, is too new, port is
+already allocated, cannot start a paused container, try unpause instead, certificate signed by
+unknown authority, accept, too many open files; retrying, count=, operation not permitted`
 
 // programTexts returns the strings in the program's source, those that are joined with + as one.
 func programTexts(t *testing.T) (texts []string) {
@@ -170,7 +173,8 @@ func TestTroubleshootingQuotesMessagesOfTheProgram(t *testing.T) {
 		for _, quoted := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
 			for _, words := range value.Split(quoted[1], -1) {
 				checked++
-				if !slices.ContainsFunc(texts, func(text string) bool { return strings.Contains(text, strings.TrimSpace(words)) }) {
+				words = strings.TrimSpace(words)
+				if !slices.ContainsFunc(texts, func(text string) bool { return strings.Contains(text, words) }) {
 					t.Errorf("the program has no message with %q", words)
 				}
 			}

@@ -52,7 +52,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// raceDetector reports whether the tests were built with -race, with which everything takes ten times as long.
+// raceDetector reports whether the tests were built with -race, with which everything takes ten times as
+// long.
 func raceDetector() bool {
 	build, _ := debug.ReadBuildInfo()
 	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
@@ -112,7 +113,8 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 	if dockerHost != "" { // the engine is a fake one, which needs no disk
 		dir = tempInMemory(t)
 	}
-	cfg.addr, cfg.coreKeyPath, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"), filepath.Join(dir, "binds")
+	cfg.addr, cfg.coreKeyPath, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"),
+		filepath.Join(dir, "binds")
 	cfg.dockerHost = dockerHost
 	if change != nil {
 		change(&cfg)
@@ -257,7 +259,8 @@ var kindsOfErrors = sync.OnceValue(func() map[string]int {
 		panic(err)
 	}
 	kinds := map[string]int{}
-	for _, found := range regexp.MustCompile(`kind\{([0-9]{3}), "([a-z_]+)"\}`).FindAllStringSubmatch(string(source), -1) {
+	constructed := regexp.MustCompile(`kind\{([0-9]{3}), "([a-z_]+)"\}`)
+	for _, found := range constructed.FindAllStringSubmatch(string(source), -1) {
 		kinds[found[2]], _ = strconv.Atoi(found[1])
 	}
 	return kinds
@@ -287,7 +290,8 @@ func (a answer) want(t testing.TB, status int, substrings ...string) answer {
 	decoder := json.NewDecoder(strings.NewReader(a.body))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(&shape)
-	if e := shape.Error; err != nil || e.Code != status || kindsOfErrors()[e.Kind] != status || e.Reason != http.StatusText(status) || e.Description == "" {
+	if e := shape.Error; err != nil || e.Code != status || kindsOfErrors()[e.Kind] != status ||
+		e.Reason != http.StatusText(status) || e.Description == "" {
 		t.Errorf("body %s is not an error of the one shape: %v", a.body, err)
 	}
 	if got := a.header.Get("Content-Type"); got != "application/json" {
@@ -329,7 +333,8 @@ func must(t testing.TB, err error) {
 // mountTmpfs mounts a small file system, which takes root, until the test ends.
 func mountTmpfs(t testing.TB, dir, options string) {
 	t.Helper()
-	if err := errors.Join(os.MkdirAll(dir, 0o700), syscall.Mount("tmpfs", dir, "tmpfs", 0, options)); err != nil {
+	if err := errors.Join(os.MkdirAll(dir, 0o700),
+		syscall.Mount("tmpfs", dir, "tmpfs", 0, options)); err != nil {
 		t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
 	}
 	t.Cleanup(func() {
@@ -437,8 +442,10 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 	program, err := shipped()
 	must(t, err)
 	dir := t.TempDir()
-	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"), client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
-	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
+	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"),
+		client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
+	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()),
+		append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
 	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+engineHost), d.log
 	must(t, process.Start())
 	t.Cleanup(func() {
@@ -598,7 +605,8 @@ func readTree(t testing.TB, dir, skip string) map[string]node {
 		}
 		stat := info.Sys().(*syscall.Stat_t)
 		name, _ := filepath.Rel(dir, path)
-		n := node{mode: info.Mode(), uid: stat.Uid, gid: stat.Gid, mtime: info.ModTime().UnixNano(), inode: stat.Ino}
+		n := node{mode: info.Mode(), uid: stat.Uid, gid: stat.Gid, mtime: info.ModTime().UnixNano(),
+			inode: stat.Ino}
 		switch {
 		case d.Type() == fs.ModeSymlink:
 			n.content, err = os.Readlink(path)
@@ -665,7 +673,8 @@ var plusSlashKey = []byte("\xfb\xff\xbf\xfe secret of the core \x00\x01\x02\x03\
 func startError(t *testing.T, change func(*config)) (log string, err error) {
 	t.Helper()
 	dir := t.TempDir()
-	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir + "/binds"},
+	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir +
+		"/binds"},
 		nil, io.Discard)
 	must(t, err)
 	cfg.dockerHost = "unix://" + dir + "/no-engine"
@@ -731,7 +740,8 @@ func startFetching(t *testing.T, allow ...string) (*daemon, *fakeEngine) {
 
 func createFrom(t *testing.T, d *daemon, id, address string) answer {
 	t.Helper()
-	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id, fmt.Sprintf(`"bind_contents":%q`, address))))
+	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id,
+		fmt.Sprintf(`"bind_contents":%q`, address))))
 	r.Header.Set("X-Registry-Auth", "cmVnaXN0cnk=")
 	return d.send(t, r)
 }
@@ -740,7 +750,8 @@ func createFrom(t *testing.T, d *daemon, id, address string) answer {
 func wantNothing(t *testing.T, d *daemon, engine *fakeEngine) {
 	t.Helper()
 	if left := bindDirs(t, d.binds); len(left) > 0 || len(engine.names()) > 0 || len(engine.volumes) > 0 {
-		t.Errorf("there are the directories %q, the containers %q, the volumes %v", left, engine.names(), engine.volumes)
+		t.Errorf("there are the directories %q, the containers %q, the volumes %v", left, engine.names(),
+			engine.volumes)
 	}
 }
 
@@ -781,8 +792,10 @@ func environment(values map[string]string) (environ []string) {
 }
 
 // errorsGo is what shows only in texts that Go or its HTTP library made for programmers.
-var errorsGo = regexp.MustCompile(`%!|0x[0-9a-f]|\bstruct\b|\b(json|http|tar|gzip|flate|main|os|fs|io|net|container|syscall): |` +
-	`\b(container|main|json|image)\.[A-Z]|\bGo (value|struct)|\bunmarshal|<nil>|nil pointer|goroutine|127\.0\.0\.1:\d+->|https?://%2F|openat|renameat`)
+var errorsGo = regexp.MustCompile(`%!|0x[0-9a-f]|\bstruct\b|` +
+	`\b(json|http|tar|gzip|flate|main|os|fs|io|net|container|syscall): |` +
+	`\b(container|main|json|image)\.[A-Z]|\bGo (value|struct)|\bunmarshal|<nil>|nil pointer|goroutine|` +
+	`127\.0\.0\.1:\d+->|https?://%2F|openat|renameat`)
 
 // errorsClean fails if an error's body tells what is none of the client's business.
 func errorsClean(t testing.TB, d *daemon, body string) {
@@ -792,7 +805,8 @@ func errorsClean(t testing.TB, d *daemon, body string) {
 		t.Errorf("no JSON: %s", body)
 	}
 	key, _ := os.ReadFile(filepath.Join(filepath.Dir(d.binds), "corekey.bin"))
-	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds, filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
+	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds,
+		filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
 		if strings.Contains(text.Error.Description, secret) {
 			t.Errorf("%q is in %s", secret, body)
 		}
@@ -808,7 +822,8 @@ func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
 	must(t, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
@@ -888,7 +903,9 @@ var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
 	"kill": func(t *testing.T, e *fakeEngine, d *daemon) {
 		d.do(t, "POST", "/service/web/ctl", `{"op":"kill"}`).want(t, 204)
 	},
-	"delete": func(t *testing.T, e *fakeEngine, d *daemon) { d.do(t, "DELETE", "/service/web", "").want(t, 204) },
+	"delete": func(t *testing.T, e *fakeEngine, d *daemon) {
+		d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	},
 	"the daemon's end": func(t *testing.T, e *fakeEngine, d *daemon) {
 		if err := d.stop(); err != nil {
 			t.Error(err)

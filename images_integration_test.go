@@ -45,7 +45,8 @@ func TestRealEngineKeepsOnlyImportsThatSucceed(t *testing.T) {
 		m.cleanUp(t, m.binds, id)
 		good = append(good, id)
 		inspected, err := m.engine.ImageInspect(t.Context(), id)
-		if want := []string{"duxcore/import:" + id[len("sha256:"):][:12]}; err != nil || !slices.Equal(inspected.RepoTags, want) {
+		if want := []string{"duxcore/import:" + id[len("sha256:"):][:12]}; err != nil ||
+			!slices.Equal(inspected.RepoTags, want) {
 			t.Errorf("the image's tags are %q, %v, want %q", inspected.RepoTags, err, want)
 		}
 	}
@@ -117,7 +118,8 @@ func (m *machine) breakOff(t testing.TB, archive string, bytes int) {
 	before := strings.Count(m.log.String(), line)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(m.url, "http://"))
 	must(t, err)
-	fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: daemon\r\nX-Duxcore-CoreKey: %s\r\nContent-Length: %d\r\n\r\n%s",
+	fmt.Fprintf(conn,
+		"POST /docker/image HTTP/1.1\r\nHost: daemon\r\nX-Duxcore-CoreKey: %s\r\nContent-Length: %d\r\n\r\n%s",
 		m.key, len(archive), archive[:bytes])
 	must(t, conn.Close())
 	waitFor(t, "the end of the upload", func() bool { return strings.Count(m.log.String(), line) > before })
@@ -129,7 +131,8 @@ func (m *machine) loadImage(t testing.TB, config string) string {
 	name := "duxcore-test/" + newID() + ":1"
 	layer := string(archiveOf(imageFile("probe", buildProbe(t))))
 	sum := sha256.Sum256([]byte(layer))
-	image := fmt.Sprintf(`{"architecture":%q,"os":"linux","config":%s,"rootfs":{"type":"layers","diff_ids":["sha256:%x"]}}`,
+	image := fmt.Sprintf(`{"architecture":%q,"os":"linux","config":%s,"rootfs":{"type":"layers",`+
+		`"diff_ids":["sha256:%x"]}}`,
 		runtime.GOARCH, config, sum)
 	manifest := fmt.Sprintf(`[{"Config":"config.json","RepoTags":[%q],"Layers":["layer.tar"]}]`, name)
 	answer, err := m.engine.ImageLoad(t.Context(), bytes.NewReader(archiveOf(
@@ -152,7 +155,8 @@ func TestImagesThatAskForMore(t *testing.T) {
 		"a working directory of runtime's": `{"WorkingDir":"/proc/self/fd/8"}`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			m.createAs(t, newID(), fmt.Sprintf(`"image":%q`, m.loadImage(t, config))).want(t, http.StatusBadRequest, "image: ")
+			m.createAs(t, newID(), fmt.Sprintf(`"image":%q`, m.loadImage(t, config))).want(t, http.StatusBadRequest,
+				"image: ")
 			m.wantNothing(t)
 		})
 	}
@@ -168,7 +172,8 @@ func TestImagesThatAskForMore(t *testing.T) {
 		m.ctl(t, id, "start")
 		env := m.report(t, id).Env
 		slices.Sort(env)
-		if text := strings.Join(env, " "); !strings.Contains(text, "KEPT=1") || !strings.Contains(text, "OWN=3") || strings.Contains(text, "TAKEN") {
+		if text := strings.Join(env, " "); !strings.Contains(text, "KEPT=1") || !strings.Contains(text, "OWN=3") ||
+			strings.Contains(text, "TAKEN") {
 			t.Errorf("it has %s", text)
 		}
 		m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
@@ -247,9 +252,11 @@ func (r *registry) push(t testing.TB, tag string, layers ...[]byte) (name string
 	}
 	const manifest = "application/vnd.docker.distribution.manifest.v2+json"
 	config := r.add("application/vnd.docker.container.image.v1+json", toJSON(t, map[string]any{
-		"architecture": runtime.GOARCH, "os": "linux", "config": map[string]any{"Cmd": []string{"/probe", "run", "/data"}},
+		"architecture": runtime.GOARCH, "os": "linux",
+		"config": map[string]any{"Cmd": []string{"/probe", "run", "/data"}},
 		"rootfs": map[string]any{"type": "layers", "diff_ids": diffs}}))
-	r.objects[tag] = blob{manifest, toJSON(t, map[string]any{"schemaVersion": 2, "mediaType": manifest, "config": config, "layers": descriptors})}
+	r.objects[tag] = blob{manifest, toJSON(t, map[string]any{"schemaVersion": 2, "mediaType": manifest,
+		"config": config, "layers": descriptors})}
 	r.add(manifest, r.objects[tag].content) // the engine asks for the tag, then for what it means
 	return r.address + "/duxcore-test/probe:" + tag, digests
 }
@@ -292,11 +299,13 @@ func TestFailedPullIsAnErrorAndLeavesNothing(t *testing.T) {
 	open, closed := newRegistry(t, ""), newRegistry(t, "someone:secret")
 	missing := open.address + "/duxcore-test/probe:missing"
 	// The engine notices when it has most of the image, in an answer that began with 200.
-	spoiled, layers := open.push(t, "spoiled", archiveOf(imageFile(newID(), "")), archiveOf(imageFile(newID(), strings.Repeat("x", 1<<16))))
+	spoiled, layers := open.push(t, "spoiled", archiveOf(imageFile(newID(), "")),
+		archiveOf(imageFile(newID(), strings.Repeat("x", 1<<16))))
 	last := open.objects[layers[1]]
 	last.content = last.content[:len(last.content)-1] + "?"
 	open.objects[layers[1]] = last
-	lacking, layers := open.push(t, "lacking", archiveOf(imageFile(newID(), "")), archiveOf(imageFile(newID(), "")))
+	lacking, layers := open.push(t, "lacking", archiveOf(imageFile(newID(), "")),
+		archiveOf(imageFile(newID(), "")))
 	delete(open.objects, layers[1])
 	secret, _ := closed.push(t, "secret", archiveOf(imageFile(newID(), "")))
 
@@ -305,11 +314,13 @@ func TestFailedPullIsAnErrorAndLeavesNothing(t *testing.T) {
 		status    int
 		says      string // a pattern of what 20.10 says, and later engines
 	}{
-		"no such tag":          {missing, "", http.StatusNotFound, "missing"},
-		"a layer is broken":    {spoiled, "", http.StatusBadGateway, "verification failed|unexpected commit digest"},
+		"no such tag": {missing, "", http.StatusNotFound, "missing"},
+		"a layer is broken": {spoiled, "", http.StatusBadGateway,
+			"verification failed|unexpected commit digest"},
 		"a layer is not there": {lacking, "", http.StatusBadGateway, "unknown|from remote: not found"},
 		"no login":             {secret, "", http.StatusBadGateway, "no basic auth|unauthorized"},
-		"a wrong login":        {secret, `{"username":"someone","password":"guess"}`, http.StatusBadGateway, "auth|401 Unauthorized"},
+		"a wrong login": {secret, `{"username":"someone","password":"guess"}`, http.StatusBadGateway,
+			"auth|401 Unauthorized"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m.cleanUp(t, m.binds, test.ref)

@@ -25,7 +25,8 @@ func (m *machine) imageWithVolume(t testing.TB) string {
 	t.Helper()
 	ref := "duxcore-test/" + newID() + ":1"
 	archive := archiveOf(imageFile("probe", buildProbe(t)))
-	progress, err := m.engine.ImageImport(t.Context(), image.ImportSource{Source: bytes.NewReader(archive), SourceName: "-"}, ref,
+	progress, err := m.engine.ImageImport(t.Context(),
+		image.ImportSource{Source: bytes.NewReader(archive), SourceName: "-"}, ref,
 		image.ImportOptions{Changes: []string{"VOLUME /vol", "ENV FROM_IMAGE=underneath"}})
 	must(t, err)
 	defer progress.Close()
@@ -40,11 +41,14 @@ func TestEnvChangesAtTheNextStart(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	id := m.create(t, fmt.Sprintf(`"image":%q,"env":["ENV=first"],
-		"user":"0:7","working_dir":"/vol","hostname":"kept","tty":false,"port_map":{"8080/tcp":{"HostPort":"0"}},"max_cpu":50000,"max_ram":67108864`, m.imageWithVolume(t)))
+		"user":"0:7","working_dir":"/vol","hostname":"kept","tty":false,
+		"port_map":{"8080/tcp":{"HostPort":"0"}},"max_cpu":50000,"max_ram":67108864`, m.imageWithVolume(t)))
 	starts := ""
 	wantEnv := func(when string, env []string, want string) {
 		t.Helper()
-		got := slices.DeleteFunc(slices.Clone(env), func(v string) bool { return !strings.HasPrefix(v, "ENV") && v != "FROM_IMAGE=underneath" })
+		got := slices.DeleteFunc(slices.Clone(env), func(v string) bool {
+			return !strings.HasPrefix(v, "ENV") && v != "FROM_IMAGE=underneath"
+		})
 		slices.Sort(got)
 		if strings.Join(got, " ") != want {
 			t.Errorf("%s: the environment is %q, want %q", when, got, want)
@@ -92,7 +96,9 @@ func TestEnvChangesAtTheNextStart(t *testing.T) {
 		t.Errorf("the service has %d containers", len(list))
 	}
 
-	volume := first.Mounts[slices.IndexFunc(first.Mounts, func(p container.MountPoint) bool { return p.Destination == "/vol" })].Name
+	volume := first.Mounts[slices.IndexFunc(first.Mounts, func(p container.MountPoint) bool {
+		return p.Destination == "/vol"
+	})].Name
 	if _, err := m.engine.VolumeInspect(t.Context(), volume); err != nil {
 		t.Errorf("the volume before the service is deleted: %v", err)
 	}
@@ -231,18 +237,21 @@ func TestFailedCreateLeavesNothing(t *testing.T) {
 	}
 }
 
-// The engine forgets what it did not sync, and administrators prune: the records are enough to make all services again.
+// The engine forgets what it did not sync, and administrators prune: the records are enough to make all
+// services again.
 func TestServicesAreMadeAgainAfterTheirContainersAreGone(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	port, _ := freePorts(t)
-	id := m.create(t, fmt.Sprintf(`"env":["A=1"],"hostname":"named","max_ram":67108864,"max_cpu":50000,"user":"1000:7","port_map":{"8080/tcp":{"HostIp":"127.0.0.1","HostPort":%q}}`, port))
+	id := m.create(t, fmt.Sprintf(`"env":["A=1"],"hostname":"named","max_ram":67108864,"max_cpu":50000,`+
+		`"user":"1000:7","port_map":{"8080/tcp":{"HostIp":"127.0.0.1","HostPort":%q}}`, port))
 	plain := m.create(t, "")
 	before := m.get(t, id)
 	wantSame := func(when string) {
 		t.Helper()
 		after := m.get(t, id)
-		if got, want := withoutEnv(t, after), withoutEnv(t, before); after.ID == before.ID || got != want || !slices.Equal(after.Config.Env, before.Config.Env) {
+		if got, want := withoutEnv(t, after), withoutEnv(t, before); after.ID == before.ID || got != want ||
+			!slices.Equal(after.Config.Env, before.Config.Env) {
 			t.Errorf("%s: %s\n%s\nwant another container like\n%s\n%s", when, after.ID, got, before.ID, want)
 		}
 		if len(m.containers(t, m.binds)) != 2 {
@@ -253,7 +262,8 @@ func TestServicesAreMadeAgainAfterTheirContainersAreGone(t *testing.T) {
 
 	m.restarted(t, func() {
 		for _, c := range m.containers(t, m.binds) {
-			must(t, m.engine.ContainerRemove(t.Context(), c.ID, container.RemoveOptions{Force: true, RemoveVolumes: true}))
+			must(t, m.engine.ContainerRemove(t.Context(), c.ID,
+				container.RemoveOptions{Force: true, RemoveVolumes: true}))
 		}
 	})
 	wantSame("after all containers were removed")
@@ -262,7 +272,8 @@ func TestServicesAreMadeAgainAfterTheirContainersAreGone(t *testing.T) {
 	}
 	m.ctl(t, id, "start")
 	r := m.report(t, id)
-	if !slices.Contains(r.Env, "A=1") || r.limit("memory.limit_in_bytes", "memory.max") != "67108864" || r.UID != 1000 {
+	if !slices.Contains(r.Env, "A=1") || r.limit("memory.limit_in_bytes", "memory.max") != "67108864" ||
+		r.UID != 1000 {
 		t.Errorf("the service sees %+v", r)
 	}
 	if got := ask(t, "tcp", "127.0.0.1:"+port); got != "tcp hello\n" {
@@ -271,7 +282,8 @@ func TestServicesAreMadeAgainAfterTheirContainersAreGone(t *testing.T) {
 	m.ctl(t, id, "stop")
 
 	m.setEnv(t, plain, `{"A":"pending"}`)
-	pruned, err := m.engine.ContainersPrune(t.Context(), filters.NewArgs(filters.Arg("label", labelBinds+"="+m.binds)))
+	pruned, err := m.engine.ContainersPrune(t.Context(),
+		filters.NewArgs(filters.Arg("label", labelBinds+"="+m.binds)))
 	if err != nil || len(pruned.ContainersDeleted) != 2 {
 		t.Fatalf("pruned %q, %v", pruned.ContainersDeleted, err)
 	}

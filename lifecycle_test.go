@@ -43,7 +43,9 @@ func TestContainersWithoutANameAreNoServices(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), nil)
-	e.answerWith("/containers/json", 200, `[{"Id":"1","Names":[""],"Labels":{"duxcore.service":"web"}},{"Id":"2","Labels":{"duxcore.service":"a/b"}}]`)
+	e.answerWith("/containers/json", 200,
+		`[{"Id":"1","Names":[""],"Labels":{"duxcore.service":"web"}},`+
+			`{"Id":"2","Labels":{"duxcore.service":"a/b"}}]`)
 	if a := d.do(t, "GET", "/service", "").want(t, 200); strings.TrimSpace(a.body) != "[]" {
 		t.Errorf("services: %s", a.body)
 	}
@@ -57,7 +59,8 @@ func TestEnginesAnswerEndsAnOperation(t *testing.T) {
 			e, d := startWithService(t)
 			e.answerWith("/start", status, `{"message":"cannot start a paused container, try unpause instead"}`)
 			before := len(e.calls())
-			d.do(t, "POST", "/service/web/ctl", `{"op":"`+op+`"}`).want(t, map[int]int{404: 502, 409: 409}[status], "unpause")
+			d.do(t, "POST", "/service/web/ctl", `{"op":"`+op+`"}`).want(t, map[int]int{404: 502, 409: 409}[status],
+				"unpause")
 			calls := e.calls()[before:]
 			if starts, stops := countCalls(calls, "/start"), countCalls(calls, "/stop"); starts != 1 || stops > 1 {
 				t.Errorf("%s: the engine was asked %q", op, calls)
@@ -89,20 +92,24 @@ func TestPutReplacesAllParametersAtTheNextStart(t *testing.T) {
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	before, _ := e.container("web")
 	calls := len(e.calls())
-	d.do(t, "PUT", "/service/web", createBodyJSON("web", `"image":"img:2","max_ram":67108864,"env":["A=1"]`)).want(t, 204)
+	d.do(t, "PUT", "/service/web", createBodyJSON("web",
+		`"image":"img:2","max_ram":67108864,"env":["A=1"]`)).want(t, 204)
 	// The image is looked at twice: before and after the wait for the lock.
 	if asked := e.calls()[calls:]; len(asked) != 2 || countCalls(asked, "GET /images/") != 2 {
 		t.Errorf("the engine was asked %q", asked)
 	}
 	d.do(t, "PATCH", "/service/web/env", `{"B":"2"}`).want(t, 204) // of what is pending
-	d.do(t, "GET", "/service/web/params", "").want(t, 200, `{"params":{"id":"web","image":"img:1","bind_dir":"/data"},`,
+	d.do(t, "GET", "/service/web/params", "").want(t, 200,
+		`{"params":{"id":"web","image":"img:1","bind_dir":"/data"},`,
 		`"pending":{"id":"web","image":"img:2","bind_dir":"/data","env":["B=2"],"max_ram":67108864}}`)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
 	after, _ := e.container("web")
-	if after.HostConfig.Memory != 64<<20 || after.imageID == before.imageID || after.volume != before.volume || !after.Running {
+	if after.HostConfig.Memory != 64<<20 || after.imageID == before.imageID || after.volume != before.volume ||
+		!after.Running {
 		t.Errorf("before %+v\nafter %+v", before, after)
 	}
-	if a := d.do(t, "GET", "/service/web/params", "").want(t, 200, `"image":"img:2"`); strings.Contains(a.body, "pending") {
+	if a := d.do(t, "GET", "/service/web/params", "").want(t, 200, `"image":"img:2"`); strings.Contains(a.body,
+		"pending") {
 		t.Errorf("the record: %s", a.body)
 	}
 	for body, status := range map[string]int{
@@ -125,7 +132,9 @@ func TestPutReachesNoLaterServiceOfTheSameID(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	e.addRemote("far:1", true)
-	held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, "POST /images/create") })
+	held, release := crowdHold(e, func(call string) bool {
+		return strings.HasPrefix(call, "POST /images/create")
+	})
 	put := crowdSend(t, d, "PUT", "/service/web", createBodyJSON("web", `"image":"far:1","env":["PASSWORD=x"]`))
 	<-held
 	d.do(t, "DELETE", "/service/web", "").want(t, 204)
@@ -146,8 +155,11 @@ func TestPutLosesNoImage(t *testing.T) {
 	started := crowdSend(t, d, "POST", "/service/web/ctl", `{"op":"start"}`)
 	<-held
 	before := len(e.calls())
-	put := crowdSend(t, d, "PUT", "/service/web", createBodyJSON("web", fmt.Sprintf(`"cmd":["/x"],"image":%q`, id)))
-	waitFor(t, "the PUT has looked at its image", func() bool { return countCalls(e.calls()[before:], "GET /images/"+id) > 0 })
+	put := crowdSend(t, d, "PUT", "/service/web", createBodyJSON("web",
+		fmt.Sprintf(`"cmd":["/x"],"image":%q`, id)))
+	waitFor(t, "the PUT has looked at its image", func() bool {
+		return countCalls(e.calls()[before:], "GET /images/"+id) > 0
+	})
 	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 204)
 	release()
 	(<-started).want(t, 204)
@@ -223,10 +235,13 @@ func TestOneOfTenCreatesOfOneIDWins(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	d := startDaemon(t, e.host(), nil)
-	held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, "POST /containers/create") })
+	held, release := crowdHold(e, func(call string) bool {
+		return strings.HasPrefix(call, "POST /containers/create")
+	})
 	var answers []<-chan answer
 	for i := range 10 {
-		answers = append(answers, crowdSend(t, d, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"env":["N=%d"]`, i))))
+		answers = append(answers, crowdSend(t, d, "POST", "/service",
+			createBodyJSON("web", fmt.Sprintf(`"env":["N=%d"]`, i))))
 	}
 	<-held // one is in the middle of it
 	release()
@@ -250,7 +265,9 @@ func TestOneOfTenCreatesOfOneIDWins(t *testing.T) {
 // Forty clients do ten things each, on twenty services.
 func TestCrowdLeavesAConsistentEnd(t *testing.T) {
 	t.Parallel()
-	source := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) { w.Write(tgz(file("hello", "world"))) })
+	source := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {
+		w.Write(tgz(file("hello", "world")))
+	})
 	d, e := startFetching(t, "127.0.0.0/8")
 	var ids []string
 	for i := range 20 {
@@ -325,7 +342,8 @@ func crowdWantConsistent(t *testing.T, e *fakeEngine, d *daemon, ids []string) {
 		t.Errorf("the services are %q, the directories %q", want, got)
 	}
 	var list []container.Summary
-	if err := json.Unmarshal([]byte(d.do(t, "GET", "/service", "").want(t, 200).body), &list); err != nil || len(list) != len(want) {
+	if err := json.Unmarshal([]byte(d.do(t, "GET", "/service", "").want(t, 200).body), &list); err != nil ||
+		len(list) != len(want) {
 		t.Errorf("the services are %q, the list has %d: %v", want, len(list), err)
 	}
 }
@@ -340,7 +358,8 @@ func TestSlowCreateDelaysNoOtherService(t *testing.T) {
 		w.Write(tgz(file("hello", "world")))
 	})
 	d, e := startFetching(t, "127.0.0.0/8")
-	slow := crowdSend(t, d, "POST", "/service", createBodyJSON("slow", fmt.Sprintf(`"bind_contents":%q`, source.URL)))
+	slow := crowdSend(t, d, "POST", "/service", createBodyJSON("slow",
+		fmt.Sprintf(`"bind_contents":%q`, source.URL)))
 	<-asked
 	for _, step := range []struct {
 		method, path, body string

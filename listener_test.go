@@ -72,7 +72,8 @@ func TestOldestUnauthenticatedConnectionIsReplaced(t *testing.T) {
 	wantClosed(0, 2, 4, 5)
 }
 
-// [tls.Conn.Close] sends an alert first, and a client that does not read would hold up Serve for five seconds.
+// [tls.Conn.Close] sends an alert first, and a client that does not read would hold up Serve for five
+// seconds.
 func TestReplacedTLSConnectionIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	cert, key, trusted := selfSigned(t)
@@ -196,13 +197,18 @@ func TestFailedHandshakesAreCounted(t *testing.T) {
 		io.Copy(io.Discard, conn)
 		conn.Close()
 	}
-	waitFor(t, "the handshakes to be counted", func() bool { return strings.Contains(d.log.String(), `msg="rejected connections" count=`) })
+	waitFor(t, "the handshakes to be counted", func() bool {
+		return strings.Contains(d.log.String(), `msg="rejected connections" count=`)
+	})
 	names := slices.Repeat([]string{strings.Repeat("\x01", 250)}, 200) // the daemon's error quotes them
-	if conn, err := tls.Dial("tcp", strings.TrimPrefix(d.url, "http://"), &tls.Config{InsecureSkipVerify: true, NextProtos: names}); err == nil {
+	if conn, err := tls.Dial("tcp", strings.TrimPrefix(d.url, "http://"),
+		&tls.Config{InsecureSkipVerify: true, NextProtos: names}); err == nil {
 		conn.Close()
 		t.Error("the handshake has succeeded")
 	}
-	waitFor(t, "that one to be counted", func() bool { return strings.Contains(d.log.String(), "unsupported application protocols") })
+	waitFor(t, "that one to be counted", func() bool {
+		return strings.Contains(d.log.String(), "unsupported application protocols")
+	})
 	for line := range strings.Lines(d.log.String()) {
 		if len(line) > 8*maxQuote {
 			t.Errorf("the log has a line of %d bytes", len(line))

@@ -89,7 +89,8 @@ func (m *machine) cleanUp(t testing.TB, binds, imageRef string) {
 	t.Cleanup(func() {
 		for _, c := range m.containers(t, binds) {
 			options := container.RemoveOptions{Force: true, RemoveVolumes: true}
-			if err := m.engine.ContainerRemove(context.Background(), c.ID, options); err != nil && !errdefs.IsNotFound(err) {
+			if err := m.engine.ContainerRemove(context.Background(), c.ID, options); err != nil &&
+				!errdefs.IsNotFound(err) {
 				t.Error(err)
 			}
 		}
@@ -97,7 +98,8 @@ func (m *machine) cleanUp(t testing.TB, binds, imageRef string) {
 			return
 		}
 		options := image.RemoveOptions{Force: true, PruneChildren: true}
-		if _, err := m.engine.ImageRemove(context.Background(), imageRef, options); err != nil && !errdefs.IsNotFound(err) {
+		if _, err := m.engine.ImageRemove(context.Background(), imageRef, options); err != nil &&
+			!errdefs.IsNotFound(err) {
 			t.Error(err)
 		}
 	})

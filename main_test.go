@@ -29,20 +29,33 @@ type flagTest struct {
 }
 
 var flags = []flagTest{
-	{"addr", "DUXCORE_ADDR", ":8000", [2]string{"127.0.0.1:1", ":2"}, func(c config) any { return c.addr }, [2]any{"127.0.0.1:1", ":2"}},
-	{"corekey", "DUXCORE_COREKEY", "corekey.bin", [2]string{"/a", "/b"}, func(c config) any { return c.coreKeyPath }, [2]any{"/a", "/b"}},
-	{"binds", "DUXCORE_BINDS", "binds", [2]string{"/a", "/b"}, func(c config) any { return c.binds }, [2]any{"/a", "/b"}},
-	{"tls-cert", "DUXCORE_TLS_CERT", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsCert }, [2]any{"/a", "/b"}},
-	{"tls-key", "DUXCORE_TLS_KEY", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsKey }, [2]any{"/a", "/b"}},
-	{"network", "DUXCORE_NETWORK", "", [2]string{"tenants", "none"}, func(c config) any { return c.network }, [2]any{"tenants", "none"}},
-	{"pids-limit", "DUXCORE_PIDS_LIMIT", "2048", [2]string{"1", "99"}, func(c config) any { return c.pidsLimit }, [2]any{int64(1), int64(99)}},
-	{"stop-timeout", "DUXCORE_STOP_TIMEOUT", "30s", [2]string{"1s", "2m"}, func(c config) any { return c.stopTimeout }, [2]any{time.Second, 2 * time.Minute}},
-	{"create-timeout", "DUXCORE_CREATE_TIMEOUT", "30m0s", [2]string{"1s", "2h"}, func(c config) any { return c.createTimeout }, [2]any{time.Second, 2 * time.Hour}},
+	{"addr", "DUXCORE_ADDR", ":8000", [2]string{"127.0.0.1:1", ":2"},
+		func(c config) any { return c.addr }, [2]any{"127.0.0.1:1", ":2"}},
+	{"corekey", "DUXCORE_COREKEY", "corekey.bin", [2]string{"/a", "/b"},
+		func(c config) any { return c.coreKeyPath }, [2]any{"/a", "/b"}},
+	{"binds", "DUXCORE_BINDS", "binds", [2]string{"/a", "/b"},
+		func(c config) any { return c.binds }, [2]any{"/a", "/b"}},
+	{"tls-cert", "DUXCORE_TLS_CERT", "", [2]string{"/a", "/b"},
+		func(c config) any { return c.tlsCert }, [2]any{"/a", "/b"}},
+	{"tls-key", "DUXCORE_TLS_KEY", "", [2]string{"/a", "/b"},
+		func(c config) any { return c.tlsKey }, [2]any{"/a", "/b"}},
+	{"network", "DUXCORE_NETWORK", "", [2]string{"tenants", "none"},
+		func(c config) any { return c.network }, [2]any{"tenants", "none"}},
+	{"pids-limit", "DUXCORE_PIDS_LIMIT", "2048", [2]string{"1", "99"},
+		func(c config) any { return c.pidsLimit }, [2]any{int64(1), int64(99)}},
+	{"stop-timeout", "DUXCORE_STOP_TIMEOUT", "30s", [2]string{"1s", "2m"},
+		func(c config) any { return c.stopTimeout }, [2]any{time.Second, 2 * time.Minute}},
+	{"create-timeout", "DUXCORE_CREATE_TIMEOUT", "30m0s", [2]string{"1s", "2h"},
+		func(c config) any { return c.createTimeout }, [2]any{time.Second, 2 * time.Hour}},
 	{"fetch-allow", "DUXCORE_FETCH_ALLOW", "", [2]string{"10.0.0.0/8, fd00::/8", "192.168.0.0/16"},
-		func(c config) any { return fmt.Sprint(c.fetchAllow) }, [2]any{"[10.0.0.0/8 fd00::/8]", "[192.168.0.0/16]"}},
-	{"max-bind-bytes", "DUXCORE_MAX_BIND_BYTES", "10737418240", [2]string{"1", "2"}, func(c config) any { return c.maxBindBytes }, [2]any{int64(1), int64(2)}},
-	{"max-bind-files", "DUXCORE_MAX_BIND_FILES", "250000", [2]string{"1", "2"}, func(c config) any { return c.maxBindFiles }, [2]any{int64(1), int64(2)}},
-	{"max-image-bytes", "DUXCORE_MAX_IMAGE_BYTES", "17179869184", [2]string{"1", "2"}, func(c config) any { return c.maxImageBytes }, [2]any{int64(1), int64(2)}},
+		func(c config) any { return fmt.Sprint(c.fetchAllow) },
+		[2]any{"[10.0.0.0/8 fd00::/8]", "[192.168.0.0/16]"}},
+	{"max-bind-bytes", "DUXCORE_MAX_BIND_BYTES", "10737418240", [2]string{"1", "2"},
+		func(c config) any { return c.maxBindBytes }, [2]any{int64(1), int64(2)}},
+	{"max-bind-files", "DUXCORE_MAX_BIND_FILES", "250000", [2]string{"1", "2"},
+		func(c config) any { return c.maxBindFiles }, [2]any{int64(1), int64(2)}},
+	{"max-image-bytes", "DUXCORE_MAX_IMAGE_BYTES", "17179869184", [2]string{"1", "2"},
+		func(c config) any { return c.maxImageBytes }, [2]any{int64(1), int64(2)}},
 }
 
 // otherHalf completes what is valid only as a pair.
@@ -105,7 +118,8 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		{nil, map[string]string{"DUXCORE_NETWORK": "host"}, []string{"-network"}},
 		{[]string{"-tls-cert", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
 		{[]string{"-tls-key", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
-		{[]string{"-tls-key", "a"}, map[string]string{"DUXCORE_TLS_CERT": ""}, []string{"-tls-cert and -tls-key go together"}},
+		{[]string{"-tls-key", "a"}, map[string]string{"DUXCORE_TLS_CERT": ""},
+			[]string{"-tls-cert and -tls-key go together"}},
 		{[]string{"-addr", ""}, nil, []string{"-addr"}},
 		{[]string{"-pids-limit", "0"}, nil, []string{"-pids-limit"}},
 		{[]string{"-pids-limit", "-1"}, nil, []string{"-pids-limit"}},
@@ -225,9 +239,12 @@ func TestPlainHTTPBeyondLoopbackIsOneWarning(t *testing.T) {
 		addr, cert, key string
 		want            int
 	}{
-		{":0", "", "", 1}, {"0.0.0.0:0", "", "", 1}, {"127.0.0.1:0", "", "", 0}, {"[::1]:0", "", "", 0}, {":0", cert, key, 0},
+		{":0", "", "", 1}, {"0.0.0.0:0", "", "", 1}, {"127.0.0.1:0", "", "", 0}, {"[::1]:0", "", "", 0},
+		{":0", cert, key, 0},
 	} {
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.addr, c.tlsCert, c.tlsKey = test.addr, test.cert, test.key })
+		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
+			c.addr, c.tlsCert, c.tlsKey = test.addr, test.cert, test.key
+		})
 		if got := strings.Count(d.log.String(), warning); got != test.want {
 			t.Errorf("%s with the certificate %q: %d warnings", test.addr, test.cert, got)
 		}
@@ -245,7 +262,8 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 		t.Errorf("%v, %v", info.Mode(), err)
 	}
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	if c, _ := e.container("web"); c.HostConfig.Mounts[0].Source != dir+"/link/web" || c.Labels["duxcore.binds"] != dir+"/link" {
+	if c, _ := e.container("web"); c.HostConfig.Mounts[0].Source != dir+"/link/web" ||
+		c.Labels["duxcore.binds"] != dir+"/link" {
 		t.Errorf("mounts %v, labels %v", c.HostConfig.Mounts, c.Labels)
 	}
 }

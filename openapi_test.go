@@ -174,7 +174,8 @@ func (s *apiSchema) fits(value any) bool {
 		}
 		return is("string") && within(float64(len(v)), s.MinLength, s.MaxLength) && s.matches(v)
 	case []any:
-		return is("array") && within(float64(len(v)), s.MinItems, nil) && !slices.ContainsFunc(v, func(item any) bool { return !s.Items.fits(item) })
+		return is("array") && within(float64(len(v)), s.MinItems, nil) &&
+			!slices.ContainsFunc(v, func(item any) bool { return !s.Items.fits(item) })
 	case object:
 		for name, field := range v {
 			absent := field == "" && !slices.Contains(s.Required, name) // as ServiceParams says
@@ -182,7 +183,10 @@ func (s *apiSchema) fits(value any) bool {
 				return false
 			}
 		}
-		return is("object") && !slices.ContainsFunc(s.Required, func(name string) bool { _, ok := v[name]; return !ok })
+		return is("object") && !slices.ContainsFunc(s.Required, func(name string) bool {
+			_, ok := v[name]
+			return !ok
+		})
 	}
 	return is("null")
 }
@@ -203,11 +207,14 @@ func (s *apiSchema) property(name string) *apiSchema {
 }
 
 // apiProbes are texts on both sides of the patterns.
-var apiProbes = []any{"", "a", "aa", "a b", "a_b", "a.b", "-a", "a-", "é", "a\nb", "a\x00", "a:b", "a:b:c", ":", "a:", "A", "A=1", "=1", "A=\x00",
-	"a//b", "/a", "//a", "/a\u0085", "0", "1", "080", "99", "65535", "65536", "70000", "1000:1000", "80/tcp", "65535/udp", "1/sctp", "0/tcp", "65536/tcp",
-	"080/tcp", "80/icmp", "80", "http://127.0.0.1:1/a", "ftp://127.0.0.1:1/a", "http://", "http:///a", "sha256:00", strings.Repeat("a", 64), strings.Repeat("a", 65),
+var apiProbes = []any{"", "a", "aa", "a b", "a_b", "a.b", "-a", "a-", "é", "a\nb", "a\x00", "a:b", "a:b:c",
+	":", "a:", "A", "A=1", "=1", "A=\x00",
+	"a//b", "/a", "//a", "/a\u0085", "0", "1", "080", "99", "65535", "65536", "70000", "1000:1000", "80/tcp",
+	"65535/udp", "1/sctp", "0/tcp", "65536/tcp", "080/tcp", "80/icmp", "80", "http://127.0.0.1:1/a",
+	"ftp://127.0.0.1:1/a", "http://", "http:///a", "sha256:00", strings.Repeat("a", 64), strings.Repeat("a", 65),
 	"TERM", "SIGTERM", "term", "SIGSIGTERM", "9", "64", "RTMIN+15", "RTMIN+16", "RTMAX-14", "RTMAX-15",
-	"1795447530.5", "1795447530.", "2026-11-23T15:39:08Z", "2026-11-23T15:39:08.009300624+01:00", "2026-11-23T15:39:08", "2026-13-23T15:39:08Z",
+	"1795447530.5", "1795447530.", "2026-11-23T15:39:08Z", "2026-11-23T15:39:08.009300624+01:00",
+	"2026-11-23T15:39:08", "2026-13-23T15:39:08Z",
 	"2026-11-23T24:39:08Z", "2026-11-23", "2026-11-23T15:39:08.Z", "2026-11-23T15:39:08.0123456789Z"}
 
 // vary calls try with value changed in one place, in every way that its schema speaks
@@ -243,7 +250,9 @@ func (s *apiSchema) vary(value any, field string, try func(value any, field stri
 	}
 	if list, ok := value.([]any); ok {
 		for i := range list {
-			s.Items.vary(list[i], field, func(item any, field string) { try(slices.Concat(list[:i], []any{item}, list[i+1:]), field) })
+			s.Items.vary(list[i], field, func(item any, field string) {
+				try(slices.Concat(list[:i], []any{item}, list[i+1:]), field)
+			})
 		}
 	}
 	fields, _ := value.(object)
@@ -375,7 +384,8 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 		t.Errorf("documented are %v\nroutes are %v", documented, routes)
 	}
 
-	for name, of := range map[string]reflect.Type{"ServiceParams": reflect.TypeFor[serviceParams](), "HostMapEntry": reflect.TypeFor[hostMapEntry]()} {
+	for name, of := range map[string]reflect.Type{"ServiceParams": reflect.TypeFor[serviceParams](),
+		"HostMapEntry": reflect.TypeFor[hostMapEntry]()} {
 		kinds, types, required := map[string]string{}, map[string]string{}, []string{}
 		for key, schema := range named.Schemas[name].Properties {
 			kinds[key] = fmt.Sprint(schema.types())
@@ -384,14 +394,16 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 			key, options, _ := strings.Cut(field.Tag.Get("json"), ",")
 			key = cmp.Or(key, field.Name)
 			kind := strings.TrimLeft(field.Type.String(), "*")
-			types[key] = map[string]string{"string": "string", "[]string": "array", "bool": "boolean", "int64": "integer",
+			types[key] = map[string]string{"string": "string", "[]string": "array", "bool": "boolean",
+				"int64":           "integer",
 				"main.stopSignal": "[string integer]", "map[string]main.hostMapEntries": "object"}[kind]
 			if options == "" {
 				required = append(required, key)
 			}
 		}
 		if !maps.Equal(kinds, types) || !slices.Equal(named.Schemas[name].Required, required) {
-			t.Errorf("%s: documented are %v, required %v; there are %v, required %v", name, kinds, named.Schemas[name].Required, types, required)
+			t.Errorf("%s: documented are %v, required %v; there are %v, required %v", name, kinds,
+				named.Schemas[name].Required, types, required)
 		}
 	}
 	params := named.Schemas["ServiceParams"].Properties
@@ -399,7 +411,8 @@ func TestAPIDocumentListsWhatThereIs(t *testing.T) {
 		t.Errorf("port_map: an end is %v", ends)
 	}
 	params["stop_signal"] = params["stop_signal"].OneOf[0] // as a string
-	for name, pattern := range map[string]*regexp.Regexp{"id": serviceID, "image": imageName, "hostname": hostLabel, "stop_signal": signalName} {
+	for name, pattern := range map[string]*regexp.Regexp{"id": serviceID, "image": imageName,
+		"hostname": hostLabel, "stop_signal": signalName} {
 		if got := params[name].Pattern; got != pattern.String() {
 			t.Errorf("%s: %s, the daemon's: %s", name, got, pattern)
 		}
@@ -420,7 +433,8 @@ func TestDefaultsOfTheAPIDocument(t *testing.T) {
 	}
 	for name, schema := range named.Schemas["ServiceParams"].Properties {
 		if set, ok := schema.Default.(bool); ok {
-			absent, same, other := made(""), made(fmt.Sprintf(",%q:%v", name, set)), made(fmt.Sprintf(",%q:%v", name, !set))
+			absent, same, other := made(""), made(fmt.Sprintf(",%q:%v", name, set)),
+				made(fmt.Sprintf(",%q:%v", name, !set))
 			if absent != same || absent == other {
 				t.Errorf("%s: absent %s\nas documented %s\notherwise %s", name, absent, same, other)
 			}
@@ -453,7 +467,8 @@ func TestExamplesOfTheAPIDocument(t *testing.T) {
 					t.Errorf("%s: %s is %q", op.name, name, got)
 				}
 			}
-			if _, ok := success.Content[a.header.Get("Content-Type")]; ok == (success.Content == nil) || success.Content == nil && a.body != "" {
+			if _, ok := success.Content[a.header.Get("Content-Type")]; ok == (success.Content == nil) ||
+				success.Content == nil && a.body != "" {
 				t.Errorf("%s: %s %q", op.name, a.header.Get("Content-Type"), a.body)
 			}
 		}
@@ -526,7 +541,9 @@ var apiFailures = map[string]struct {
 	ask    func(*testing.T, apiWorld) answer
 }{
 	"Unauthorized": {setUp: func(_ *testing.T, w apiWorld) { w.daemon.key = "" }},
-	"NoService":    {setUp: func(t *testing.T, w apiWorld) { w.do(t, "DELETE", "/service/demo", "").want(t, 204) }},
+	"NoService": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "DELETE", "/service/demo", "").want(t, 204)
+	}},
 	"Unreachable": {setUp: func(t *testing.T, w apiWorld) {
 		w.fakeEngine.close()
 		w.do(t, "GET", "/health", "").want(t, 503)
@@ -543,8 +560,13 @@ var apiFailures = map[string]struct {
 		apiRecord(t, w, `{"params":{"id":"demo","bind_dir":"/data"},"revision":"1"}`)
 		apiMuteEngine(t, w)
 	}},
-	"InternalError":    {only: "POST /service", setUp: func(t *testing.T, w apiWorld) { apiRecord(t, w, "damaged") }},
-	"BindRootMoved":    {setUp: func(_ *testing.T, w apiWorld) { os.RemoveAll(w.binds); os.Mkdir(w.binds, 0o700) }},
+	"InternalError": {only: "POST /service", setUp: func(t *testing.T, w apiWorld) {
+		apiRecord(t, w, "damaged")
+	}},
+	"BindRootMoved": {setUp: func(_ *testing.T, w apiWorld) {
+		os.RemoveAll(w.binds)
+		os.Mkdir(w.binds, 0o700)
+	}},
 	"ContainerMissing": {setUp: func(_ *testing.T, w apiWorld) { w.drop("demo") }},
 	"DiskFull": {only: "POST /service", setUp: func(t *testing.T, w apiWorld) {
 		if os.Geteuid() != 0 {
@@ -552,9 +574,12 @@ var apiFailures = map[string]struct {
 		}
 		mountTmpfs(t, filepath.Join(w.binds, recordDir), "nr_inodes=1")
 	}},
-	"ImageGone": {setUp: func(t *testing.T, w apiWorld) { w.do(t, "DELETE", "/docker/image/"+w.image, "").want(t, 204) }},
+	"ImageGone": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "DELETE", "/docker/image/"+w.image, "").want(t, 204)
+	}},
 	"ImageInUse": {setUp: func(t *testing.T, w apiWorld) {
-		w.do(t, "POST", "/service", createBodyJSON("other", fmt.Sprintf(`"image":%q,"cmd":["/hello"]`, w.image))).want(t, 201)
+		w.do(t, "POST", "/service", createBodyJSON("other",
+			fmt.Sprintf(`"image":%q,"cmd":["/hello"]`, w.image))).want(t, 201)
 	}},
 	"ImageRemoved": {setUp: func(t *testing.T, w apiWorld) {
 		w.do(t, "PATCH", "/service/demo/env", `{"A":"1"}`).want(t, 204)
@@ -564,28 +589,45 @@ var apiFailures = map[string]struct {
 		w.do(t, "PUT", "/service/demo", apiCreate(`"port_map":{"80/tcp":{"HostPort":"8080"}}`)).want(t, 204)
 		w.takePort("8080")
 	}, body: `{"op":"restart"}`},
-	"UnderWay": {change: func(c *config) { c.stopTimeout, c.timeouts.engineRead = 0, time.Second }, setUp: func(t *testing.T, w apiWorld) {
-		held, release := crowdHold(w.fakeEngine, func(call string) bool { return strings.HasPrefix(call, "DELETE ") })
+	"UnderWay": {change: func(c *config) {
+		c.stopTimeout, c.timeouts.engineRead = 0, time.Second
+	}, setUp: func(t *testing.T, w apiWorld) {
+		held, release := crowdHold(w.fakeEngine, func(call string) bool {
+			return strings.HasPrefix(call, "DELETE ")
+		})
 		deleted := crowdSend(t, w.daemon, "DELETE", "/service/demo", "")
 		t.Cleanup(func() { release(); <-deleted })
 		<-held
 	}},
 	"RenamedByHand": {setUp: func(_ *testing.T, w apiWorld) { w.rename("demo", "old") }},
-	"BodyTooLarge":  {change: func(c *config) { c.maxImageBytes = maxJSON }, body: wholeTar() + strings.Repeat("\x00", maxJSON)},
+	"BodyTooLarge": {change: func(c *config) {
+		c.maxImageBytes = maxJSON
+	}, body: wholeTar() + strings.Repeat("\x00", maxJSON)},
 
-	"UnknownField":     {body: apiCreate(`"max_mem":1`)},
-	"WrongType":        {body: apiCreate(`"max_ram":"64m"`)},
-	"OutOfRange":       {body: apiCreate(`"max_ram":0`)},
-	"NoImage":          {body: createBodyJSON("demo", `"image":"sha256:`+strings.Repeat("ab", 32)+`"`)},
-	"NoCommand":        {setUp: func(_ *testing.T, w apiWorld) { w.addImage("none:1"); w.findImage("none:1").cmd = nil }, body: createBodyJSON("demo", `"image":"none:1"`)},
-	"HostileArchive":   {body: apiCreate(`"bind_contents":"https://example.com/hostile.tar.gz"`)},
-	"DownloadFailed":   {body: apiCreate(`"bind_contents":"https://example.com/missing.tar.gz"`)},
-	"PrivateAddress":   {change: func(c *config) { c.fetchAllow = nil }, body: apiCreate(`"bind_contents":"https://example.com/demo.tar.gz"`)},
-	"ContentsTooLarge": {change: func(c *config) { c.maxBindBytes = 1024 }, body: apiCreate(`"bind_contents":"https://example.com/demo.tar.gz"`)},
-	"OtherDirectory":   {body: apiCreate(`"bind_dir":"/other"`)},
-	"WithContents":     {body: apiCreate(`"bind_contents":"https://example.com/demo.tar.gz"`)},
-	"IDTaken":          {setUp: func(t *testing.T, w apiWorld) { w.do(t, "POST", "/service", apiCreate("")).want(t, 201) }},
-	"DirectoryTaken":   {setUp: func(_ *testing.T, w apiWorld) { os.MkdirAll(filepath.Join(w.binds, "demo", "data"), 0o700) }},
+	"UnknownField": {body: apiCreate(`"max_mem":1`)},
+	"WrongType":    {body: apiCreate(`"max_ram":"64m"`)},
+	"OutOfRange":   {body: apiCreate(`"max_ram":0`)},
+	"NoImage":      {body: createBodyJSON("demo", `"image":"sha256:`+strings.Repeat("ab", 32)+`"`)},
+	"NoCommand": {setUp: func(_ *testing.T, w apiWorld) {
+		w.addImage("none:1")
+		w.findImage("none:1").cmd = nil
+	}, body: createBodyJSON("demo", `"image":"none:1"`)},
+	"HostileArchive": {body: apiCreate(`"bind_contents":"https://example.com/hostile.tar.gz"`)},
+	"DownloadFailed": {body: apiCreate(`"bind_contents":"https://example.com/missing.tar.gz"`)},
+	"PrivateAddress": {change: func(c *config) {
+		c.fetchAllow = nil
+	}, body: apiCreate(`"bind_contents":"https://example.com/demo.tar.gz"`)},
+	"ContentsTooLarge": {change: func(c *config) {
+		c.maxBindBytes = 1024
+	}, body: apiCreate(`"bind_contents":"https://example.com/demo.tar.gz"`)},
+	"OtherDirectory": {body: apiCreate(`"bind_dir":"/other"`)},
+	"WithContents":   {body: apiCreate(`"bind_contents":"https://example.com/demo.tar.gz"`)},
+	"IDTaken": {setUp: func(t *testing.T, w apiWorld) {
+		w.do(t, "POST", "/service", apiCreate("")).want(t, 201)
+	}},
+	"DirectoryTaken": {setUp: func(_ *testing.T, w apiWorld) {
+		os.MkdirAll(filepath.Join(w.binds, "demo", "data"), 0o700)
+	}},
 	"UnknownOperation": {body: `{"op":"reload"}`},
 	"BadVariable":      {body: `{"A=B":"1"}`},
 	"BadSize":          {body: `{"rows":0,"cols":80}`},
@@ -637,12 +679,14 @@ func (b apiBody) wantExample(t *testing.T, name string, a answer) {
 	var got any
 	must(t, json.Unmarshal([]byte(a.body), &got))
 	example := b.Content["application/json"].Examples[name].Value
-	is, want := anyID.ReplaceAllString(apiText(got, true), "ID"), anyID.ReplaceAllString(apiText(example, true), "ID")
+	is, want := anyID.ReplaceAllString(apiText(got, true), "ID"),
+		anyID.ReplaceAllString(apiText(example, true), "ID")
 	if is != want {
 		t.Errorf("got  %s\nwant %s", is, want)
 	}
 	for header, documented := range b.Headers {
-		if got := a.header.Get(header); got != fmt.Sprint(documented.Example) && (documented.Required || got != "") {
+		if got := a.header.Get(header); got != fmt.Sprint(documented.Example) &&
+			(documented.Required || got != "") {
 			t.Errorf("%s is %q, want %v", header, a.header.Get(header), documented.Example)
 		}
 	}
@@ -695,7 +739,8 @@ func TestErrorsOfTheAPIDocument(t *testing.T) {
 			named.Responses["MethodNotAllowed"].wantExample(t, "MethodNotAllowed", a)
 		}
 	}
-	named.Responses["UnexpectedBody"].wantExample(t, "UnexpectedBody", w.do(t, "GET", "/service", "x").want(t, 413))
+	named.Responses["UnexpectedBody"].wantExample(t, "UnexpectedBody",
+		w.do(t, "GET", "/service", "x").want(t, 413))
 	old, _ := sendRaw(t, w.daemon, "GET /service HTTP/1.0\r\nHost: h\r\nX-Duxcore-CoreKey: "+w.key+"\r\n\r\n")
 	named.Responses["HTTPVersionNotSupported"].wantExample(t, "HTTPVersionNotSupported", old.want(t, 505))
 	for name := range apiFailures {

@@ -20,7 +20,8 @@ func TestServiceRunsAsAsked(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	id := m.create(t, `"cmd":["/probe","run","/srv/a b","$HOME","two words",""],"shell":["/bin/x","-c"],
-		"bind_dir":"srv/a b/","user":"1234:2345","working_dir":"/opt/here","hostname":"Named-1","env":["A=1","B=x=y z"],
+		"bind_dir":"srv/a b/", "user":"1234:2345", "working_dir":"/opt/here", "hostname":"Named-1",
+		"env":["A=1","B=x=y z"],
 		"tty":false,"network_disabled":true,"max_cpu":25000,"max_ram":67108864`)
 	m.ctl(t, id, "start")
 	r, c := m.report(t, id), m.get(t, id)
@@ -50,7 +51,8 @@ func TestServiceRunsAsAsked(t *testing.T) {
 			t.Errorf("%s: the service has %v, want %v", check.what, check.got, check.want)
 		}
 	}
-	for file, want := range map[string]string{"memory.memsw.limit_in_bytes": "67108864", "memory.swap.max": "0"} {
+	for file, want := range map[string]string{"memory.memsw.limit_in_bytes": "67108864",
+		"memory.swap.max": "0"} {
 		// Neither is there where the kernel does not account swap.
 		if got, ok := r.Cgroup[file]; ok && strings.TrimSpace(got) != want {
 			t.Errorf("%s is %q, want %s", file, got, want)
@@ -108,7 +110,8 @@ func TestStdinIsOpenOrClosed(t *testing.T) {
 			t.Parallel()
 			id := m.create(t, `"cmd":["/probe","stdin","/data"],`+test.extra)
 			if test.send != "" {
-				attached, err := m.engine.ContainerAttach(t.Context(), id, container.AttachOptions{Stream: true, Stdin: true})
+				attached, err := m.engine.ContainerAttach(t.Context(), id,
+					container.AttachOptions{Stream: true, Stdin: true})
 				must(t, err)
 				defer attached.Close()
 				m.ctl(t, id, "start")
@@ -132,9 +135,12 @@ func TestPublishedPortsAnswerFromTheHost(t *testing.T) {
 		ports  string // of TCP port 8080 and UDP port 8081
 		chosen bool   // by the engine
 	}{
-		"object, chosen port": {`"8080/tcp":{"HostIp":"127.0.0.1","HostPort":"0"},"8081/udp":{"HostIp":"127.0.0.1","HostPort":"0"}`, true},
-		"array, chosen port":  {`"8080/tcp":[{"HostIp":"127.0.0.1","HostPort":"0"}],"8081/udp":[{"HostPort":"0"}]`, true},
-		"array of two":        {`"8080/tcp":[{"HostIp":"127.0.0.1","HostPort":"TCP"},{"HostIp":"127.0.0.1","HostPort":"0"}],"8081/udp":{"HostIp":"127.0.0.1","HostPort":"UDP"}`, false},
+		"object, chosen port": {`"8080/tcp":{"HostIp":"127.0.0.1","HostPort":"0"},` +
+			`"8081/udp":{"HostIp":"127.0.0.1","HostPort":"0"}`, true},
+		"array, chosen port": {`"8080/tcp":[{"HostIp":"127.0.0.1","HostPort":"0"}],"8081/udp":[{"HostPort":"0"}]`,
+			true},
+		"array of two": {`"8080/tcp":[{"HostIp":"127.0.0.1","HostPort":"TCP"},{"HostIp":"127.0.0.1",` +
+			`"HostPort":"0"}],"8081/udp":{"HostIp":"127.0.0.1","HostPort":"UDP"}`, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -156,7 +162,8 @@ func TestPublishedPortsAnswerFromTheHost(t *testing.T) {
 					}
 				}
 			}
-			if slices.Contains(published["8080/tcp"], nat.PortBinding{HostIP: "127.0.0.1", HostPort: tcp}) == test.chosen {
+			if slices.Contains(published["8080/tcp"], nat.PortBinding{HostIP: "127.0.0.1",
+				HostPort: tcp}) == test.chosen {
 				t.Errorf("published at %v, want 127.0.0.1 and the port asked for, %s", published, tcp)
 			}
 		})
@@ -198,7 +205,8 @@ func TestStatsAreCompleteAndAnswerForStoppedServices(t *testing.T) {
 		t.Errorf("stats of a service that does not run: %+v", s)
 	}
 	m.ctl(t, id, "start")
-	if s := stats(); s.Name != "/"+id || s.PreRead.IsZero() || !s.Read.After(s.PreRead) || s.PreCPUStats.SystemUsage == 0 ||
+	if s := stats(); s.Name != "/"+id || s.PreRead.IsZero() || !s.Read.After(s.PreRead) ||
+		s.PreCPUStats.SystemUsage == 0 ||
 		s.MemoryStats.Usage == 0 || s.PidsStats.Current == 0 || len(s.Networks) == 0 {
 		t.Errorf("stats of a running service are not complete: %+v", s)
 	}
@@ -214,8 +222,9 @@ func TestForeignContainersAreNotFoundAndUntouched(t *testing.T) {
 	byName, forged, misnamed := newID(), newID(), newID()
 	byPrefix := m.foreign(t, newID(), nil)
 	targets := map[string]string{ // ids of containers by what a request calls them
-		byName:        m.foreign(t, byName, nil),
-		forged:        m.foreign(t, forged, map[string]string{labelService: forged, labelBinds: m.binds + "/other"}),
+		byName: m.foreign(t, byName, nil),
+		forged: m.foreign(t, forged, map[string]string{labelService: forged, labelBinds: m.binds +
+			"/other"}),
 		misnamed:      m.foreign(t, misnamed, map[string]string{labelService: "it-another", labelBinds: m.binds}),
 		byPrefix[:12]: byPrefix,
 		byPrefix[:63]: byPrefix,
@@ -237,7 +246,8 @@ func TestForeignContainersAreNotFoundAndUntouched(t *testing.T) {
 			{"POST", "/ctl", `{"op":"start"}`}, {"POST", "/ctl", `{"op":"stop"}`},
 			{"POST", "/ctl", `{"op":"restart"}`}, {"POST", "/ctl", `{"op":"kill"}`}, {"DELETE", "", ""},
 		} {
-			m.do(t, request.method, "/service/"+name+request.path, request.body).want(t, http.StatusNotFound, "no service")
+			m.do(t, request.method, "/service/"+name+request.path, request.body).want(t, http.StatusNotFound,
+				"no service")
 		}
 		if after := inspect(containerID); after != before[containerID] {
 			t.Errorf("container %s was touched:\n%s\n%s", name, before[containerID], after)
@@ -276,16 +286,19 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 		}
 	}
 	usual := operations["POST /service"].bodies()[1]
-	ask("POST /service", strings.NewReplacer(`"demo"`, `"`+id+`"`, "example/hello:1", m.image, `"/hello"`, `"/probe","run","/data"`, "8080", "0").Replace(usual))
+	ask("POST /service", strings.NewReplacer(`"demo"`, `"`+id+`"`, "example/hello:1", m.image, `"/hello"`,
+		`"/probe","run","/data"`, "8080", "0").Replace(usual))
 	fits("created")
 	m.ctl(t, id, "start")
 	m.report(t, id)
 	fits("running")
-	for _, route := range []string{"POST /service/{id}/stdin", "POST /service/{id}/tty", "PATCH /service/{id}/env"} {
+	for _, route := range []string{"POST /service/{id}/stdin", "POST /service/{id}/tty",
+		"PATCH /service/{id}/env"} {
 		ask(route, operations[route].bodies()[0])
 	}
-	if got := ask("GET /service/{id}/logs", "").header.Get("Content-Type"); operations["GET /service/{id}/logs"].Responses[200].Content[got].Examples == nil {
-		t.Errorf("logs are %q", got)
+	logs := ask("GET /service/{id}/logs", "").header.Get("Content-Type")
+	if operations["GET /service/{id}/logs"].Responses[200].Content[logs].Examples == nil {
+		t.Errorf("logs are %q", logs)
 	}
 	m.do(t, "GET", "/service/"+id+"/logs?stdout=false&stderr=false", "").want(t, 400) // by the engine itself
 	m.ctl(t, id, "kill")
@@ -297,7 +310,8 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 	var got any
 	decode(t, a.body, &got)
 	want := operations["POST /service"].Responses[409].Content["application/json"].Examples["IDTaken"].Value
-	if is := strings.ReplaceAll(fmt.Sprint(got), id, "demo"); anyID.ReplaceAllString(is, "ID") != anyID.ReplaceAllString(fmt.Sprint(want), "ID") {
+	if is := strings.ReplaceAll(fmt.Sprint(got), id, "demo"); anyID.ReplaceAllString(is,
+		"ID") != anyID.ReplaceAllString(fmt.Sprint(want), "ID") {
 		t.Errorf("got  %s\nwant %s", is, want)
 	}
 }

@@ -46,7 +46,8 @@ func foundEverything(f func(state found, running bool)) {
 	}
 }
 
-// settled says in other words than the code what the table makes of a state. It is not ok if there is an error.
+// settled says in other words than the code what the table makes of a state. It is not ok if there is an
+// error.
 func (f found) settled() (after found, ok bool) {
 	if f.containers["old"] != "" {
 		return f, false
@@ -106,7 +107,8 @@ func TestSettleDoesWhatItsTableSays(t *testing.T) {
 		if svc != nil && ok {
 			c, _ := e.container("web")
 			record, err := s.binds.record("web")
-			if err != nil || svc.containerID != c.ID || svc.running != c.Running || c.Labels[labelRevision] != record.Revision {
+			if err != nil || svc.containerID != c.ID || svc.running != c.Running ||
+				c.Labels[labelRevision] != record.Revision {
 				t.Fatalf("%+v is returned as %+v, of the record %+v, %v", before, svc, record, err)
 			}
 		}
@@ -141,7 +143,8 @@ func (f found) put(t *testing.T, e *fakeEngine, b *bindRoot, image string, runni
 	}
 	if f.record != "" {
 		spec := func(env string) serviceSpec {
-			return serviceSpec{serviceParams{ID: "web", Image: "img:1", BindDir: "/data", Env: []string{env}}, image, ""}
+			return serviceSpec{serviceParams{ID: "web", Image: "img:1", BindDir: "/data", Env: []string{env}}, image,
+				""}
 		}
 		env, pending, isPending := strings.Cut(f.record, "/")
 		record := serviceRecord{serviceSpec: spec(env), Revision: "right"}
@@ -195,7 +198,8 @@ func foundNow(t *testing.T, e *fakeEngine, b *bindRoot) found {
 
 // halfDone has the engine hold what a create that was killed has left of a service.
 func halfDone(e *fakeEngine, binds, id string) (containerID string) {
-	return e.addForeign(candidatePrefix+id, map[string]string{labelService: id, labelBinds: binds}, filepath.Join(binds, id))
+	return e.addForeign(candidatePrefix+id, map[string]string{labelService: id, labelBinds: binds},
+		filepath.Join(binds, id))
 }
 
 // A container that was given another name may still run and use the directory.
@@ -222,7 +226,8 @@ func TestServiceRenamedByHandIsAConflictAndKeepsItsData(t *testing.T) {
 	}
 	d.do(t, "GET", "/service", "").want(t, 200, "[]")
 	// Whatever else has the service's name now: the renamed container may use the directory.
-	e.addForeign("web", map[string]string{labelService: "web", labelBinds: d.binds}, filepath.Join(d.binds, "web"))
+	e.addForeign("web", map[string]string{labelService: "web", labelBinds: d.binds},
+		filepath.Join(d.binds, "web"))
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 409, "old")
 	d.do(t, "DELETE", "/service/web", "").want(t, 409, "old")
 	e.rename("web", "third")
@@ -322,7 +327,9 @@ func TestHungCallOfARoundEndsAtItsDeadline(t *testing.T) {
 	s := bareServer(t, e, func(c *config) { c.timeouts.settle = 100 * time.Millisecond }).services
 	hung := halfDone(e, s.binds.path, "hangs")
 	halfDone(e, s.binds.path, "later")
-	_, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "DELETE /containers/"+hung) })
+	_, release := crowdHold(e, func(call string) bool {
+		return strings.Contains(call, "DELETE /containers/"+hung)
+	})
 	defer release()
 	if err := s.settleAll(t.Context()); err != nil {
 		t.Error(err)
@@ -346,8 +353,12 @@ func TestHungCallOfTheFirstRoundIsNotWaitedFor(t *testing.T) {
 	binds := filepath.Join(t.TempDir(), "binds")
 	must(t, os.MkdirAll(filepath.Join(binds, recordDir), 0o700))
 	hung := halfDone(e, binds, "hangs")
-	_, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "DELETE /containers/"+hung) })
-	d := startDaemon(t, e.host(), func(c *config) { c.binds, c.timeouts.settleInterval = binds, 100*time.Millisecond })
+	_, release := crowdHold(e, func(call string) bool {
+		return strings.Contains(call, "DELETE /containers/"+hung)
+	})
+	d := startDaemon(t, e.host(), func(c *config) {
+		c.binds, c.timeouts.settleInterval = binds, 100*time.Millisecond
+	})
 	d.do(t, "GET", "/health", "").want(t, 204)
 	release()
 	waitFor(t, "the hung call", func() bool { return len(e.names()) == 0 && len(bindDirs(t, d.binds)) == 0 })
@@ -362,11 +373,13 @@ func TestEngineThatStartsAfterTheDaemonIsFoundSoon(t *testing.T) {
 	e.close()
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	e.reopen()
-	waitFor(t, "the service has its container again", func() bool { return slices.Equal(e.names(), []string{"web"}) })
+	waitFor(t, "the service has its container again", func() bool {
+		return slices.Equal(e.names(), []string{"web"})
+	})
 }
 
-// The container that a late call of a dead daemon makes takes a name. That makes one request fail, and the next
-// settle removes it.
+// The container that a late call of a dead daemon makes takes a name. That makes one request fail, and the
+// next settle removes it.
 func TestLateCallMakesOneRequestFail(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -434,7 +447,8 @@ func TestPruneCostsNoService(t *testing.T) {
 func TestRestoredBindRootMakesAllServicesAgain(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	extra := `"env":["A=<&>"],"max_ram":67108864,"max_cpu":50000,"port_map":{"80/tcp":{"HostPort":"8080"}},"cmd":["x"],"user":"1000:5"`
+	extra := `"env":["A=<&>"],"max_ram":67108864,"max_cpu":50000,"port_map":{"80/tcp":{"HostPort":"8080"}},` +
+		`"cmd":["x"],"user":"1000:5"`
 	d.do(t, "POST", "/service", createBodyJSON("full", extra)).want(t, 201)
 	before, _ := e.container("full")
 	must(t, d.stop())
@@ -442,7 +456,8 @@ func TestRestoredBindRootMakesAllServicesAgain(t *testing.T) {
 	machine.images = e.images
 	startDaemon(t, machine.host(), func(c *config) { c.binds = d.binds })
 	after, ok := machine.container("full")
-	if !ok || !reflect.DeepEqual(after.Config, before.Config) || !reflect.DeepEqual(after.HostConfig, before.HostConfig) {
+	if !ok || !reflect.DeepEqual(after.Config, before.Config) ||
+		!reflect.DeepEqual(after.HostConfig, before.HostConfig) {
 		t.Errorf("before %+v %+v\nafter %+v %+v", before.Config, before.HostConfig, after.Config, after.HostConfig)
 	}
 	if got := machine.names(); !slices.Equal(got, []string{"full", "web"}) {

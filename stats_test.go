@@ -88,7 +88,8 @@ func statsFrames(e *fakeEngine, frames <-chan string) (ended <-chan struct{}) {
 
 // sample returns a complete frame, without its line feed.
 func sample(n int) string {
-	return fmt.Sprintf(`{ "read":"2022-05-08T19:50:43.024725738Z",  "preread":"2022-05-08T19:50:42.020410692Z","n":%d, "x":1e2,"é":"\u0001\u2028<&" }`, n)
+	return fmt.Sprintf(`{ "read":"2022-05-08T19:50:43.024725738Z",  `+
+		`"preread":"2022-05-08T19:50:42.020410692Z","n":%d, "x":1e2,"é":"\u0001\u2028<&" }`, n)
 }
 
 func TestHundredWatchersCostOneEngineStream(t *testing.T) {
@@ -161,7 +162,8 @@ func TestStatsAreTheEnginesBytes(t *testing.T) {
 func TestStatsOfAServiceThatDoesNotRunAreAskedFor(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=false", "/service/web/stats?stream=true"} {
+	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=false",
+		"/service/web/stats?stream=true"} {
 		before, _ := statsCalls(e)
 		d.do(t, "GET", path, "").want(t, 200, zeroTime)
 		if after, _ := statsCalls(e); after != before+1 {
@@ -206,7 +208,8 @@ func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	frames, done := make(chan string), make(chan struct{})
 	statsFrames(e, frames)
 	// Large ones, or the kernel's buffers hold an hour of them.
-	frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","x":"` + strings.Repeat("x", maxFrame-1000) + `"}`
+	frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","x":"` +
+		strings.Repeat("x", maxFrame-1000) + `"}`
 	go func() {
 		for {
 			select {
@@ -220,7 +223,8 @@ func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
 	must(t, err)
 	defer idle.Close()
-	io.WriteString(idle, "GET /service/web/stats?stream=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+	io.WriteString(idle,
+		"GET /service/web/stats?stream=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
 	stream := statsOpen(t, d, "web")
 	dropped := func() bool { return strings.Contains(d.log.String(), "remote="+idle.LocalAddr().String()) }
 	for !dropped() {
@@ -416,7 +420,9 @@ func TestEngineWithoutStatistics(t *testing.T) {
 			io.WriteString(w, `{"read":"2022-05-08T19:50:41Z","preread":"`+zeroTime+`"}`+"\n")
 		},
 		"sends an endless line": func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, 2*maxFrame)) },
-		"ends within a frame":   func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, sample(0)[:100]) },
+		"ends within a frame": func(w http.ResponseWriter, r *http.Request) {
+			io.WriteString(w, sample(0)[:100])
+		},
 		"breaks off within a frame": func(w http.ResponseWriter, r *http.Request) {
 			io.WriteString(w, sample(0)[:100])
 			w.(http.Flusher).Flush()

@@ -19,7 +19,8 @@ import (
 )
 
 // readingOrder is the order in which a reviewer reads the files: callers above callees.
-var readingOrder = strings.Fields("main server auth listener services console stats images tarcheck lifecycle settle " +
+var readingOrder = strings.Fields("main server auth listener services console stats images tarcheck " +
+	"lifecycle settle " +
 	"spec containers engine binds fetch archive wire errors")
 
 // upwards are the only references to a file that is read earlier.
@@ -31,9 +32,11 @@ var upwards = []string{
 }
 
 // source is the program's own files, with their types.
-func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info *types.Info, pkg *types.Package) {
+func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info *types.Info,
+	pkg *types.Package) {
 	t.Helper()
-	list, err := exec.Command("go", "list", "-export", "-deps", "-json=ImportPath,Export,DepOnly,GoFiles", ".").Output()
+	list, err := exec.Command("go", "list", "-export", "-deps", "-json=ImportPath,Export,DepOnly,GoFiles",
+		".").Output()
 	must(t, err)
 	fset, files = token.NewFileSet(), map[string]*ast.File{}
 	exports, parsed := map[string]string{}, []*ast.File(nil)
@@ -56,7 +59,8 @@ func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info
 	}
 	lookup := func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) }
 	info = &types.Info{Uses: map[*ast.Ident]types.Object{}}
-	pkg, err = (&types.Config{Importer: importer.ForCompiler(fset, "gc", lookup)}).Check("main", fset, parsed, info)
+	pkg, err = (&types.Config{Importer: importer.ForCompiler(fset, "gc", lookup)}).Check("main", fset, parsed,
+		info)
 	must(t, err)
 	return fset, files, info, pkg
 }
