@@ -190,11 +190,6 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 	return file, nil
 }
 
-// readerFunc adapts a function to io.Reader.
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
 // unnamedFile returns a new file without a name in the bind root: O_TMPFILE in open(2).
 func (x *images) unnamedFile() (*os.File, error) {
 	file, err := x.binds.root.OpenFile(".", os.O_RDWR|oTmpfile, 0o600)

@@ -1,0 +1,311 @@
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+const (
+	blockSize       = 512       // bytes: a tar archive consists of such blocks
+	imageChunk      = 256 << 10 // bytes of an upload that are read or sent at a time
+	maxHeaders      = 4 << 20   // bytes of headers before an entry; archive/tar reads 1 MiB of each at most
+	maxImageEntries = 1_000_000
+	maxPadding      = 1 << 20 // bytes after an archive's end marker; tar fills up to 10 KiB
+)
+
+// refusal says what is wrong with an archive, or with one of its entries.
+type refusal string
+
+func (r refusal) Error() string { return string(r) }
+
+const errSparse refusal = "it is a sparse file: write the archive without --sparse"
+
+// archiveError returns the 400 for what is wrong with an archive, and any other error as it is.
+func archiveError(prefix string, err error) error {
+	isDisk := isType[syscall.Errno](err)
+	if err == nil || isDisk || isType[*http.MaxBytesError](err) || isType[*apiError](err) {
+		return err
+	}
+	text := rootCause(err)
+	if err == io.ErrUnexpectedEOF {
+		text = "the archive is cut off"
+	} else if !isType[refusal](err) {
+		text = "the archive is broken: " + text
+	}
+	return &apiError{kindArchiveRefused, prefix + text}
+}
+
+// checkTar reads r to its end and returns nil if it is one complete tar archive of a root file system: with
+// at least one entry, with the end marker, and without anything that tar programs read differently. The
+// engine takes a truncated archive for a smaller one, and an empty body for an empty image.
+func checkTar(r io.Reader) error {
+	in := bufio.NewReaderSize(r, imageChunk)
+	archive, err := newTarReader(in, "the body")
+	start, _ := in.Peek(blockSize)
+	if err == nil && compression(start) != "" { // the engine decompresses even a tar archive that begins so
+		err = refusal("the body is compressed: it must be a plain tar archive")
+	}
+	image := imageCheck{}
+	if err == nil {
+		err = archive.each(image.add)
+	}
+	if err == nil {
+		err = image.end(in)
+	}
+	return archiveError("", err)
+}
+
+// imageCheck is what checkTar knows of the entries so far.
+type imageCheck struct {
+	entries int
+	// At the top of the archive: manifest.json; and blobs, or the layer.tar of some directory.
+	manifest, layers bool
+}
+
+// add returns an error for an entry that an image must not have, or one too many.
+func (c *imageCheck) add(h *tar.Header) error {
+	for record := range h.PAXRecords {
+		if strings.HasPrefix(record, "GNU.sparse") || record == "SCHILY.realsize" {
+			return errSparse
+		}
+		if h.Typeflag == tar.TypeXGlobalHeader && record != "comment" { // git archive writes one
+			return refusal("some programs apply a global header to all entries, others to none")
+		}
+	}
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader:
+		return nil
+	case tar.TypeGNUSparse: // the engine writes one of a few bytes with as many zeros as it claims
+		return errSparse
+	case tar.TypeReg:
+		if strings.HasSuffix(h.Name, "/") {
+			return refusal("it is a file, but its name ends in a slash")
+		}
+	case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+		if h.Size != 0 { // programs differ on whether content follows
+			return refusal("only a file can have a size")
+		}
+	default:
+		return refusal("it is not a file, directory, link, device or FIFO")
+	}
+	if c.entries++; c.entries > maxImageEntries {
+		return refusal(fmt.Sprintf("the archive has more than %d entries", maxImageEntries))
+	}
+	name, isFile := path.Clean("/"+h.Name), h.Typeflag == tar.TypeReg
+	c.manifest = c.manifest || name == "/manifest.json" && isFile
+	c.layers = c.layers || strings.HasPrefix(name+"/", "/blobs/") ||
+		path.Base(name) == "layer.tar" && strings.Count(name, "/") == 2
+	if name == "/oci-layout" && isFile || c.manifest && c.layers {
+		return refusal("this is a saved image and not a root file system: load it into an engine, " +
+			"and upload what docker export writes of a container")
+	}
+	return nil
+}
+
+// end returns an error if anything but padding follows the end marker: the engine stores it, and other
+// programs may find another archive there.
+func (c *imageCheck) end(in io.Reader) error {
+	if c.entries == 0 {
+		return refusal("the archive has no entry")
+	}
+	rest, err := io.ReadAll(io.LimitReader(in, maxPadding+1))
+	if err == nil && (len(rest) > maxPadding || len(bytes.Trim(rest, "\x00")) > 0) {
+		return refusal("something follows the archive's end marker")
+	}
+	return err
+}
+
+// tarReader reads the entries of an archive that has to be whole. It looks at the raw headers of each before
+// archive/tar does, which accepts some that other programs read differently.
+type tarReader struct {
+	*tar.Reader              // of the latest entry alone
+	in          io.Reader    // the archive: its end before the end marker is an error
+	offset      int64        // of in
+	headers     bytes.Buffer // raw: those of an entry
+}
+
+// newTarReader returns an error that says what and the format of in unless it begins like a tar archive.
+func newTarReader(in *bufio.Reader, what string) (*tarReader, error) {
+	format, err := contentFormat(in)
+	if err == nil && format != plainTar {
+		err = refusal(what + " is not a tar archive: it is " + format)
+	}
+	t := &tarReader{}
+	t.in = readerFunc(func(p []byte) (int, error) {
+		n, err := in.Read(p)
+		t.offset += int64(n)
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return n, err
+	})
+	t.Reader = tar.NewReader(t.in)
+	return t, err
+}
+
+// headerOrder matches the types of an entry's headers: its own, after GNU's long name and link (L, K) and
+// POSIX's extended header (x); or a global header (g) alone. Programs differ on which one counts if there are
+// two of a type, on what an x applies to if something else follows it, and on whether it applies after a g.
+var headerOrder = regexp.MustCompile(`^(g|(LK?|KL?)?x?[^gxLK])$`)
+
+// onlyDigits matches a size in an extended header. archive/tar accepts a sign too.
+var onlyDigits = regexp.MustCompile(`^[0-9]+$`)
+
+// each calls add for each entry, up to the end marker. It adds the entry's name to a refusal.
+func (t *tarReader) each(add func(*tar.Header) error) error {
+	for {
+		h, err := t.next()
+		if err == io.EOF {
+			return nil
+		}
+		if err == nil {
+			err = add(h)
+		}
+		if why, ok := errors.AsType[refusal](err); ok && h != nil {
+			return refusal(fmt.Sprintf("entry %q: %s", truncate(h.Name), why))
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// next skips to the next entry and returns its header, or io.EOF at the archive's end marker. With a refusal
+// of an entry, it returns a header with its name.
+func (t *tarReader) next() (*tar.Header, error) {
+	_, err := io.Copy(io.Discard, t.Reader) // the content of the previous entry that nobody has read
+	if err == nil {
+		_, err = io.CopyN(io.Discard, t.in, -t.offset&(blockSize-1)) // its padding
+	}
+	if err != nil {
+		return nil, err
+	}
+	types, err := t.readHeaders()
+	if err != nil {
+		return nil, err
+	}
+	own := t.headers.Bytes()[t.headers.Len()-blockSize:]
+	t.Reader = tar.NewReader(io.MultiReader(&t.headers, t.in))
+	h, err := t.Next()
+	switch {
+	case err == tar.ErrHeader && own[156] == tar.TypeGNUSparse: // archive/tar cannot read every sparse file
+		name, _, _ := bytes.Cut(own[:100], []byte{0})
+		return &tar.Header{Name: string(name)}, errSparse
+	case err == io.EOF && len(types) > 1: // an end marker in the place of the entry
+		return nil, io.ErrUnexpectedEOF
+	case err != nil:
+		return nil, err
+	case !headerOrder.MatchString(types):
+		return h, refusal("tar programs differ on how to read its headers")
+	}
+	for record, value := range h.PAXRecords {
+		switch record {
+		case "size", "GNU.sparse.size", "GNU.sparse.realsize":
+			if !onlyDigits.MatchString(value) {
+				return h, refusal("its extended header has a size that is not a plain number")
+			}
+		case "path", "linkpath":
+			if value == "" || strings.ContainsAny(types, "LK") {
+				return h, refusal("its headers have an empty name, or two names")
+			}
+		}
+	}
+	return h, nil
+}
+
+// plainSize matches the size in a header, octal or base-256. archive/tar ignores NULs in front of the digits;
+// for GNU tar they end the number.
+var plainSize = regexp.MustCompile(`^(?s: *[0-7]+([ \x00].*)?|[ \x00]*|[^\x00-\x7f].*)$`)
+
+// readHeaders reads the raw headers of an entry and returns their types. It stops behind a header that
+// programs read differently, whose type is then "?g": headerOrder does not match it.
+func (t *tarReader) readHeaders() (types string, err error) {
+	t.headers.Reset()
+	for {
+		if _, err := io.CopyN(&t.headers, t.in, blockSize); err != nil {
+			return "", err
+		}
+		header := string(t.headers.Bytes()[t.headers.Len()-blockSize:])
+		number, kind := header[124:136], header[156:157]
+		// Go before 1.8 wrote a prefix where GNU's format has times, and archive/tar still reads one there.
+		isGNU, times := header[257:263] == "ustar ", strings.Trim(header[345:369], "01234567\x00")
+		if !plainSize.MatchString(number) || isGNU && times != "" {
+			return types + "?g", nil
+		}
+		types += kind
+		size, err := strconv.ParseInt(strings.Trim(number, " \x00"), 8, 32)
+		if !strings.Contains("xLK", kind) || err != nil {
+			return types, nil
+		}
+		if int64(t.headers.Len())+size > maxHeaders {
+			return "", refusal("an entry has more than 4 MiB of headers")
+		}
+		if _, err := io.CopyN(&t.headers, t.in, size+-size&(blockSize-1)); err != nil {
+			return "", err
+		}
+	}
+}
+
+// plainTar is what contentFormat calls a tar archive.
+const plainTar = "a tar archive that is not compressed"
+
+// contentFormat names the format of a stream by its first block.
+func contentFormat(in *bufio.Reader) (string, error) {
+	start, err := in.Peek(blockSize)
+	if err != nil && err != io.EOF {
+		return "", err
+	}
+	if len(start) == 0 {
+		return "empty", nil
+	}
+	_, err = tar.NewReader(bytes.NewReader(start)).Next() // which fails otherwise if an entry needs more bytes
+	if len(start) == blockSize && err != tar.ErrHeader {
+		return plainTar, nil
+	}
+	if format := compression(start); format != "" {
+		return format, nil
+	}
+	kind := http.DetectContentType(bytes.TrimPrefix(start, []byte("\uFEFF")))
+	return strings.Replace(kind, "text/html; charset=utf-8", "HTML", 1), nil
+}
+
+// signatures are the first bytes of what is taken for a .tar.gz archive by mistake, and of what the engine
+// decompresses.
+var signatures = []struct{ start, format string }{
+	{"\x1f\x8b", gzipFormat}, {"\x1f\x9d", "compressed by compress"},
+	{"BZh", "compressed by bzip2"}, {"\xfd7zXZ", "compressed by xz"}, {"LZIP", "compressed by lzip"},
+	{"\x28\xb5\x2f\xfd", "compressed by zstd"},
+	{"\x04\x22\x4d\x18", "compressed by lz4"}, {"\x02\x21\x4c\x18", "compressed by lz4"},
+	{"7z\xbc\xaf\x27\x1c", "a 7z archive"},
+	{"PK\x03\x04", "a zip archive"}, {"PK\x05\x06", "a zip archive"}, {"PK\x07\x08", "a zip archive"},
+}
+
+const gzipFormat = "gzip"
+
+// compression names the format of what starts with a magic number, or returns "".
+func compression(start []byte) string {
+	for _, s := range signatures {
+		if bytes.HasPrefix(start, []byte(s.start)) {
+			return s.format
+		}
+	}
+	if len(start) > 4 && string(start[1:4]) == "\x2a\x4d\x18" { // a skippable frame, see RFC 8878
+		return "compressed by zstd or lz4"
+	}
+	return ""
+}
+
+// readerFunc adapts a function to io.Reader.
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
