@@ -128,10 +128,10 @@ func (c *imageCheck) end(in io.Reader) error {
 // tarReader reads the entries of an archive that has to be whole. It looks at the raw headers of each before
 // archive/tar does, which accepts some that other programs read differently.
 type tarReader struct {
-	*tar.Reader              // of the latest entry alone
+	*tar.Reader              // which reads headers and then in
 	in          io.Reader    // the archive: its end before the end marker is an error
 	offset      int64        // of in
-	headers     bytes.Buffer // raw: those of an entry
+	headers     bytes.Buffer // raw: those of an entry, and the padding before them
 }
 
 // newTarReader returns an error that says what and the format of in unless it begins like a tar archive.
@@ -149,7 +149,12 @@ func newTarReader(in *bufio.Reader, what string) (*tarReader, error) {
 		}
 		return n, err
 	})
-	t.Reader = tar.NewReader(t.in)
+	t.Reader = tar.NewReader(readerFunc(func(p []byte) (int, error) {
+		if t.headers.Len() > 0 {
+			return t.headers.Read(p)
+		}
+		return t.in.Read(p)
+	}))
 	return t, err
 }
 
@@ -183,11 +188,7 @@ func (t *tarReader) each(add func(*tar.Header) error) error {
 // next skips to the next entry and returns its header, or io.EOF at the archive's end marker. With a refusal
 // of an entry, it returns a header with its name.
 func (t *tarReader) next() (*tar.Header, error) {
-	_, err := io.Copy(io.Discard, t.Reader) // the content of the previous entry that nobody has read
-	if err == nil {
-		_, err = io.CopyN(io.Discard, t.in, -t.offset&(blockSize-1)) // its padding
-	}
-	if err != nil {
+	if _, err := io.Copy(io.Discard, t.Reader); err != nil { // what nobody has read of the previous entry
 		return nil, err
 	}
 	types, err := t.readHeaders()
@@ -195,7 +196,6 @@ func (t *tarReader) next() (*tar.Header, error) {
 		return nil, err
 	}
 	own := t.headers.Bytes()[t.headers.Len()-blockSize:]
-	t.Reader = tar.NewReader(io.MultiReader(&t.headers, t.in))
 	h, err := t.Next()
 	switch {
 	case err == tar.ErrHeader && own[156] == tar.TypeGNUSparse: // archive/tar cannot read every sparse file
@@ -223,36 +223,33 @@ func (t *tarReader) next() (*tar.Header, error) {
 	return h, nil
 }
 
-// plainSize matches the size in a header, octal or base-256. archive/tar ignores NULs in front of the digits;
-// for GNU tar they end the number.
-var plainSize = regexp.MustCompile(`^(?s: *[0-7]+([ \x00].*)?|[ \x00]*|[^\x00-\x7f].*)$`)
-
 // readHeaders reads the raw headers of an entry and returns their types. It stops behind a header that
 // programs read differently, whose type is then "?g": headerOrder does not match it.
 func (t *tarReader) readHeaders() (types string, err error) {
 	t.headers.Reset()
-	for {
-		if _, err := io.CopyN(&t.headers, t.in, blockSize); err != nil {
-			return "", err
-		}
-		header := string(t.headers.Bytes()[t.headers.Len()-blockSize:])
-		number, kind := header[124:136], header[156:157]
-		// Go before 1.8 wrote a prefix where GNU's format has times, and archive/tar still reads one there.
-		isGNU, times := header[257:263] == "ustar ", strings.Trim(header[345:369], "01234567\x00")
-		if !plainSize.MatchString(number) || isGNU && times != "" {
-			return types + "?g", nil
-		}
-		types += kind
-		size, err := strconv.ParseInt(strings.Trim(number, " \x00"), 8, 32)
-		if !strings.Contains("xLK", kind) || err != nil {
-			return types, nil
-		}
+	for size := -t.offset & (blockSize - 1); ; { // of the previous entry's padding
 		if int64(t.headers.Len())+size > maxHeaders {
 			return "", refusal("an entry has more than 4 MiB of headers")
 		}
-		if _, err := io.CopyN(&t.headers, t.in, size+-size&(blockSize-1)); err != nil {
+		if _, err := io.CopyN(&t.headers, t.in, size+blockSize); err != nil {
 			return "", err
 		}
+		header := t.headers.Bytes()[t.headers.Len()-blockSize:]
+		kind, number := string(header[156:157]), bytes.TrimLeft(header[124:136], " ")
+		digits := bytes.Trim(number, " \x00")
+		// archive/tar ignores NULs in front of a size; for GNU tar they end it. Go before 1.8 wrote a prefix
+		// where GNU's format has times, and archive/tar still reads one there.
+		if !bytes.HasPrefix(number, digits) ||
+			string(header[257:263]) == "ustar " && len(bytes.Trim(header[345:369], "01234567\x00")) > 0 {
+			return types + "?g", nil
+		}
+		if types += kind; !strings.Contains("xLK", kind) {
+			return types, nil
+		}
+		if size, err = strconv.ParseInt(string(digits), 8, 32); err != nil {
+			return types, nil
+		}
+		size += -size & (blockSize - 1)
 	}
 }
 
