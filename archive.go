@@ -40,10 +40,6 @@ type unpackLimits struct {
 // hard links, but nothing outside dir, no devices and no setuid bits. Owners are o, or else the archive's;
 // they are ignored unless we run as root.
 func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
-	unzipped, err := gunzip(limited(r, limits.bytes))
-	if err != nil {
-		return archiveError("bind_contents: ", err)
-	}
 	parent, err := dir.OpenRoot(".")
 	if err != nil {
 		return err
@@ -51,10 +47,11 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	u := &unpacker{root: dir, limits: limits, ownedBy: o, buffer: make([]byte, writeChunk),
 		parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
+	unzipped := gunzip(limited(r, limits.bytes))
 	in := bufio.NewReaderSize(limited(unzipped, limits.bytes), readChunk)
 	archive, err := newTarReader(in, "inside the gzip stream")
 	if err == nil {
-		err = archive.each(func(h *tar.Header) error { return u.add(h, archive) })
+		err = archive.each(u.add)
 	}
 	if err == nil {
 		_, err = io.Copy(io.Discard, in) // gzip's checksum is verified at its end only
@@ -78,17 +75,16 @@ func limited(r io.Reader, limit int64) io.Reader {
 
 // gunzip decompresses the members of a gzip stream (RFC 1952) and ignores zeros behind the last one, as
 // gzip(1) does: the tar of macOS and the BSDs pads its compressed output with them.
-func gunzip(r io.Reader) (io.Reader, error) {
+func gunzip(r io.Reader) io.Reader {
 	packed := bufio.NewReaderSize(r, readChunk)
 	format, err := contentFormat(packed)
 	if err == nil && format != gzipFormat {
 		err = refusal("the archive is " + format + ", not gzip")
 	}
-	if err != nil {
-		return nil, err
-	}
 	member := new(gzip.Reader)
-	err = nextMember(member, packed)
+	if err == nil {
+		err = nextMember(member, packed)
+	}
 	return readerFunc(func(p []byte) (n int, _ error) {
 		for n == 0 && err == nil {
 			if n, err = member.Read(p); err == io.EOF {
@@ -96,7 +92,7 @@ func gunzip(r io.Reader) (io.Reader, error) {
 			}
 		}
 		return n, err
-	}), err
+	})
 }
 
 // nextMember begins the next member, or returns io.EOF if only zeros are left.
@@ -107,15 +103,11 @@ func nextMember(member *gzip.Reader, packed *bufio.Reader) error {
 		member.Multistream(false)
 		return err
 	}
-	for {
-		b, err := packed.ReadByte()
-		if err != nil {
-			return err
-		}
-		if b != 0 {
-			return refusal("something other than zeros follows the gzip stream")
-		}
+	b, err := packed.ReadByte()
+	for b == 0 && err == nil {
+		b, err = packed.ReadByte()
 	}
+	return cmp.Or[error](err, refusal("something other than zeros follows the gzip stream"))
 }
 
 // unpacker extracts entries below root. For each it opens the parent directory without following
@@ -245,17 +237,14 @@ func (u *unpacker) place(parent *os.Root, name string, h *tar.Header, content io
 			err = parent.Symlink(h.Linkname, base)
 		}
 	}
-	uid, gid := h.Uid, h.Gid
-	if u.ownedBy != nil {
-		uid, gid = u.ownedBy.uid, u.ownedBy.gid
-	}
 	if err != nil || os.Geteuid() != 0 {
 		return err
 	}
-	if min(uid, gid) < 0 || max(uid, gid) > math.MaxInt32 {
+	o := cmp.Or(u.ownedBy, &owner{h.Uid, h.Gid})
+	if min(o.uid, o.gid) < 0 || max(o.uid, o.gid) > math.MaxInt32 {
 		return refusal("its owner is out of range") // chown(2) takes 4294967295 for "unchanged"
 	}
-	return parent.Lchown(base, uid, gid)
+	return parent.Lchown(base, o.uid, o.gid)
 }
 
 // placeFile creates a new file (O_EXCL), so that it never writes through a link. O_NONBLOCK has no effect on

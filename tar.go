@@ -37,7 +37,7 @@ func archiveError(prefix string, err error) error {
 		return err
 	}
 	text := rootCause(err)
-	if err == io.ErrUnexpectedEOF {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		text = "the archive is cut off"
 	} else if !isType[refusal](err) {
 		text = "the archive is broken: " + text
@@ -73,7 +73,7 @@ type imageCheck struct {
 }
 
 // add returns an error for an entry that an image must not have, or one too many.
-func (c *imageCheck) add(h *tar.Header) error {
+func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
 	for record := range h.PAXRecords {
 		if strings.HasPrefix(record, "GNU.sparse") || record == "SCHILY.realsize" {
 			return errSparse
@@ -128,10 +128,10 @@ func (c *imageCheck) end(in io.Reader) error {
 // tarReader reads the entries of an archive that has to be whole. It looks at the raw headers of each before
 // archive/tar does, which accepts some that other programs read differently.
 type tarReader struct {
-	*tar.Reader              // which reads headers and then in
-	in          io.Reader    // the archive: its end before the end marker is an error
-	offset      int64        // of in
-	headers     bytes.Buffer // raw: those of an entry, and the padding before them
+	in      *bufio.Reader
+	headers bytes.Buffer // raw: those of an entry, and the padding before them
+	offset  int64        // of in, from the end of the headers
+	archive *tar.Reader  // reads from the tarReader
 }
 
 // newTarReader returns an error that says what and the format of in unless it begins like a tar archive.
@@ -140,22 +140,41 @@ func newTarReader(in *bufio.Reader, what string) (*tarReader, error) {
 	if err == nil && format != plainTar {
 		err = refusal(what + " is not a tar archive: it is " + format)
 	}
-	t := &tarReader{}
-	t.in = readerFunc(func(p []byte) (int, error) {
-		n, err := in.Read(p)
-		t.offset += int64(n)
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
-		return n, err
-	})
-	t.Reader = tar.NewReader(readerFunc(func(p []byte) (int, error) {
-		if t.headers.Len() > 0 {
-			return t.headers.Read(p)
-		}
-		return t.in.Read(p)
-	}))
+	t := &tarReader{in: in}
+	t.archive = tar.NewReader(t)
 	return t, err
+}
+
+// Read is the input of archive. It fails at the end of in, where archive ends without an error.
+func (t *tarReader) Read(p []byte) (int, error) {
+	if t.headers.Len() > 0 {
+		return t.headers.Read(p)
+	}
+	n, err := t.in.Read(p)
+	t.offset += int64(n)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// each calls add for each entry, up to the end marker. It adds the entry's name to a refusal.
+func (t *tarReader) each(add func(h *tar.Header, content io.Reader) error) error {
+	for {
+		h, err := t.next()
+		if h == nil {
+			return err
+		}
+		if err == nil {
+			err = add(h, t.archive)
+		}
+		if why, ok := errors.AsType[refusal](err); ok {
+			return refusal(fmt.Sprintf("entry %q: %s", truncate(h.Name), why))
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // headerOrder matches the types of an entry's headers: its own, after GNU's long name and link (L, K) and
@@ -166,29 +185,10 @@ var headerOrder = regexp.MustCompile(`^(g|(LK?|KL?)?x?[^gxLK])$`)
 // onlyDigits matches a size in an extended header. archive/tar accepts a sign too.
 var onlyDigits = regexp.MustCompile(`^[0-9]+$`)
 
-// each calls add for each entry, up to the end marker. It adds the entry's name to a refusal.
-func (t *tarReader) each(add func(*tar.Header) error) error {
-	for {
-		h, err := t.next()
-		if err == io.EOF {
-			return nil
-		}
-		if err == nil {
-			err = add(h)
-		}
-		if why, ok := errors.AsType[refusal](err); ok && h != nil {
-			return refusal(fmt.Sprintf("entry %q: %s", truncate(h.Name), why))
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// next skips to the next entry and returns its header, or io.EOF at the archive's end marker. With a refusal
-// of an entry, it returns a header with its name.
+// next skips to the next entry and returns its header, or nil at the archive's end marker. With a refusal of
+// an entry, it returns a header with its name.
 func (t *tarReader) next() (*tar.Header, error) {
-	if _, err := io.Copy(io.Discard, t.Reader); err != nil { // what nobody has read of the previous entry
+	if _, err := io.Copy(io.Discard, t.archive); err != nil { // what nobody has read of the previous entry
 		return nil, err
 	}
 	types, err := t.readHeaders()
@@ -196,13 +196,13 @@ func (t *tarReader) next() (*tar.Header, error) {
 		return nil, err
 	}
 	own := t.headers.Bytes()[t.headers.Len()-blockSize:]
-	h, err := t.Next()
+	h, err := t.archive.Next()
 	switch {
 	case err == tar.ErrHeader && own[156] == tar.TypeGNUSparse: // archive/tar cannot read every sparse file
 		name, _, _ := bytes.Cut(own[:100], []byte{0})
 		return &tar.Header{Name: string(name)}, errSparse
-	case err == io.EOF && len(types) > 1: // an end marker in the place of the entry
-		return nil, io.ErrUnexpectedEOF
+	case err == io.EOF && types == "\x00":
+		return nil, nil
 	case err != nil:
 		return nil, err
 	case !headerOrder.MatchString(types):
@@ -227,7 +227,9 @@ func (t *tarReader) next() (*tar.Header, error) {
 // programs read differently, whose type is then "?g": headerOrder does not match it.
 func (t *tarReader) readHeaders() (types string, err error) {
 	t.headers.Reset()
-	for size := -t.offset & (blockSize - 1); ; { // of the previous entry's padding
+	size := -t.offset & (blockSize - 1) // of the previous entry's padding
+	t.offset = 0
+	for {
 		if int64(t.headers.Len())+size > maxHeaders {
 			return "", refusal("an entry has more than 4 MiB of headers")
 		}
