@@ -141,14 +141,11 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 	case tar.TypeXGlobalHeader, gnuVolumeLabel:
 		return nil
 	case gnuDumpDir:
-		h.Typeflag = tar.TypeDir
+		h.Typeflag, size = tar.TypeDir, 0
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
 		h.Typeflag = tar.TypeReg
 		if strings.HasSuffix(h.Name, "/") { // a directory for GNU tar and bsdtar
 			h.Typeflag = tar.TypeDir
-			if size > 0 { // programs differ on what follows
-				return refusal("its path ends in a slash, but it has content")
-			}
 		}
 	}
 	switch {
@@ -158,7 +155,9 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 		return refusal("its path is empty or contains '..'")
 	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth:
 		return refusal(fmt.Sprintf("its path has more than %d bytes or %d directories", maxEntryPath, maxDepth))
-	case name == "." && h.Typeflag != tar.TypeDir:
+	case h.Typeflag == tar.TypeDir && size > 0: // programs differ on whether content follows
+		return refusal("it is a directory, but it has a size")
+	case h.Typeflag != tar.TypeDir && name == ".":
 		return errReplacesDir
 	}
 	return u.put(name, h, content)

@@ -248,10 +248,11 @@ func (t *tarReader) readHeaders() (types string, err error) {
 		if types += kind; !strings.Contains("xLK", kind) {
 			return types, nil
 		}
-		if size, err = strconv.ParseInt(string(digits), 8, 32); err != nil {
+		content, err := strconv.ParseUint(string(digits), 8, 31)
+		if err != nil {
 			return types, nil
 		}
-		size += -size & (blockSize - 1)
+		size = (int64(content) + blockSize - 1) &^ (blockSize - 1)
 	}
 }
 
