@@ -310,6 +310,11 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 	copy(gnuPrefix[257:], "ustar  \x00")
 	copy(gnuPrefix[345:], "directory")
 	sealHeader(gnuPrefix)
+	gnuTimes := file("file", "").bytes() // as tar --listed-incremental writes those before 1970
+	copy(gnuTimes[257:], "ustar  \x00")
+	tarNumber(gnuTimes[345:357], -1)
+	tarNumber(gnuTimes[357:369], 1<<40)
+	sealHeader(gnuTimes)
 	oldFile := file("foo/", inner).bytes() // whose type is NUL
 	oldFile[156] = 0
 	sealHeader(oldFile[:512])
@@ -356,6 +361,7 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		"an extended header for each":        tarOf(pax("path=a"), file("n", "x"), pax("size=3"), file("m", "abc")),
 		"global headers":                     tarOf(global("comment=c"), global("comment=d"), file("n", "x")),
 		"a size padded with spaces":          slices.Concat(rawSize("       2000 "), []byte(inner)),
+		"times in GNU's format":              gnuTimes,
 		"no size":                            rawSize(strings.Repeat("\x00", 12)),
 		"a size in base 256":                 slices.Concat(rawSize("\x80"+strings.Repeat("\x00", 9)+"\x04\x00"), []byte(inner)),
 	} {

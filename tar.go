@@ -196,6 +196,7 @@ func (t *tarReader) next() (*tar.Header, error) {
 		return nil, err
 	}
 	own := t.headers.Bytes()[t.headers.Len()-blockSize:]
+	isGNU := string(own[257:263]) == "ustar "
 	h, err := t.archive.Next()
 	switch {
 	case err == tar.ErrHeader && own[156] == tar.TypeGNUSparse: // archive/tar cannot read every sparse file
@@ -205,7 +206,8 @@ func (t *tarReader) next() (*tar.Header, error) {
 		return nil, nil
 	case err != nil:
 		return nil, err
-	case !headerOrder.MatchString(types):
+	case !headerOrder.MatchString(types),
+		isGNU && own[345] != 0 && h.Format == tar.FormatUnknown: // a prefix of Go before 1.8, where GNU has times
 		return h, refusal("tar programs differ on how to read its headers")
 	}
 	for record, value := range h.PAXRecords {
@@ -239,10 +241,7 @@ func (t *tarReader) readHeaders() (types string, err error) {
 		header := t.headers.Bytes()[t.headers.Len()-blockSize:]
 		kind, number := string(header[156:157]), bytes.TrimLeft(header[124:136], " ")
 		digits := bytes.Trim(number, " \x00")
-		// archive/tar ignores NULs in front of a size; for GNU tar they end it. Go before 1.8 wrote a prefix
-		// where GNU's format has times, and archive/tar still reads one there.
-		if !bytes.HasPrefix(number, digits) ||
-			string(header[257:263]) == "ustar " && len(bytes.Trim(header[345:369], "01234567\x00")) > 0 {
+		if !bytes.HasPrefix(number, digits) { // archive/tar ignores NULs ahead of a size; for GNU tar they end it
 			return types + "?g", nil
 		}
 		if types += kind; !strings.Contains("xLK", kind) {
