@@ -173,11 +173,9 @@ func (u *unpacker) put(name string, h *tar.Header, content io.Reader) error {
 		if !errors.Is(err, fs.ErrExist) {
 			return entryError(err)
 		}
-		// An earlier entry is in its place: rare, so not checked up front. A hard link may have closed parent.
-		if parent, err = u.enter(path.Dir(name), false); err == nil {
-			err = parent.Remove(path.Base(name))
-		}
-		if errors.Is(err, fs.ErrExist) { // ENOTEMPTY
+		// An earlier entry is in its place: rare, so not checked up front. The parent was walked without following
+		// links.
+		if err = u.root.Remove(name); errors.Is(err, fs.ErrExist) { // ENOTEMPTY
 			return errReplacesDir
 		}
 		if err != nil {

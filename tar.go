@@ -36,11 +36,11 @@ func archiveError(prefix string, err error) error {
 	if err == nil || isDisk || isType[*http.MaxBytesError](err) || isType[*apiError](err) {
 		return err
 	}
-	text := rootCause(err)
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
+	text := "the archive is broken: " + rootCause(err)
+	if isType[refusal](err) {
+		text = err.Error()
+	} else if err == io.EOF || err == io.ErrUnexpectedEOF {
 		text = "the archive is cut off"
-	} else if !isType[refusal](err) {
-		text = "the archive is broken: " + text
 	}
 	return &apiError{kindArchiveRefused, prefix + text}
 }
@@ -125,8 +125,8 @@ func (c *imageCheck) end(in io.Reader) error {
 	return err
 }
 
-// tarReader reads the entries of an archive that has to be whole. It looks at the raw headers of each before
-// archive/tar does, which accepts some that other programs read differently.
+// tarReader reads the entries of an archive that has to be whole, with archive/tar, as the engine does. It
+// also looks at the raw headers, because archive/tar accepts some that other programs read differently.
 type tarReader struct {
 	in      *bufio.Reader
 	headers bytes.Buffer // raw: those of an entry, and the padding before them
@@ -196,7 +196,7 @@ func (t *tarReader) next() (*tar.Header, error) {
 		return nil, err
 	}
 	own := t.headers.Bytes()[t.headers.Len()-blockSize:]
-	isGNU := string(own[257:263]) == "ustar "
+	hasTimes := string(own[257:263]) == "ustar " && own[345] != 0
 	h, err := t.archive.Next()
 	switch {
 	case err == tar.ErrHeader && own[156] == tar.TypeGNUSparse: // archive/tar cannot read every sparse file
@@ -207,7 +207,7 @@ func (t *tarReader) next() (*tar.Header, error) {
 	case err != nil:
 		return nil, err
 	case !headerOrder.MatchString(types),
-		isGNU && own[345] != 0 && h.Format == tar.FormatUnknown: // a prefix of Go before 1.8, where GNU has times
+		hasTimes && h.Format == tar.FormatUnknown: // archive/tar has taken GNU's times for a prefix
 		return h, refusal("tar programs differ on how to read its headers")
 	}
 	for record, value := range h.PAXRecords {
@@ -247,11 +247,11 @@ func (t *tarReader) readHeaders() (types string, err error) {
 		if types += kind; !strings.Contains("xLK", kind) {
 			return types, nil
 		}
-		content, err := strconv.ParseUint(string(digits), 8, 31)
+		length, err := strconv.ParseUint(string(digits), 8, 31) // of this header's content
 		if err != nil {
 			return types, nil
 		}
-		size = (int64(content) + blockSize - 1) &^ (blockSize - 1)
+		size = (int64(length) + blockSize - 1) &^ (blockSize - 1)
 	}
 }
 
