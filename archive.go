@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"cmp"
+	"compress/gzip"
 	"errors"
 	"fmt"
 	"io"
@@ -14,14 +15,19 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"time"
 )
 
 const (
 	maxEntryPath = 1024      // bytes
-	maxDepth     = 64        // directories in an entry's path
+	maxDepth     = 64        // directories in an entry's path: deeper ones cost too much to walk
+	readChunk    = 64 << 10  // bytes that are read at a time
 	writeChunk   = 128 << 10 // bytes of a file that are written at a time
-	blockSize    = 512       // bytes: a tar archive consists of such blocks
+)
+
+const (
+	errReplacesDir refusal = "it would replace a directory that is not empty, or the bind directory"
+	errLinkTarget  refusal = "it is a hard link to something that is not an earlier file or link"
+	errSymlink     refusal = "it is a symbolic link that leads out of the archive"
 )
 
 // unpackLimits limit what one archive may make.
@@ -34,229 +40,87 @@ type unpackLimits struct {
 // hard links, but nothing outside dir, no devices and no setuid bits. Owners are o, or else the archive's;
 // they are ignored unless we run as root.
 func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
-	unzipped, err := newGunzip(&limitedReader{r: r, left: limits.bytes})
-	if err != nil {
-		return brokenArchive(err)
-	}
-	archive, err := newTarReader(unzipped, limits.bytes)
-	if err != nil {
-		return brokenArchive(err)
-	}
 	parent, err := dir.OpenRoot(".")
 	if err != nil {
 		return err
 	}
-	u := &unpacker{root: dir, ownedBy: o, asRoot: os.Geteuid() == 0, buffer: make([]byte, writeChunk),
+	u := &unpacker{root: dir, limits: limits, ownedBy: o, buffer: make([]byte, writeChunk),
 		parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
-	size := int64(0) // sum of file sizes: a sparse file can claim any size
-	for entries := int64(1); ; entries++ {
-		header, err := archive.next()
-		if err == io.EOF {
-			_, err = io.Copy(io.Discard, archive.buffer) // gzip's checksum is verified at its end only
-			return brokenArchive(err)
-		}
-		if err != nil {
-			return brokenArchive(err)
-		}
-		if size += max(header.Size, 0); size > limits.bytes || size < 0 {
-			return newAPIError(kindTooLarge, "bind_contents: entry %q: more than %d bytes", header.Name, limits.bytes)
-		}
-		if err = archive.check(header); err == nil {
-			err = u.add(header, archive)
-		}
-		if err != nil {
-			return badEntry(header, err)
-		}
-		if entries+u.implied > limits.entries {
-			return newAPIError(kindTooLarge, "bind_contents: more than %d entries", limits.entries)
-		}
+	unzipped := gunzip(limited(r, limits.bytes))
+	in := bufio.NewReaderSize(limited(unzipped, limits.bytes), readChunk)
+	archive, err := newTarReader(in, "inside the gzip stream")
+	if err == nil {
+		err = archive.each(u.add)
 	}
+	if err == nil {
+		_, err = io.Copy(io.Discard, in) // gzip's checksum is verified at its end only
+	}
+	return archiveError("bind_contents: ", err)
 }
 
-// badArchive returns the 400 for a bind_contents archive.
-func badArchive(format string, args ...any) error {
-	return newAPIError(kindArchiveRefused, "bind_contents: "+format, args...)
+var errTooManyBytes = newAPIError(kindTooLarge,
+	"bind_contents: the archive, or what it unpacks to, has too many bytes")
+
+// limited returns a reader that fails after limit bytes of r, where [io.LimitReader] returns io.EOF.
+func limited(r io.Reader, limit int64) io.Reader {
+	return readerFunc(func(p []byte) (int, error) {
+		n, err := r.Read(p)
+		if limit -= int64(n); limit < 0 { // a stream that ends just at the limit is whole
+			return 0, errTooManyBytes
+		}
+		return n, err
+	})
 }
 
-// brokenArchive wraps a read error of an archive.
-func brokenArchive(err error) error {
-	if err == nil || isType[*apiError](err) {
+// gunzip decompresses the members of a gzip stream (RFC 1952) and ignores zeros behind the last one, as
+// gzip(1) does: the tar of macOS and the BSDs pads its compressed output with them.
+func gunzip(r io.Reader) io.Reader {
+	packed := bufio.NewReaderSize(r, readChunk)
+	format, err := contentFormat(packed)
+	if err == nil && format != gzipFormat {
+		err = refusal("the archive is " + format + ", not gzip")
+	}
+	member := new(gzip.Reader)
+	if err == nil {
+		err = nextMember(member, packed)
+	}
+	return readerFunc(func(p []byte) (n int, _ error) {
+		for n == 0 && err == nil {
+			if n, err = member.Read(p); err == io.EOF {
+				err = nextMember(member, packed)
+			}
+		}
+		return n, err
+	})
+}
+
+// nextMember begins the next member, or returns io.EOF if only zeros are left.
+func nextMember(member *gzip.Reader, packed *bufio.Reader) error {
+	start, _ := packed.Peek(2)
+	if compression(start) == gzipFormat {
+		err := member.Reset(packed)
+		member.Multistream(false)
 		return err
 	}
-	if err == io.ErrUnexpectedEOF {
-		return badArchive("the archive is cut off")
+	b, err := packed.ReadByte()
+	for b == 0 && err == nil {
+		b, err = packed.ReadByte()
 	}
-	return badArchive("the archive is broken: %s", rootCause(err))
-}
-
-// entryError says why an entry is refused.
-type entryError string
-
-func (e entryError) Error() string { return string(e) }
-
-const (
-	errLeadsOut    entryError = "its path leads out of the archive"
-	errPath        entryError = "its path is empty or contains '..'"
-	errThroughLink entryError = "its path passes something that is not a directory"
-	errReplacesDir entryError = "it would replace a directory that is not empty, or the bind directory"
-	errLinkTarget  entryError = "it is a hard link to something that is not an earlier file or link"
-	errSymlink     entryError = "it is a symbolic link that leads out of the archive"
-	errOwnerRange  entryError = "its owner is out of range"
-	errSizedDir    entryError = "its path ends in a slash, but it has content"
-	errPAXSize     entryError = "its extended header has a size that is not a plain number"
-	errGlobal      entryError = "it is a global header between an extended header and its entry"
-	errType        entryError = "it is not a directory, file or link"
-)
-
-// badEntry returns the 400 for an entry that is refused, and any other error as it is.
-func badEntry(h *tar.Header, err error) error {
-	if bad, ok := errors.AsType[entryError](err); ok {
-		return badArchive("entry %q: %v", h.Name, bad)
-	}
-	for _, cause := range []error{syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK} {
-		if errors.Is(err, cause) {
-			return badArchive("entry %q: %v", h.Name, cause)
-		}
-	}
-	return err
-}
-
-// limitedReader fails beyond its limit, where [io.LimitedReader] returns io.EOF.
-type limitedReader struct {
-	r    io.Reader
-	left int64
-}
-
-// Read counts what was read, not what was asked for: a stream that ends just at the limit is whole.
-func (l *limitedReader) Read(p []byte) (int, error) {
-	n, err := l.r.Read(p)
-	if l.left -= int64(n); l.left < 0 {
-		return 0, newAPIError(kindTooLarge, "bind_contents: the archive, or what it unpacks to, has too many bytes")
-	}
-	return n, err
-}
-
-// tarReader is a [tar.Reader] for archives that have to be whole. By itself, Next returns io.EOF also where
-// its input ends early, between two entries or inside an entry's padding.
-type tarReader struct {
-	*tar.Reader
-	stream *limitedReader
-	limit  int64         // of stream
-	buffer *bufio.Reader // of stream
-	first  byte          // type of the first header that the latest Next read, which can be an extended one
-
-	skipped [blockSize]byte // a buffer
-}
-
-// newTarReader returns a tarReader that fails beyond limit bytes, or an error if r is not a tar archive.
-func newTarReader(r io.Reader, limit int64) (*tarReader, error) {
-	stream := &limitedReader{r: r, left: limit}
-	buffer := bufio.NewReaderSize(stream, readChunk)
-	start, err := buffer.Peek(blockSize)
-	if err != nil && err != io.EOF {
-		return nil, err
-	}
-	if !isTar(start) {
-		return nil, badArchive("inside the gzip stream is not a tar archive: it is %s", contentFormat(start))
-	}
-	return &tarReader{Reader: tar.NewReader(buffer), stream: stream, limit: limit, buffer: buffer}, nil
-}
-
-// next returns the next entry's header, or io.EOF at the end mark, two blocks of zeros. Before it there
-// always are two blocks left: a header and what follows, or the end mark.
-func (t *tarReader) next() (*tar.Header, error) {
-	err := error(nil)
-	for err == nil { // the content that the caller has not read
-		_, err = t.Read(t.skipped[:])
-	}
-	if err != io.EOF {
-		return nil, err
-	}
-	consumed := t.limit - t.stream.left - int64(t.buffer.Buffered())
-	padding := int(-consumed & (blockSize - 1))
-	blocks, err := t.buffer.Peek(padding + 2*blockSize)
-	if err == io.EOF {
-		return nil, io.ErrUnexpectedEOF
-	}
-	if err != nil {
-		return nil, err
-	}
-	blocks = blocks[padding:]
-	if !slices.ContainsFunc(blocks, func(b byte) bool { return b != 0 }) {
-		return nil, io.EOF
-	}
-	t.first = blocks[156]
-	header, err := t.Next()
-	if err == io.EOF {
-		return nil, io.ErrUnexpectedEOF
-	}
-	return header, err
-}
-
-// check returns an error for an entry after which other programs would find other entries: they disagree on
-// malformed sizes in extended headers, and on whether a file whose name ends in a slash has content; and
-// [tar.Reader.Next] forgets an extended header at a global one, but GNU tar does not.
-func (t *tarReader) check(h *tar.Header) error {
-	for _, key := range []string{"size", "GNU.sparse.size", "GNU.sparse.realsize"} {
-		if size, ok := h.PAXRecords[key]; ok && (size == "" || strings.Trim(size, "0123456789") != "") {
-			return errPAXSize
-		}
-	}
-	if h.Typeflag == tar.TypeXGlobalHeader && t.first != tar.TypeXGlobalHeader {
-		return errGlobal
-	}
-	if isDirectory(h) && h.Size != 0 && h.Typeflag != tar.TypeDir && h.Typeflag != gnuDumpDir {
-		return errSizedDir
-	}
-	return nil
+	return cmp.Or[error](err, refusal("something other than zeros follows the gzip stream"))
 }
 
 // unpacker extracts entries below root. For each it opens the parent directory without following
 // links, and caches it for the next.
 type unpacker struct {
 	root      *os.Root
+	limits    unpackLimits
+	bytes     int64 // sum of the files' sizes
+	entries   int64 // with the directories created without an entry of their own
 	ownedBy   *owner
-	asRoot    bool
 	buffer    []byte
 	parent    *os.Root // parent of the last entry; initially root itself
 	parentDir string   // its path
-	implied   int64    // directories created without an entry of their own
-}
-
-// add extracts one entry. It replaces an earlier one, unless that is a directory that is not empty.
-func (u *unpacker) add(h *tar.Header, content io.Reader) error {
-	name := path.Clean(h.Name)
-	switch {
-	case h.Typeflag == tar.TypeXGlobalHeader || h.Typeflag == gnuVolumeLabel:
-		return nil
-	case outside(name):
-		return errLeadsOut
-	case outside(h.Name):
-		return errPath
-	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth: // deeper ones cost too much to walk
-		return badArchive("entry %q: its path has more than %d bytes or %d directories",
-			h.Name, maxEntryPath, maxDepth)
-	case isDirectory(h):
-		h.Typeflag = tar.TypeDir
-	case name == ".":
-		return errReplacesDir
-	}
-	parent, err := u.enter(path.Dir(name), true)
-	if err == nil {
-		err = u.place(parent, name, h, content)
-	}
-	if !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	// An earlier entry is in its place: rare, so not checked up front.
-	if parent, err = u.enter(path.Dir(name), false); err == nil {
-		err = makeRoom(parent, path.Base(name))
-	}
-	if err != nil {
-		return err
-	}
-	return u.place(parent, name, h, content)
 }
 
 // GNU tar's own types of entries.
@@ -265,15 +129,68 @@ const (
 	gnuDumpDir     = 'D' // of tar --listed-incremental: a directory whose content is a list of names
 )
 
-// isDirectory reports whether GNU tar and bsdtar take an entry for a directory.
-func isDirectory(h *tar.Header) bool {
-	switch h.Typeflag {
-	case tar.TypeDir, gnuDumpDir:
-		return true
-	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
-		return strings.HasSuffix(h.Name, "/")
+// add extracts one entry. It replaces an earlier one, unless that is a directory that is not empty.
+func (u *unpacker) add(h *tar.Header, content io.Reader) error {
+	u.entries++
+	size, name := max(h.Size, 0), path.Clean(h.Name)
+	if size > u.limits.bytes-u.bytes { // a sparse file can claim any size
+		return newAPIError(kindTooLarge, "bind_contents: entry %q: more than %d bytes", h.Name, u.limits.bytes)
 	}
-	return false
+	u.bytes += size
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader, gnuVolumeLabel:
+		return nil
+	case gnuDumpDir:
+		h.Typeflag, size = tar.TypeDir, 0
+	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+		h.Typeflag = tar.TypeReg
+		if strings.HasSuffix(h.Name, "/") { // a directory for GNU tar and bsdtar
+			h.Typeflag = tar.TypeDir
+		}
+	}
+	switch {
+	case outside(name):
+		return refusal("its path leads out of the archive")
+	case outside(h.Name):
+		return refusal("its path is empty or contains '..'")
+	case len(name) > maxEntryPath || strings.Count(name, "/") > maxDepth:
+		return refusal(fmt.Sprintf("its path has more than %d bytes or %d directories", maxEntryPath, maxDepth))
+	case h.Typeflag == tar.TypeDir && size > 0: // programs differ on whether content follows
+		return refusal("it is a directory, but it has a size")
+	case h.Typeflag != tar.TypeDir && name == ".":
+		return errReplacesDir
+	}
+	return u.put(name, h, content)
+}
+
+// put makes room for an entry if needed, and places it.
+func (u *unpacker) put(name string, h *tar.Header, content io.Reader) error {
+	for {
+		parent, err := u.enter(path.Dir(name), true)
+		if err == nil {
+			err = u.place(parent, name, h, content)
+		}
+		if !errors.Is(err, fs.ErrExist) {
+			return entryError(err)
+		}
+		// An earlier entry is in its place: rare, so not checked up front. The parent was walked without following
+		// links.
+		if err = u.root.Remove(name); errors.Is(err, fs.ErrExist) { // ENOTEMPTY
+			return errReplacesDir
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// entryError returns a refusal for an error of the file system that is the entry's fault.
+func entryError(err error) error {
+	if no, ok := errors.AsType[syscall.Errno](err); ok &&
+		slices.Contains([]syscall.Errno{syscall.ENAMETOOLONG, syscall.EINVAL, syscall.EMLINK}, no) {
+		return refusal(no.Error())
+	}
+	return err
 }
 
 // outside reports whether name is empty, absolute or contains "..".
@@ -298,103 +215,64 @@ func staysInside(dir, target string) bool {
 		!outside(path.Join(dir, target))
 }
 
-// makeRoom removes an earlier entry, unless it is a directory that is not empty.
-func makeRoom(parent *os.Root, base string) error {
-	err := parent.Remove(base)
-	if errors.Is(err, fs.ErrExist) { // ENOTEMPTY
-		return errReplacesDir
-	}
-	return err
-}
-
 // place creates an entry that must not exist, or a directory that may.
 func (u *unpacker) place(parent *os.Root, name string, h *tar.Header, content io.Reader) error {
-	base := path.Base(name)
+	if u.entries > u.limits.entries {
+		return newAPIError(kindTooLarge, "bind_contents: more than %d entries", u.limits.entries)
+	}
+	base, err := path.Base(name), error(refusal("it is not a directory, file or link"))
 	switch h.Typeflag {
-	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
-		return u.placeFile(parent, base, h, content)
+	case tar.TypeReg:
+		err = u.placeFile(parent, base, h, content)
 	case tar.TypeDir:
-		return u.placeDirectory(parent, base, h)
+		err = placeDirectory(parent, base, h)
 	case tar.TypeLink:
 		return u.placeLink(name, h.Linkname) // which may close parent
 	case tar.TypeSymlink:
-		if !staysInside(path.Dir(name), h.Linkname) {
-			return errSymlink
-		}
-		if err := parent.Symlink(h.Linkname, base); err != nil {
-			return err
-		}
-		return u.setOwner(h, func(uid, gid int) error { return parent.Lchown(base, uid, gid) })
-	}
-	return errType
-}
-
-// placeDirectory creates a directory, or gives an earlier one this entry's mode and owner.
-func (u *unpacker) placeDirectory(parent *os.Root, base string, h *tar.Header) error {
-	if err := parent.Mkdir(base, 0o700); err != nil {
-		if earlier, statErr := parent.Lstat(base); statErr != nil || !earlier.IsDir() {
-			return err
+		err = errSymlink
+		if staysInside(path.Dir(name), h.Linkname) {
+			err = parent.Symlink(h.Linkname, base)
 		}
 	}
-	err := u.setOwner(h, func(uid, gid int) error { return parent.Lchown(base, uid, gid) })
-	if err != nil {
+	if err != nil || os.Geteuid() != 0 {
 		return err
 	}
-	return parent.Chmod(base, permissions(h))
+	o := cmp.Or(u.ownedBy, &owner{h.Uid, h.Gid})
+	if min(o.uid, o.gid) < 0 || max(o.uid, o.gid) > math.MaxInt32 {
+		return refusal("its owner is out of range") // chown(2) takes 4294967295 for "unchanged"
+	}
+	return parent.Lchown(base, o.uid, o.gid)
 }
 
-// setOwner calls chown with the owner that a new file, directory or symbolic link is to have.
-func (u *unpacker) setOwner(h *tar.Header, chown func(uid, gid int) error) error {
-	uid, gid := h.Uid, h.Gid
-	if u.ownedBy != nil {
-		uid, gid = u.ownedBy.uid, u.ownedBy.gid
-	}
-	if !u.asRoot {
-		return nil
-	}
-	if min(uid, gid) < 0 || max(uid, gid) > math.MaxInt32 {
-		return errOwnerRange // chown(2) takes 4294967295 for "unchanged"
-	}
-	return chown(uid, gid)
-}
-
-// permissions leaves out the setuid, setgid and sticky bits.
-func permissions(h *tar.Header) fs.FileMode { return h.FileInfo().Mode().Perm() }
-
-// placeFile creates a new file (O_EXCL), so that it never writes through a link. O_NONBLOCK has no effect
-// on files, but saves package os four system calls.
+// placeFile creates a new file (O_EXCL), so that it never writes through a link. O_NONBLOCK has no effect on
+// files, but saves package os four system calls.
 func (u *unpacker) placeFile(parent *os.Root, base string, h *tar.Header, content io.Reader) error {
 	f, err := parent.OpenFile(base, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NONBLOCK, 0o600)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = io.CopyBuffer(struct{ io.Writer }{f}, content, u.buffer)
-	if err != nil && !isType[*fs.PathError](err) {
-		return brokenArchive(err)
+	if _, err := io.CopyBuffer(struct{ io.Writer }{f}, content, u.buffer); err != nil {
+		return err
 	}
-	if err == nil {
-		err = u.setOwner(h, f.Chown)
-	}
-	if err == nil {
-		err = f.Chmod(permissions(h))
-	}
-	if err == nil {
-		err = setModTime(parent, base, f, h.ModTime)
-	}
-	return cmp.Or(err, f.Close())
+	// Chtimes goes by UnixNano, which wraps after the year 2262. utimensat(2) takes the nearest time that the
+	// file system has.
+	when := syscall.Timespec{Sec: h.ModTime.Unix(), Nsec: int64(h.ModTime.Nanosecond())}
+	err = syscall.UtimesNano(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), []syscall.Timespec{when, when})
+	return cmp.Or(err, f.Chmod(permissions(h)), f.Close())
 }
 
-// setModTime sets the times of f, which is base in parent and open with O_NONBLOCK. [os.Root.Chtimes] goes
-// by t.UnixNano, which wraps after the year 2262. For such a time, utimensat(2) takes the nearest one that
-// the file system has.
-func setModTime(parent *os.Root, base string, f *os.File, t time.Time) error {
-	if time.Unix(0, t.UnixNano()).Equal(t) {
-		return parent.Chtimes(base, t, t)
+// permissions leaves out the setuid, setgid and sticky bits.
+func permissions(h *tar.Header) fs.FileMode { return fs.FileMode(h.Mode).Perm() }
+
+// placeDirectory creates a directory, or gives an earlier one this entry's mode.
+func placeDirectory(parent *os.Root, base string, h *tar.Header) error {
+	if err := parent.Mkdir(base, 0o700); err != nil {
+		if earlier, statErr := parent.Lstat(base); statErr != nil || !earlier.IsDir() {
+			return err
+		}
 	}
-	when := syscall.NsecToTimespec(int64(t.Nanosecond()))
-	when.Sec = t.Unix()
-	return syscall.UtimesNano(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), []syscall.Timespec{when, when})
+	return parent.Chmod(base, permissions(h))
 }
 
 // placeLink makes a hard link to a regular file or symbolic link that an earlier entry made.
@@ -444,10 +322,10 @@ func (u *unpacker) enter(dir string, create bool) (*os.Root, error) {
 	for part := range strings.SplitSeq(dir, "/") {
 		info, err := at.Lstat(part)
 		if create && errors.Is(err, fs.ErrNotExist) {
-			u.implied++
-			err = u.placeDirectory(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755})
+			u.entries++
+			err = u.place(at, part, &tar.Header{Typeflag: tar.TypeDir, Mode: 0o755}, nil)
 		} else if err == nil && !info.IsDir() {
-			err = errThroughLink
+			err = refusal("its path passes something that is not a directory")
 		}
 		var below *os.Root
 		if err == nil {

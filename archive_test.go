@@ -92,6 +92,21 @@ func hostileArchives(outside string) []hostile {
 	sparse := func(size string) []entry {
 		return []entry{pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=s", "GNU.sparse.realsize="+size), file("x", "0\n"+strings.Repeat("\x00", 510))}
 	}
+	oldest := func(name, body string) []byte { // whose type is NUL
+		blocks := file(name, body).bytes()
+		blocks[156] = 0
+		sealHeader(blocks[:512])
+		return blocks
+	}
+	withSize := func(e entry, field string) []byte {
+		blocks := e.bytes()
+		copy(blocks[124:136], field)
+		sealHeader(blocks[:512])
+		return blocks
+	}
+	longName := func(kind byte, name string) entry {
+		return entry{name: "././@LongLink", kind: kind, body: name + "\x00"}
+	}
 	tooMany := make([]entry, corpusEntries+1)
 	for i := range tooMany {
 		tooMany[i] = file(fmt.Sprint("f", i), "")
@@ -209,6 +224,9 @@ func hostileArchives(outside string) []hostile {
 		harmless("the root of a file's type", tree{"a": "0644 1"}, typed('0', "./", ""), file("a", "1")),
 		refused("directory of a file's type with content", "d/", typed('0', "d/", "content"), file("a", "")),
 		refused("directory of a contiguous file's type with content", "d/", typed('7', "d/", "content"), file("a", "")),
+		refused("directory with a size", "d", entry{name: "d", kind: '5', size: 1}),
+		{"directory of the oldest format", gzipped(oldest("d/", ""), tarEnd), 201, "", tree{"d": "d0644"}},
+		{"directory of the oldest format with content", gzipped(oldest("d/", string(tarOf(file("evil", "EVIL")))), tarEnd), 400, "d/", nil},
 		harmless("setuid, setgid and sticky", tree{"u": "0755 ", "g": "0755 ", "s": "d0777"},
 			entry{name: "u", mode: 0o4755}, entry{name: "g", mode: 0o2755}, entry{name: "s", kind: '5', mode: 0o1777}),
 		harmless("setuid on the root itself", tree{}, entry{name: "./", kind: '5', mode: 0o7755}),
@@ -241,6 +259,17 @@ func hostileArchives(outside string) []hostile {
 		refused("global header between a GNU long link and its entry", "pax", entry{name: "././@LongLink", kind: 'K', body: "b\x00"}, global("comment=x"), symlink("a", "c")),
 		harmless("global headers before an extended header", tree{"b": "0644 1", "c": "0644 2"}, global("comment=x"), global("comment=y"), pax("path=b"), file("a", "1"),
 			global("comment=x"), entry{name: "././@LongLink", kind: 'L', body: "c\x00"}, file("a", "2")),
+		refused("two extended headers", "a", pax("size=3"), pax("comment=x"), file("a", "123")),
+		refused("extended header and a GNU long name", "b", pax("comment=x"), longName('L', "b"), file("a", "")),
+		refused("two GNU long names", "c", longName('L', "b"), longName('L', "c"), file("a", "")),
+		refused("GNU long name and another one in an extended header", "b", longName('L', "b"), pax("path=c"), file("a", "")),
+		harmless("GNU long name and an extended header", tree{"b": "0644 1"}, longName('L', "b"), pax("mtime=1.5"), file("a", "1")),
+		harmless("GNU long link and name", tree{"b": "-> c"}, longName('K', "c"), longName('L', "b"), symlink("a", "x")),
+		harmless("volume label in a global header", tree{"a": "0644 1"}, global("GNU.volume.label=x"), file("a", "1")),
+		refused("empty path in an extended header", "a", pax("path="), file("a", "")),
+		broken("extended header at the end", tgz(file("a", ""), pax("path=b"))),
+		{"size behind a NUL", gzipped(withSize(file("a", "1"), "\x000000000001"), tarEnd), 400, "a", nil},
+		broken("extended header of negative size", gzipped(withSize(pax("path=b"), "-0000001000\x00"), tarOf(file("a", "")), tarEnd)),
 		broken("extended header over a megabyte", tgz(pax("comment="+string(zeros[:1<<20])), file("a", ""))),
 		tooLarge("extended headers of many bytes", "", pax("comment="+twoFifths), file("a", ""),
 			pax("comment="+twoFifths), file("b", ""), pax("comment="+twoFifths), file("c", "")),

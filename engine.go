@@ -63,9 +63,9 @@ func newSDK(host string) (*client.Client, error) {
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
-// send calls the engine's API without the SDK, for two reasons: the SDK decodes an inspection or a list in
-// full, of which the daemon needs little; and its attach waits for ever for an engine that hangs. An answer
-// with another status than the given one, redirects included, is an error. The caller closes the body.
+// send calls the engine's API without the SDK: for the reads of containers.get, and for attaching to stdin,
+// since the SDK's attach ignores the deadline while it waits for an engine that hangs. An answer with another
+// status than the given one, redirects included, is an error. The caller closes the body.
 func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (
 	*http.Response, error) {
 	sdk := e.api()

@@ -185,11 +185,6 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 	return file, nil
 }
 
-// readerFunc adapts a function to io.Reader.
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
 // makeImage has the engine make an image of an archive, under its own tag, and returns the image's id once a
 // power cut cannot damage it. After an error no image is left.
 func (x *images) makeImage(archive *os.File) (id string, err error) {

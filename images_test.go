@@ -302,10 +302,18 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		sealHeader(block)
 		return block
 	}
+	negative := pax("path=a").bytes()
+	copy(negative[124:136], "-0000001000\x00")
+	sealHeader(negative[:512])
 	gnuPrefix := file("file", "").bytes()
 	copy(gnuPrefix[257:], "ustar  \x00")
 	copy(gnuPrefix[345:], "directory")
 	sealHeader(gnuPrefix)
+	gnuTimes := file("file", "").bytes() // as tar --listed-incremental writes those before 1970
+	copy(gnuTimes[257:], "ustar  \x00")
+	tarNumber(gnuTimes[345:357], -1)
+	tarNumber(gnuTimes[357:369], 1<<40)
+	sealHeader(gnuTimes)
 	oldFile := file("foo/", inner).bytes() // whose type is NUL
 	oldFile[156] = 0
 	sealHeader(oldFile[:512])
@@ -323,7 +331,8 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		"a global header behind a long link":           tarOf(long('K', "other"), global("comment=c"), symlink("n", "m")),
 		"two extended headers":                         tarOf(pax("size=1024"), pax("comment=c"), file("n", ""), file("evil", "EVIL")),
 		"an extended header and a long name":           tarOf(pax("path=a"), long('L', "b"), file("n", "")),
-		"a long name and an extended header":           tarOf(long('L', "b"), pax("path=a"), file("n", "")),
+		"a long name and an extended header's":         tarOf(long('L', "b"), pax("path=a"), file("n", "")),
+		"an extended header of negative size":          slices.Concat(negative, tarOf(file("n", ""))),
 		"two long names":                               tarOf(long('L', "a"), long('L', "b"), file("n", "")),
 		"an extended header at the end":                tarOf(file("n", ""), pax("path=a")),
 		"a size with a plus":                           tarOf(pax("size=+1024"), file("n", inner)),
@@ -345,13 +354,15 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		}
 	}
 	for name, archive := range map[string][]byte{
-		"a directory of the oldest format": tarOf(dir("foo/")),
-		"a long name and a long link":      tarOf(long('L', "a"), long('K', "b"), symlink("n", "m")),
-		"an extended header for each":      tarOf(pax("path=a"), file("n", "x"), pax("size=3"), file("m", "abc")),
-		"global headers":                   tarOf(global("comment=c"), global("comment=d"), file("n", "x")),
-		"a size padded with spaces":        slices.Concat(rawSize("       2000 "), []byte(inner)),
-		"no size":                          rawSize(strings.Repeat("\x00", 12)),
-		"a size in base 256":               slices.Concat(rawSize("\x80"+strings.Repeat("\x00", 9)+"\x04\x00"), []byte(inner)),
+		"a directory of the oldest format":   tarOf(dir("foo/")),
+		"a long name and a long link":        tarOf(long('L', "a"), long('K', "b"), symlink("n", "m")),
+		"a long name and an extended header": tarOf(long('L', "a"), pax("mtime=1.5"), file("n", "x")),
+		"an extended header for each":        tarOf(pax("path=a"), file("n", "x"), pax("size=3"), file("m", "abc")),
+		"global headers":                     tarOf(global("comment=c"), global("comment=d"), file("n", "x")),
+		"a size padded with spaces":          slices.Concat(rawSize("       2000 "), []byte(inner)),
+		"times in GNU's format":              gnuTimes,
+		"no size":                            rawSize(strings.Repeat("\x00", 12)),
+		"a size in base 256":                 slices.Concat(rawSize("\x80"+strings.Repeat("\x00", 9)+"\x04\x00"), []byte(inner)),
 	} {
 		if err := checkTar(bytes.NewReader(append(archive, tarEnd...))); err != nil {
 			t.Errorf("%s: %v", name, err)

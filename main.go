@@ -16,8 +16,8 @@
 //   - The engine is trusted; its availability is not.
 //
 // Read main.go, server.go (whose route table is the table of contents), auth.go, listener.go, services.go,
-// console.go, stats.go, images.go, tarcheck.go, lifecycle.go, settle.go, spec.go, containers.go, engine.go,
-// binds.go, fetch.go, archive.go, errors.go. Callers come before callees.
+// console.go, stats.go, images.go, lifecycle.go, settle.go, spec.go, containers.go, engine.go,
+// binds.go, fetch.go, archive.go, tar.go, wire.go, errors.go. Callers come before callees.
 package main
 
 import (

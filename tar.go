@@ -1,0 +1,310 @@
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+const (
+	blockSize       = 512       // bytes: a tar archive consists of such blocks
+	imageChunk      = 256 << 10 // bytes of an upload that are read or sent at a time
+	maxHeaders      = 4 << 20   // bytes of headers before an entry; archive/tar reads 1 MiB of each at most
+	maxImageEntries = 1_000_000
+	maxPadding      = 1 << 20 // bytes after an archive's end marker; tar fills up to 10 KiB
+)
+
+// refusal says what is wrong with an archive, or with one of its entries.
+type refusal string
+
+func (r refusal) Error() string { return string(r) }
+
+const errSparse refusal = "it is a sparse file: write the archive without --sparse"
+
+// archiveError returns the 400 for what is wrong with an archive, and any other error as it is.
+func archiveError(prefix string, err error) error {
+	isDisk := isType[syscall.Errno](err)
+	if err == nil || isDisk || isType[*http.MaxBytesError](err) || isType[*apiError](err) {
+		return err
+	}
+	text := "the archive is broken: " + rootCause(err)
+	if isType[refusal](err) {
+		text = err.Error()
+	} else if err == io.EOF || err == io.ErrUnexpectedEOF {
+		text = "the archive is cut off"
+	}
+	return &apiError{kindArchiveRefused, prefix + text}
+}
+
+// checkTar reads r to its end and returns nil if it is one complete tar archive of a root file system: with
+// at least one entry, with the end marker, and without anything that tar programs read differently. The
+// engine takes a truncated archive for a smaller one, and an empty body for an empty image.
+func checkTar(r io.Reader) error {
+	in := bufio.NewReaderSize(r, imageChunk)
+	archive, err := newTarReader(in, "the body")
+	start, _ := in.Peek(blockSize)
+	if err == nil && compression(start) != "" { // the engine decompresses even a tar archive that begins so
+		err = refusal("the body is compressed: it must be a plain tar archive")
+	}
+	image := imageCheck{}
+	if err == nil {
+		err = archive.each(image.add)
+	}
+	if err == nil {
+		err = image.end(in)
+	}
+	return archiveError("", err)
+}
+
+// imageCheck is what checkTar knows of the entries so far.
+type imageCheck struct {
+	entries int
+	// At the top of the archive: manifest.json; and blobs, or the layer.tar of some directory.
+	manifest, layers bool
+}
+
+// add returns an error for an entry that an image must not have, or one too many.
+func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
+	for record := range h.PAXRecords {
+		if strings.HasPrefix(record, "GNU.sparse") || record == "SCHILY.realsize" {
+			return errSparse
+		}
+		if h.Typeflag == tar.TypeXGlobalHeader && record != "comment" { // git archive writes one
+			return refusal("some programs apply a global header to all entries, others to none")
+		}
+	}
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader:
+		return nil
+	case tar.TypeGNUSparse: // the engine writes one of a few bytes with as many zeros as it claims
+		return errSparse
+	case tar.TypeReg:
+		if strings.HasSuffix(h.Name, "/") {
+			return refusal("it is a file, but its name ends in a slash")
+		}
+	case tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+		if h.Size != 0 { // programs differ on whether content follows
+			return refusal("only a file can have a size")
+		}
+	default:
+		return refusal("it is not a file, directory, link, device or FIFO")
+	}
+	if c.entries++; c.entries > maxImageEntries {
+		return refusal(fmt.Sprintf("the archive has more than %d entries", maxImageEntries))
+	}
+	name, isFile := path.Clean("/"+h.Name), h.Typeflag == tar.TypeReg
+	c.manifest = c.manifest || name == "/manifest.json" && isFile
+	c.layers = c.layers || strings.HasPrefix(name+"/", "/blobs/") ||
+		path.Base(name) == "layer.tar" && strings.Count(name, "/") == 2
+	if name == "/oci-layout" && isFile || c.manifest && c.layers {
+		return refusal("this is a saved image and not a root file system: load it into an engine, " +
+			"and upload what docker export writes of a container")
+	}
+	return nil
+}
+
+// end returns an error if anything but padding follows the end marker: the engine stores it, and other
+// programs may find another archive there.
+func (c *imageCheck) end(in io.Reader) error {
+	if c.entries == 0 {
+		return refusal("the archive has no entry")
+	}
+	rest, err := io.ReadAll(io.LimitReader(in, maxPadding+1))
+	if err == nil && (len(rest) > maxPadding || len(bytes.Trim(rest, "\x00")) > 0) {
+		return refusal("something follows the archive's end marker")
+	}
+	return err
+}
+
+// tarReader reads the entries of an archive that has to be whole, with archive/tar, as the engine does. It
+// also looks at the raw headers, because archive/tar accepts some that other programs read differently.
+type tarReader struct {
+	in      *bufio.Reader
+	headers bytes.Buffer // raw: those of an entry, and the padding before them
+	offset  int64        // of in, from the end of the headers
+	archive *tar.Reader  // reads from the tarReader
+}
+
+// newTarReader returns an error that says what and the format of in unless it begins like a tar archive.
+func newTarReader(in *bufio.Reader, what string) (*tarReader, error) {
+	format, err := contentFormat(in)
+	if err == nil && format != plainTar {
+		err = refusal(what + " is not a tar archive: it is " + format)
+	}
+	t := &tarReader{in: in}
+	t.archive = tar.NewReader(t)
+	return t, err
+}
+
+// Read is the input of archive. It fails at the end of in, where archive ends without an error.
+func (t *tarReader) Read(p []byte) (int, error) {
+	if t.headers.Len() > 0 {
+		return t.headers.Read(p)
+	}
+	n, err := t.in.Read(p)
+	t.offset += int64(n)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// each calls add for each entry, up to the end marker. It adds the entry's name to a refusal.
+func (t *tarReader) each(add func(h *tar.Header, content io.Reader) error) error {
+	for {
+		h, err := t.next()
+		if h == nil {
+			return err
+		}
+		if err == nil {
+			err = add(h, t.archive)
+		}
+		if why, ok := errors.AsType[refusal](err); ok {
+			return refusal(fmt.Sprintf("entry %q: %s", truncate(h.Name), why))
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// headerOrder matches the types of an entry's headers: its own, after GNU's long name and link (L, K) and
+// POSIX's extended header (x); or a global header (g) alone. Programs differ on which one counts if there are
+// two of a type, on what an x applies to if something else follows it, and on whether it applies after a g.
+var headerOrder = regexp.MustCompile(`^(g|(LK?|KL?)?x?[^gxLK])$`)
+
+// onlyDigits matches a size in an extended header. archive/tar accepts a sign too.
+var onlyDigits = regexp.MustCompile(`^[0-9]+$`)
+
+// next skips to the next entry and returns its header, or nil at the archive's end marker. With a refusal of
+// an entry, it returns a header with its name.
+func (t *tarReader) next() (*tar.Header, error) {
+	if _, err := io.Copy(io.Discard, t.archive); err != nil { // what nobody has read of the previous entry
+		return nil, err
+	}
+	types, err := t.readHeaders()
+	if err != nil {
+		return nil, err
+	}
+	own := t.headers.Bytes()[t.headers.Len()-blockSize:]
+	hasTimes := string(own[257:263]) == "ustar " && own[345] != 0
+	h, err := t.archive.Next()
+	switch {
+	case err == tar.ErrHeader && own[156] == tar.TypeGNUSparse: // archive/tar cannot read every sparse file
+		name, _, _ := bytes.Cut(own[:100], []byte{0})
+		return &tar.Header{Name: string(name)}, errSparse
+	case err == io.EOF && types == "\x00":
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case !headerOrder.MatchString(types),
+		hasTimes && h.Format == tar.FormatUnknown: // archive/tar has taken GNU's times for a prefix
+		return h, refusal("tar programs differ on how to read its headers")
+	}
+	for record, value := range h.PAXRecords {
+		switch record {
+		case "size", "GNU.sparse.size", "GNU.sparse.realsize":
+			if !onlyDigits.MatchString(value) {
+				return h, refusal("its extended header has a size that is not a plain number")
+			}
+		case "path", "linkpath":
+			if value == "" || strings.ContainsAny(types, "LK") {
+				return h, refusal("its headers have an empty name, or two names")
+			}
+		}
+	}
+	return h, nil
+}
+
+// readHeaders reads the raw headers of an entry and returns their types. It stops behind a header that
+// programs read differently, whose type is then "?g": headerOrder does not match it.
+func (t *tarReader) readHeaders() (types string, err error) {
+	t.headers.Reset()
+	size := -t.offset & (blockSize - 1) // of the previous entry's padding
+	t.offset = 0
+	for {
+		if int64(t.headers.Len())+size > maxHeaders {
+			return "", refusal("an entry has more than 4 MiB of headers")
+		}
+		if _, err := io.CopyN(&t.headers, t.in, size+blockSize); err != nil {
+			return "", err
+		}
+		header := t.headers.Bytes()[t.headers.Len()-blockSize:]
+		kind, number := string(header[156:157]), bytes.TrimLeft(header[124:136], " ")
+		digits := bytes.Trim(number, " \x00")
+		if !bytes.HasPrefix(number, digits) { // archive/tar ignores NULs ahead of a size; for GNU tar they end it
+			return types + "?g", nil
+		}
+		if types += kind; !strings.Contains("xLK", kind) {
+			return types, nil
+		}
+		length, err := strconv.ParseUint(string(digits), 8, 31) // of this header's content
+		if err != nil {
+			return types, nil
+		}
+		size = (int64(length) + blockSize - 1) &^ (blockSize - 1)
+	}
+}
+
+// plainTar is what contentFormat calls a tar archive.
+const plainTar = "a tar archive that is not compressed"
+
+// contentFormat names the format of a stream by its first block.
+func contentFormat(in *bufio.Reader) (string, error) {
+	start, err := in.Peek(blockSize)
+	if err != nil && err != io.EOF {
+		return "", err
+	}
+	if len(start) == 0 {
+		return "empty", nil
+	}
+	_, err = tar.NewReader(bytes.NewReader(start)).Next() // which fails otherwise if an entry needs more bytes
+	if len(start) == blockSize && err != tar.ErrHeader {
+		return plainTar, nil
+	}
+	if format := compression(start); format != "" {
+		return format, nil
+	}
+	kind := http.DetectContentType(bytes.TrimPrefix(start, []byte("\uFEFF")))
+	return strings.Replace(kind, "text/html; charset=utf-8", "HTML", 1), nil
+}
+
+// signatures are the first bytes of what is taken for a .tar.gz archive by mistake, and of what the engine
+// decompresses.
+var signatures = []struct{ start, format string }{
+	{"\x1f\x8b", gzipFormat}, {"\x1f\x9d", "compressed by compress"},
+	{"BZh", "compressed by bzip2"}, {"\xfd7zXZ", "compressed by xz"}, {"LZIP", "compressed by lzip"},
+	{"\x28\xb5\x2f\xfd", "compressed by zstd"},
+	{"\x04\x22\x4d\x18", "compressed by lz4"}, {"\x02\x21\x4c\x18", "compressed by lz4"},
+	{"7z\xbc\xaf\x27\x1c", "a 7z archive"},
+	{"PK\x03\x04", "a zip archive"}, {"PK\x05\x06", "a zip archive"}, {"PK\x07\x08", "a zip archive"},
+}
+
+const gzipFormat = "gzip"
+
+// compression names the format of what starts with a magic number, or returns "".
+func compression(start []byte) string {
+	for _, s := range signatures {
+		if bytes.HasPrefix(start, []byte(s.start)) {
+			return s.format
+		}
+	}
+	if len(start) > 4 && string(start[1:4]) == "\x2a\x4d\x18" { // a skippable frame, see RFC 8878
+		return "compressed by zstd or lz4"
+	}
+	return ""
+}
+
+// readerFunc adapts a function to io.Reader.
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
