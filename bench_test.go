@@ -41,9 +41,10 @@ import (
 func direct(b *testing.B) *http.Client {
 	engine, err := client.NewClientWithOpts(client.FromEnv)
 	must(b, err)
-	transport := &http.Transport{MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return engine.Dialer()(ctx)
-	}}
+	transport := &http.Transport{MaxIdleConnsPerHost: 64,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return engine.Dialer()(ctx)
+		}}
 	b.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
 }
@@ -94,7 +95,8 @@ func latencies(clients, count int, do func()) (each []time.Duration, all time.Du
 
 func BenchmarkInspect(b *testing.B) {
 	m := newMachine(b, nil)
-	m.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}} // without a timeout, as the engine's
+	// without a timeout, as the engine's
+	m.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 	id, engine := m.create(b, ""), direct(b)
 	proxy := throughProxy(b, engine)
 	ask := func(c *http.Client, url string) {
@@ -153,7 +155,8 @@ func BenchmarkImport(b *testing.B) {
 	rand.Read(content)
 	files := make([]entry, 5000) // as a small distribution has
 	for i := range files {
-		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i), string(content[i<<10:][:2<<10+(i%10)<<13]))
+		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i),
+			string(content[i<<10:][:2<<10+(i%10)<<13]))
 	}
 	for name, archive := range map[string][]byte{
 		"large-file":       archiveOf(imageFile("large", string(content))),
@@ -202,7 +205,8 @@ func BenchmarkUnpack(b *testing.B) {
 	rand.Read(large[:len(large)/2]) // half of it compresses
 	small := make([]entry, 10_000)
 	for i := range small {
-		small[i] = imageFile(fmt.Sprintf("package-%d/src/file-%d.js", i/100, i), strings.Repeat("some text of a small file\n", 100))
+		small[i] = imageFile(fmt.Sprintf("package-%d/src/file-%d.js", i/100, i),
+			strings.Repeat("some text of a small file\n", 100))
 	}
 	files := make([]entry, 5000) // 76 MB, of which a third does not compress
 	for i := range files {
@@ -216,7 +220,9 @@ func BenchmarkUnpack(b *testing.B) {
 		"root-file-system": gzipped(archiveOf(files...)),
 	} {
 		b.Run(name, func(b *testing.B) {
-			source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(archive) }))
+			source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.Write(archive)
+			}))
 			defer source.Close()
 			var ours, theirs time.Duration
 			for b.Loop() {
@@ -311,7 +317,8 @@ func processorTime(b *testing.B, pid int) (used time.Duration) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	must(b, err)
 	_, rest, _ := strings.Cut(string(stat), ") ")
-	for _, field := range strings.Fields(rest)[11:13] { // utime and stime of proc_pid_stat(5), in hundredths of a second
+	// utime and stime of proc_pid_stat(5), in hundredths of a second
+	for _, field := range strings.Fields(rest)[11:13] {
 		ticks, err := strconv.Atoi(field)
 		must(b, err)
 		used += time.Duration(ticks) * 10 * time.Millisecond
@@ -366,7 +373,8 @@ func writeTree(w io.Writer, size int64, files int) error {
 		_, err = io.CopyN(archive, zeros{}, size)
 	}
 	for i := 0; i < files && err == nil; i++ {
-		err = archive.WriteHeader(&tar.Header{Name: fmt.Sprintf("directory-%d/file-%d", i/100, i), Mode: 0o644, Size: 100})
+		err = archive.WriteHeader(&tar.Header{Name: fmt.Sprintf("directory-%d/file-%d", i/100, i), Mode: 0o644,
+			Size: 100})
 		if err == nil {
 			_, err = io.CopyN(archive, zeros{}, 100)
 		}
@@ -396,7 +404,9 @@ func BenchmarkMemory(b *testing.B) {
 		if err := writeTree(zipped, size, 50_000); err != nil || zipped.Close() != nil {
 			b.Fatal(err)
 		}
-		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(archive.Bytes()) }))
+		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Write(archive.Bytes())
+		}))
 		defer source.Close()
 		for b.Loop() {
 			id := m.create(b, `"bind_contents":"`+source.URL+`"`)
@@ -433,7 +443,10 @@ func growthOf(b *testing.B, m *machine, pid int, engine *http.Client, proxy stri
 		return median(m.client, func() *http.Request { return m.request(b, "GET", path, nil) })
 	}
 	askEngine := func(path string) float64 {
-		return median(engine, func() *http.Request { r, _ := http.NewRequest("GET", "http://engine"+path, nil); return r })
+		return median(engine, func() *http.Request {
+			r, _ := http.NewRequest("GET", "http://engine"+path, nil)
+			return r
+		})
 	}
 	for b.Loop() {
 		b.ReportMetric(ask("/service"), "µs-list")
@@ -503,10 +516,12 @@ func BenchmarkWatched(b *testing.B) {
 				ids[i] = fmt.Sprintf("service-%d", i)
 			}
 			labelsAndMounts := func(id string) []any {
-				return []any{fmt.Sprintf(`{%q:%q,%q:%q,%q:"1"}`, labelService, id, labelBinds, binds.Load(), labelRevision),
+				return []any{fmt.Sprintf(`{%q:%q,%q:%q,%q:"1"}`, labelService, id, labelBinds, binds.Load(),
+					labelRevision),
 					fmt.Sprintf(`[{"Source":%q}]`, filepath.Join(binds.Load().(string), id))}
 			}
-			frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","pad":"` + strings.Repeat("x", 2500) + `"}` + "\n"
+			frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","pad":"` +
+				strings.Repeat("x", 2500) + `"}` + "\n"
 			socket := filepath.Join(b.TempDir(), "s")
 			listener, err := net.Listen("unix", socket)
 			must(b, err)

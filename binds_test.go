@@ -83,9 +83,7 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 	}
 	// Renamed on its own disk, with a link in its place, it is still the same directory.
 	must(t, errors.Join(os.Remove(d.binds), os.Symlink(moved, d.binds)))
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 	d.do(t, "GET", "/health", "").want(t, 204)
 	d.do(t, "DELETE", "/service/web", "").want(t, 204)
 	wantNothing(t, d, e)
@@ -160,9 +158,7 @@ func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
 	if err := s.settleAll(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if got := e.names(); !slices.Equal(got, []string{"bb"}) {
-		t.Errorf("there are %q", got)
-	}
+	e.wantNames(t, "bb")
 }
 
 // If a directory cannot be opened for its sync, nothing is changed: a create that fails must not leave a
@@ -199,9 +195,7 @@ func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 		filepath.Join(d.binds, "half"))
 	must(t, d.stop())
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
-	if got := e.names(); !slices.Equal(got, []string{"one", "two", "web"}) {
-		t.Errorf("there are %q", got)
-	}
+	e.wantNames(t, "one", "two", "web")
 	if log := d.log.String(); !strings.Contains(log, "map[/elsewhere:2]") {
 		t.Errorf("the log: %s", log)
 	}
@@ -309,7 +303,7 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 	outside := filepath.Join(dir, "outside")
 	must(t, errors.Join(os.WriteFile(outside, nil, 0o600), os.Mkdir(dir+"/tree", 0o700)))
 	depth := 1500
-	if testing.Short() || raceDetector() {
+	if brief() {
 		depth = 400
 	}
 	below := openTree(t, dir+"/tree")

@@ -336,7 +336,7 @@ func TestEngineThatRefusesLogs(t *testing.T) {
 
 func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 	t.Parallel()
-	e, d := consoleStart(t, `"tty":false`, func(c *config) { c.timeouts.clientWrite = 3 * time.Second })
+	e, d := consoleStart(t, `"tty":false`, func(c *config) { c.timeouts.clientWrite = haste() })
 	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
 	must(t, err)
 	defer idle.Close()
@@ -395,7 +395,7 @@ func TestFollowEndsWhenItsClientLeaves(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			e, d := consoleStart(t, "", func(c *config) {
-				c.timeouts.clientWrite, c.timeouts.jsonBody = time.Second, time.Second
+				c.timeouts.clientWrite, c.timeouts.jsonBody = haste(), haste()
 			})
 			conn := wireDial(t, d)
 			go io.WriteString(conn,

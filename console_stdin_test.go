@@ -104,7 +104,7 @@ func TestStdinArrivesBeforeTheRequestEnds(t *testing.T) {
 func consoleBytes() (chunks []string) {
 	random := mathrand.NewChaCha8([32]byte{1})
 	step := 1
-	if testing.Short() || raceDetector() {
+	if brief() {
 		step = 17 // of which the last is 0xff; another test goes through all ends without an engine
 	}
 	for end := 0; end < 256; end += step {
@@ -157,10 +157,10 @@ func TestKeysThatDetachDoNotBeginAsAChunkEnds(t *testing.T) {
 	}
 }
 
-func TestTenMegabytesOfStdin(t *testing.T) {
+func TestMegabytesOfStdin(t *testing.T) {
 	t.Parallel()
 	e, d := consoleStart(t, `"tty":false`, nil)
-	text := make([]byte, 10<<20)
+	text := make([]byte, map[bool]int{true: 1 << 20, false: 10 << 20}[brief()])
 	mathrand.NewChaCha8([32]byte{2}).Read(text)
 	d.do(t, "POST", "/service/web/stdin", string(text)).want(t, 204)
 	if all := e.input("web"); all != string(text) {
@@ -254,7 +254,7 @@ func TestWritersWithOpenRequestsKeepTheirOrder(t *testing.T) {
 	for writer := range 10 {
 		r := stdinOpen(t, d, "web")
 		all.Go(func() {
-			for number := range 30 {
+			for number := range 10 {
 				if _, err := io.WriteString(r, consoleRecord(writer, number, 20)); err != nil {
 					t.Error(err)
 				}
@@ -269,10 +269,10 @@ func TestWritersWithOpenRequestsKeepTheirOrder(t *testing.T) {
 	}
 	all.Wait()
 	got := e.input("web")
-	if records := consoleRecords(t, got); records != 300 {
+	if records := consoleRecords(t, got); records != 100 {
 		t.Errorf("%d records", records)
 	}
-	consoleWhole(t, e, 300*32)
+	consoleWhole(t, e, 100*32)
 }
 
 // Who writes much leaves room between its chunks for who writes little.
@@ -385,7 +385,7 @@ func TestEachConnectionForStdinGetsAtMost32KiB(t *testing.T) {
 
 func TestServiceThatDoesNotReadIsAGatewayTimeout(t *testing.T) {
 	t.Parallel()
-	e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = time.Second })
+	e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = haste() })
 	consoleService(t, d, "other", "")
 	e.setDeaf("web", true)
 	var waiting []<-chan answer
@@ -474,7 +474,7 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = time.Second })
+			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = haste() })
 			over := consoleHook(e, "/attach", test.engine)
 			a := d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 300_000))
 			if !slices.Contains(test.status, a.status) {

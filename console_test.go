@@ -13,9 +13,7 @@ import (
 // consoleStart starts a daemon with a running service, and the fields in extra.
 func consoleStart(t *testing.T, extra string, change func(*config)) (*fakeEngine, *daemon) {
 	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), change)
+	e, d := start(t, change)
 	consoleService(t, d, "web", extra)
 	return e, d
 }
@@ -91,7 +89,7 @@ func TestEngineThatHangsAtInspectForTheConsole(t *testing.T) {
 		"tty": "POST"} {
 		t.Run(path, func(t *testing.T) {
 			t.Parallel()
-			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = time.Second })
+			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = haste() })
 			consoleHook(e, "/json", func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 			select {
 			case a := <-crowdSend(t, d, method, "/service/web/"+path,

@@ -116,6 +116,12 @@ func (p *deathProxy) setHook(hook deathHook) {
 	p.hook.Store(&hook)
 }
 
+// ofRound reports whether a call is a round's, which a daemon begins once a minute, and not an operation's.
+func ofRound(r *http.Request) bool {
+	return strings.HasSuffix(r.URL.Path, "/images/json") ||
+		strings.Contains(r.URL.Query().Get("filters"), labelBinds)
+}
+
 func (p *deathProxy) RoundTrip(r *http.Request) (*http.Response, error) {
 	if hook := p.hook.Load(); hook != nil && !strings.HasSuffix(r.URL.Path, "/_ping") {
 		return (*hook)(r)

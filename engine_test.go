@@ -270,9 +270,7 @@ func TestEngineThatDoesNotWork(t *testing.T) {
 			d.do(t, "GET", "/service/web/stats", "").want(t, 200, `"/web"`)
 			d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 201)
 			d.do(t, "DELETE", "/service/new", "").want(t, 204)
-			if after := state(t, e, d); after != before {
-				t.Errorf("before:%s\nafter:%s", before, after)
-			}
+			wantState(t, e, d, before)
 		})
 	}
 }
@@ -343,9 +341,7 @@ func TestEngineThatRestartsUnderAnImport(t *testing.T) {
 	(<-answered).want(t, 503)
 	e.setIntercept(nil)
 	e.reopen()
-	if got := e.imageTags(); len(got) > 0 {
-		t.Errorf("images %q", got)
-	}
+	e.wantImages(t)
 	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
 }
 

@@ -39,7 +39,7 @@ var exploreSizes = flag.String("explore", "3 1 1 0, 3 1 0 1, 3 1 0 0 nature",
 func TestEveryHistoryKeepsItsPromises(t *testing.T) {
 	t.Parallel()
 	sizes := *exploreSizes
-	if testing.Short() || raceDetector() {
+	if brief() {
 		sizes = "2 1 1 1, 3 1 0 0 nature"
 	}
 	for size := range strings.SplitSeq(sizes, ",") {

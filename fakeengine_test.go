@@ -362,6 +362,22 @@ func (e *fakeEngine) names() []string {
 	return names
 }
 
+// wantNames fails the test unless these are all containers.
+func (e *fakeEngine) wantNames(t testing.TB, want ...string) {
+	t.Helper()
+	if got := e.names(); !slices.Equal(got, want) {
+		t.Errorf("there are the containers %q, want %q", got, want)
+	}
+}
+
+// wantImages fails the test unless these are all images.
+func (e *fakeEngine) wantImages(t testing.TB, want ...string) {
+	t.Helper()
+	if got := e.imageTags(); !slices.Equal(got, want) {
+		t.Errorf("there are the images %q, want %q", got, want)
+	}
+}
+
 // imageTags returns the tags of all images, sorted; for an image without one, its id.
 func (e *fakeEngine) imageTags() []string {
 	e.mu.Lock()

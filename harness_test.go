@@ -1,3 +1,25 @@
+// Which of the test worlds to take for what, the smallest first:
+//
+//   - A function alone, for what computes.
+//   - bareServer, or bareService with the service web: the operations of a daemon with a fake engine, without
+//     HTTP and without rounds of settling.
+//   - start, or startWithService and startWithRunning with the service web, or consoleStart with fields of
+//     its own: a whole daemon behind HTTP, with a fake engine. Most tests take this one. d.do sends a
+//     request, and want says what the answer has to be. e.setIntercept answers an engine call in another way,
+//     crowdHold holds one, and e.calls tells what the daemon has asked for. An unexpected call fails the
+//     test. sendRaw and wireDial are for requests that no HTTP client sends; wireProcess starts the program
+//     as it is shipped.
+//   - newExploration (explore_test.go): all histories of a few requests, for the order of an operation's
+//     steps.
+//   - newDisk (powerloss_test.go, with the build tag integration, as all below): a file system whose power is
+//     cut, for what must be on the disk.
+//   - newMachine (machine_test.go): a daemon on a real engine.
+//   - newDeathWorld (deathworld_test.go): a daemon as a process that is killed, on a real engine.
+//
+// Where a daemon ends that start or newMachine has started, it must leave no goroutine and no open file: see
+// wantNothingOpen. The archives of all tests are made by archiveOf, and by tgz for bind_contents. A test that
+// asks for less with -short, or with the race detector, uses brief.
+
 package main
 
 import (
@@ -46,17 +68,28 @@ func TestMain(m *testing.M) {
 	chosen := false
 	flag.Visit(func(f *flag.Flag) { chosen = chosen || f.Name == "test.parallel" })
 	if !chosen {
-		flag.Set("test.parallel", "8")
+		flag.Set("test.parallel", "6")
 	}
 	debug.SetGCPercent(400) // the collector would take a sixth of the time
 	os.Exit(m.Run())
 }
 
-// raceDetector reports whether the tests were built with -race, with which everything takes ten times as
-// long.
+// raceDetector reports whether the tests were built with -race, with which all takes ten times as long.
 func raceDetector() bool {
 	build, _ := debug.ReadBuildInfo()
 	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// brief reports whether an exhaustive test should be a short one.
+func brief() bool { return testing.Short() || raceDetector() }
+
+// haste returns a timeout of which a test waits for the end. What does not hang takes less, if others use all
+// processors, too.
+func haste() time.Duration {
+	if raceDetector() {
+		return 5 * time.Second
+	}
+	return 2 * time.Second
 }
 
 // patience is how long a test waits for what has to happen, on a machine of which others use all processors.
@@ -110,8 +143,8 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 	cfg, err := parseConfig(nil, nil, io.Discard)
 	must(t, err)
 	dir := t.TempDir()
-	if dockerHost != "" { // the engine is a fake one, which needs no disk
-		dir = tempInMemory(t)
+	if dockerHost != "" { // the engine is a fake one, which needs no disk, and no rounds that tests would see
+		dir, cfg.timeouts.settleInterval = tempInMemory(t), time.Hour
 	}
 	cfg.addr, cfg.coreKeyPath, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"),
 		filepath.Join(dir, "binds")
@@ -680,7 +713,7 @@ func startError(t *testing.T, change func(*config)) (log string, err error) {
 	cfg.dockerHost = "unix://" + dir + "/no-engine"
 	change(&cfg)
 	// A daemon that serves all the same is stopped, and returns nil.
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	buffer := &syncBuffer{}
 	err = run(ctx, cfg, slog.New(slog.NewTextHandler(buffer, nil)), func(net.Addr) { cancel() })
@@ -696,18 +729,30 @@ func openTree(t *testing.T, dir string) *os.Root {
 
 // engineImpatient makes every deadline short.
 func engineImpatient(c *config) {
-	c.createTimeout, c.stopTimeout = time.Second, time.Second
-	c.timeouts.engineRead, c.timeouts.statsFrame = time.Second, 300*time.Millisecond
+	c.createTimeout, c.stopTimeout, c.timeouts.engineRead = haste(), haste(), haste()
+	c.timeouts.statsFrame = haste() / 4
 }
 
-func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {
+// start starts a daemon on a fake engine that has the image img:1.
+func start(t testing.TB, change func(*config)) (*fakeEngine, *daemon) {
 	t.Helper()
 	e := newFakeEngine(t)
 	e.addImage("img:1")
-	d := startDaemon(t, e.host(), change)
+	return e, startDaemon(t, e.host(), change)
+}
+
+// startWithService starts a daemon that has the one service "web", stopped.
+func startWithService(t testing.TB) (*fakeEngine, *daemon) {
+	t.Helper()
+	e, d := start(t, nil)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	return e, d
+}
+
+// startWithRunning starts a daemon that has the one service "web", which runs.
+func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {
+	t.Helper()
+	return consoleStart(t, "", change)
 }
 
 func networks(texts ...string) (list []netip.Prefix) {
@@ -733,9 +778,8 @@ func serveOn(t *testing.T, ip string, handler http.HandlerFunc) *httptest.Server
 // startFetching starts a daemon that may fetch from the networks.
 func startFetching(t *testing.T, allow ...string) (*daemon, *fakeEngine) {
 	t.Helper()
-	engine := newFakeEngine(t)
-	engine.addImage("img:1")
-	return startDaemon(t, engine.host(), func(c *config) { c.fetchAllow = networks(allow...) }), engine
+	e, d := start(t, func(c *config) { c.fetchAllow = networks(allow...) })
+	return d, e
 }
 
 func createFrom(t *testing.T, d *daemon, id, address string) answer {
@@ -881,16 +925,6 @@ var shipped = sync.OnceValues(func() (*os.File, error) {
 	}
 	return os.Open(dir + "/daemon")
 })
-
-// startWithService starts a daemon that has the one service "web", stopped.
-func startWithService(t testing.TB) (*fakeEngine, *daemon) {
-	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	return e, d
-}
 
 // wholeTar returns a tar archive with one file.
 func wholeTar() string { return string(archiveOf(entry{name: "hello", mode: 0o755, body: "world"})) }

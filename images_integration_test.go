@@ -151,7 +151,7 @@ func TestImagesThatAskForMore(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
 	for name, config := range map[string]string{
-		"20 MB of labels":                  `{"Labels":{"a":"` + strings.Repeat("x", 20<<20) + `"}}`,
+		"a megabyte of labels":             `{"Labels":{"a":"` + strings.Repeat("x", 1<<20) + `"}}`,
 		"a working directory of runtime's": `{"WorkingDir":"/proc/self/fd/8"}`,
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -19,9 +19,7 @@ import (
 
 func TestCreateOfATakenIDTouchesNothingEvenIfTheEngineCannotInspectIt(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	before, err := os.Stat(filepath.Join(d.binds, "web"))
 	must(t, err)
@@ -218,9 +216,7 @@ func TestDamagedRecordIsAnErrorAndCostsNothing(t *testing.T) {
 			t.Errorf("the log: %s", d.log)
 		}
 		must(t, os.WriteFile(name, good, 0o600))
-		if after := state(t, e, d); after != before {
-			t.Errorf("before%s\nafter%s", before, after)
-		}
+		wantState(t, e, d, before)
 		d.do(t, "DELETE", "/service/web", "").want(t, 204)
 	}
 }
@@ -232,9 +228,7 @@ func crowdRuns(e *fakeEngine, id string) bool {
 
 func TestOneOfTenCreatesOfOneIDWins(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	held, release := crowdHold(e, func(call string) bool {
 		return strings.HasPrefix(call, "POST /containers/create")
 	})
@@ -381,9 +375,7 @@ func TestSlowCreateDelaysNoOtherService(t *testing.T) {
 	}
 	close(free)
 	(<-slow).want(t, 201)
-	if got := e.names(); !slices.Equal(got, []string{"slow"}) {
-		t.Errorf("containers %q", got)
-	}
+	e.wantNames(t, "slow")
 }
 
 func TestKillAnswersWhileAStopWaits(t *testing.T) {
@@ -516,9 +508,7 @@ func TestRestartThatFailsLeavesTheServiceRunning(t *testing.T) {
 	before := state(t, e, d)
 	e.answerWith("/containers/create", 500, `{"message":"no space left"}`)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 502)
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 	e.setIntercept(nil)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")

@@ -318,7 +318,7 @@ func TestNoDescriptorIsLeft(t *testing.T) { // not parallel: it counts those of 
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // the collector would close what was forgotten
 	use := func(t *testing.T) {
 		e, d := consoleStart(t, "", func(c *config) {
-			c.fetchAllow, c.timeouts.clientWrite = loopback, 200*time.Millisecond
+			c.fetchAllow, c.timeouts.clientWrite = loopback, haste()
 		})
 		archive := serveArchives(t, map[string][]byte{"/good": tgz(file("a", "b")), "/bad": tgz(file("../a", "b"))})
 		for path, status := range map[string]int{"good": 201, "bad": 400} {

@@ -27,9 +27,7 @@ import (
 func TestServiceLivesAndDies(t *testing.T) {
 	t.Parallel()
 	for _, prefix := range []string{"", "/v1"} {
-		e := newFakeEngine(t)
-		e.addImage("img:1")
-		d := startDaemon(t, e.host(), nil)
+		e, d := start(t, nil)
 		d.do(t, "GET", prefix+"/health", "").want(t, 204)
 		a := d.do(t, "POST", prefix+"/service", createBodyJSON("web", `"env":["A=1"]`)).want(t, 201)
 		if got := a.header.Get("Location"); got != "/service/web" || a.body != "" {
@@ -269,17 +267,13 @@ func TestGarbageFromTheEngineIsABadGateway(t *testing.T) {
 		}
 	}
 	e.setIntercept(nil)
-	if got := e.names(); !slices.Equal(got, []string{"web"}) {
-		t.Errorf("containers are %q", got)
-	}
+	e.wantNames(t, "web")
 }
 
 func TestEngineThatHangsIsAGatewayTimeout(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) {
-		c.createTimeout, c.timeouts.engineRead = time.Second, time.Second
+	e, d := start(t, func(c *config) {
+		c.createTimeout, c.timeouts.engineRead = haste(), haste()
 	})
 	for _, test := range []struct{ call, method, path, body string }{
 		{"", "POST", "/service", createBodyJSON("web", "")}, // the first of all, a ping
@@ -485,9 +479,7 @@ func TestSecondDaemonOnTheSameBindsRefusesToStart(t *testing.T) {
 
 func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.clientWrite = 100 * time.Millisecond })
+	_, d := start(t, func(c *config) { c.timeouts.clientWrite = 100 * time.Millisecond })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	c, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
 	must(t, err)
@@ -557,9 +549,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 			w.Write(tgz(file("a", strings.Repeat("b", 2<<20))))
 		}
 	})
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) {
+	e, d := start(t, func(c *config) {
 		c.fetchAllow, c.maxBindBytes, c.maxImageBytes = networks("127.0.0.0/8"), 1<<20, 64<<10
 	})
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
@@ -689,9 +679,7 @@ func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
 			conn.Close()
 		}
 	}()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
+	_, d := start(t, func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
 	contents := fmt.Sprintf(`"bind_contents":"http://%s/"`, listener.Addr())
 	got := description(t, d.do(t, "POST", "/service", createBodyJSON("web", contents)).want(t, 502))
 	if want := "bind_contents: cannot download: connection reset by peer"; got != want {

@@ -38,12 +38,18 @@ func state(t testing.TB, e *fakeEngine, d *daemon) string {
 	return all.String() + " images:" + strings.Join(e.imageTags(), ",")
 }
 
+// wantState fails the test if something has changed.
+func wantState(t testing.TB, e *fakeEngine, d *daemon, before string) {
+	t.Helper()
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
+	}
+}
+
 // Somebody takes the name while the create is under way: its commit fails.
 func TestNameThatIsTakenDuringACreate(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
 		if strings.HasSuffix(r.URL.Path, "/containers/create") {
 			e.addForeign("web", nil)
@@ -92,9 +98,7 @@ func TestListIsAsTheEngineWroteIt(t *testing.T) {
 // A service does not start while its port on the host is somebody else's, and loses nothing by it.
 func TestHostPortThatIsTaken(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	publish := `"port_map":{"80/tcp":{"HostPort":"8080"}}`
 	d.do(t, "POST", "/service", createBodyJSON("first", publish)).want(t, 201)
 	d.do(t, "POST", "/service", createBodyJSON("second", publish)).want(t, 201)
@@ -140,9 +144,7 @@ func TestImagesNumericUserOwnsTheBindDirectory(t *testing.T) {
 
 func TestStopSignal(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	for i, test := range []struct{ value, signal string }{
 		{`"SIGINT"`, "SIGINT"}, {`"INT"`, "INT"}, {`2`, "2"}, {`"2"`, "2"}, {`64`, "64"}, {`"RTMIN+3"`, "RTMIN+3"},
 		{`"SIGRTMAX-14"`, "SIGRTMAX-14"}, {`"\u0054ERM"`, "TERM"},
@@ -262,9 +264,7 @@ var badParams = []struct{ extra, field string }{
 
 func TestBadServiceLeavesNothing(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	before, callsBefore := state(t, e, d), len(e.calls())
 	bodies := map[string]string{
 		`{"params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:                 "type",
@@ -301,9 +301,7 @@ func TestBadServiceLeavesNothing(t *testing.T) {
 // What only the SDK or the engine can see to be wrong is still the client's mistake.
 func TestServiceThatTheEngineRefusesLeavesNothing(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	imported := d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
 	var answer struct {
 		ID string `json:"image_id"`
@@ -480,15 +478,11 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 	if list := d.do(t, "GET", "/service", "").want(t, 200, `"/web"`); strings.Count(list.body, `"Id"`) != 1 {
 		t.Errorf("the list is %s", list.body)
 	}
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 	for _, taken := range []string{"unlabelled", "other-daemon", "committed"} {
 		d.do(t, "POST", "/service", createBodyJSON(taken, "")).want(t, 409, taken)
 	}
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 }
 
 // A service may have an id with which the id of somebody else's container begins.
@@ -506,9 +500,7 @@ func TestServiceNamedLikeThePrefixOfAnID(t *testing.T) {
 		}
 	}
 	d.do(t, "GET", "/service/"+id, "").want(t, 404)
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 }
 
 // FuzzServiceID sends any id everywhere that one is accepted. All that the engine may
@@ -607,9 +599,7 @@ const idCharacters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 // give it, a field a line, without those that are zero and so the engine's default.
 func granted(t *testing.T, change func(*config), extra string) string {
 	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), change)
+	e, d := start(t, change)
 	sent := make(chan []byte, 1)
 	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
 		if strings.HasSuffix(r.URL.Path, "/containers/create") {

@@ -272,9 +272,7 @@ func TestEngineThatListsNothingForAMomentCostsNoService(t *testing.T) {
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409)
 	e.setIntercept(nil)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 }
 
 // Nor does it put in force what is pending, which would stop a running service in the next round.
@@ -324,7 +322,7 @@ func TestServiceThatCannotBeSettledHidesNoOther(t *testing.T) {
 func TestHungCallOfARoundEndsAtItsDeadline(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
-	s := bareServer(t, e, func(c *config) { c.timeouts.settle = 100 * time.Millisecond }).services
+	s := bareServer(t, e, func(c *config) { c.timeouts.settle = haste() / 2 }).services
 	hung := halfDone(e, s.binds.path, "hangs")
 	halfDone(e, s.binds.path, "later")
 	_, release := crowdHold(e, func(call string) bool {
@@ -334,9 +332,7 @@ func TestHungCallOfARoundEndsAtItsDeadline(t *testing.T) {
 	if err := s.settleAll(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if got := e.names(); !slices.Equal(got, []string{candidatePrefix + "hangs"}) {
-		t.Errorf("there are %q", got)
-	}
+	e.wantNames(t, candidatePrefix+"hangs")
 	release()
 	if err := s.settleAll(t.Context()); err != nil {
 		t.Error(err)
@@ -403,9 +399,7 @@ func TestLateCallMakesOneRequestFail(t *testing.T) {
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 409, "engine_conflict")
 	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
-	if got := e.names(); !slices.Equal(got, []string{"other", "web"}) {
-		t.Errorf("there are %q", got)
-	}
+	e.wantNames(t, "other", "web")
 }
 
 // docker start $(docker ps -aq) after a reboot starts whatever an operation that was killed has left.
@@ -413,9 +407,7 @@ func TestCandidateThatWasStartedByHandDoesNotStay(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
-	if got := e.names(); !slices.Equal(got, []string{"web"}) {
-		t.Errorf("a pending change has made %q", got)
-	}
+	e.wantNames(t, "web")
 	halfDone(e, d.binds, "web") // it runs
 	d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
 	if c, _ := e.container("web"); c.Running || !slices.Equal(e.names(), []string{"web"}) {
@@ -460,7 +452,5 @@ func TestRestoredBindRootMakesAllServicesAgain(t *testing.T) {
 		!reflect.DeepEqual(after.HostConfig, before.HostConfig) {
 		t.Errorf("before %+v %+v\nafter %+v %+v", before.Config, before.HostConfig, after.Config, after.HostConfig)
 	}
-	if got := machine.names(); !slices.Equal(got, []string{"full", "web"}) {
-		t.Errorf("there are %q", got)
-	}
+	machine.wantNames(t, "full", "web")
 }

@@ -204,7 +204,7 @@ func TestStreamIsTrueOrFalse(t *testing.T) {
 
 func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.timeouts.clientWrite = 300 * time.Millisecond })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.clientWrite = haste() / 4 })
 	frames, done := make(chan string), make(chan struct{})
 	statsFrames(e, frames)
 	// Large ones, or the kernel's buffers hold an hour of them.
@@ -312,7 +312,7 @@ func TestKillForgetsTheStatsOfWhatRan(t *testing.T) {
 // An engine with many watched services needs longer for one round of frames than a request waits.
 func TestFeedOutlivesRequestsThatTimeOut(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.timeouts.engineRead = 2 * time.Second })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.engineRead = haste() })
 	frames := make(chan string)
 	statsFrames(e, frames)
 	for _, path := range []string{"/service/web/stats", "/service/web/stats?stream=true"} {
@@ -329,7 +329,7 @@ func TestFeedOutlivesRequestsThatTimeOut(t *testing.T) {
 // Once a stream has begun, only the feed limits the wait for a frame.
 func TestStreamWaitsForASlowEngine(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.timeouts.engineRead = 2 * time.Second })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.engineRead = haste() })
 	frames, pause := make(chan string), make(chan struct{})
 	statsFrames(e, frames)
 	go func() { // ends with pause
@@ -361,7 +361,7 @@ func TestStreamWaitsForASlowEngine(t *testing.T) {
 
 func TestFeedEndsWithoutAFrame(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsFrame = 300 * time.Millisecond })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsFrame = haste() / 4 })
 	ended := statsFrames(e, nil)
 	d.do(t, "GET", "/service/web/stats", "").want(t, 504, "no statistics")
 	<-ended

@@ -19,8 +19,8 @@ import (
 )
 
 // readingOrder is the order in which a reviewer reads the files: callers above callees.
-var readingOrder = strings.Fields("main server auth listener services console stats images lifecycle settle " +
-	"spec containers engine binds fetch archive tar wire errors")
+var readingOrder = strings.Fields("main server auth listener services console stats images lifecycle " +
+	"settle spec containers engine binds fetch archive tar wire errors")
 
 // upwards are the only references to a file that is read earlier.
 var upwards = []string{
@@ -92,6 +92,22 @@ func TestFilesReferDownwards(t *testing.T) {
 	for _, arrow := range upwards {
 		if !seen[arrow] {
 			t.Errorf("%q is not needed any more", arrow)
+		}
+	}
+}
+
+// A line of a test has to fit on the screen too.
+func TestLinesOfTestsAreShort(t *testing.T) {
+	t.Parallel()
+	names, err := filepath.Glob("*_test.go")
+	must(t, err)
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		must(t, err)
+		for i, line := range strings.Split(string(text), "\n") {
+			if len(line) > 110 {
+				t.Errorf("%s:%d has %d columns", name, i+1, len(line))
+			}
 		}
 	}
 }
