@@ -414,7 +414,7 @@ func lookAtFiles(dir string) string {
 // wantState waits until there is one of the allowed states, and returns it.
 func (w *deathWorld) wantState(t *testing.T, when, volumes string, allowed ...deathState) (s deathState) {
 	t.Helper()
-	if !pollFor(settleWait, 50*time.Millisecond, func() bool {
+	if !pollFor(settleWait, func() bool {
 		s = w.look(t)
 		return s.isOneOf(allowed, volumes)
 	}) {

@@ -378,17 +378,17 @@ func mountTmpfs(t testing.TB, dir, options string) {
 }
 
 // poll reports whether the condition came to hold.
-func poll(condition func() bool) bool { return pollFor(patience, 2*time.Millisecond, condition) }
+func poll(condition func() bool) bool { return pollFor(patience, condition) }
 
-// pollFor reports whether the condition came to hold within limit, and looks now and then.
-func pollFor(limit, now time.Duration, condition func() bool) bool {
-	deadline := time.After(limit)
-	for every := time.Tick(now); !condition(); {
-		select {
-		case <-every:
-		case <-deadline:
+// pollFor reports whether the condition came to hold within limit. It looks less and less often, or the looks
+// of many tests would take all the processor time from what they wait for.
+func pollFor(limit time.Duration, condition func() bool) bool {
+	deadline := time.Now().Add(limit)
+	for wait := time.Millisecond; !condition(); wait = min(2*wait, 50*time.Millisecond) {
+		if time.Now().After(deadline) {
 			return false
 		}
+		time.Sleep(wait)
 	}
 	return true
 }
