@@ -184,7 +184,7 @@ func TestEveryByteReachesAProgram(t *testing.T) {
 
 func TestServiceThatDoesNotReadItsStdin(t *testing.T) {
 	t.Parallel()
-	m := newMachine(t, func(c *config) { c.timeouts.clientWrite = 3 * time.Second })
+	m := newMachine(t, func(c *config) { c.timeouts.clientWrite = 2 * haste() })
 	for _, tty := range []bool{true, false} {
 		t.Run(fmt.Sprintf("tty %v", tty), func(t *testing.T) {
 			t.Parallel()

@@ -490,7 +490,8 @@ func TestLimitsOfTheAPIDocument(t *testing.T) {
 			if good && op.method == "PUT" && slices.Contains([]string{"id", "bind_dir", "bind_contents"}, field) {
 				return // it has to be the service's, or absent
 			}
-			if tried[query+" "+body] {
+			if tried[query+" "+body] || len(tried)%5 > 0 && raceDetector() { // which finds nothing in more bodies
+				tried[query+" "+body] = true
 				return
 			}
 			tried[query+" "+body] = true
