@@ -49,7 +49,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	defer func() { u.parent.Close() }()
 	unzipped := gunzip(limited(r, limits.bytes))
 	in := bufio.NewReaderSize(limited(unzipped, limits.bytes), readChunk)
-	archive, err := newTarReader(in, "inside the gzip stream")
+	archive, err := newTarReader(in, "the content of the gzip stream")
 	if err == nil {
 		err = archive.each(u.add)
 	}
@@ -73,7 +73,7 @@ func limited(r io.Reader, limit int64) io.Reader {
 	})
 }
 
-// gunzip decompresses the members of a gzip stream (RFC 1952) and ignores zeros behind the last one, as
+// gunzip decompresses the members of a gzip stream (RFC 1952) and ignores zeros after the last one, as
 // gzip(1) does: the tar of macOS and the BSDs pads its compressed output with them.
 func gunzip(r io.Reader) io.Reader {
 	packed := bufio.NewReaderSize(r, readChunk)

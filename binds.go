@@ -27,8 +27,8 @@ const (
 )
 
 // serviceID guards every use of an id: the SDK puts names into URL paths unescaped, and a file name of ".."
-// leads elsewhere. An id has no dot, so names with a dot are the daemon's own, and fewer than 64 characters,
-// so it is never a container's full id.
+// leads elsewhere. An id has no dot: names with a dot are the daemon's own. It has fewer than 64 characters:
+// it is never a container's full id.
 var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
 
 // bindRoot is the directory that holds the bind directories, each named by its service's id, and the records
@@ -94,7 +94,7 @@ func (b *bindRoot) prepare() (err error) {
 			return err
 		}
 	}
-	return syncFilesystem(b.dir) // and what an earlier daemon has not synced
+	return syncFilesystem(b.dir) // also what a killed daemon has changed and not synced
 }
 
 // close releases the root and its lock.
@@ -149,13 +149,13 @@ func (b *bindRoot) adopt() error {
 		if err := ignore(b.root.Mkdir(recordDir, 0o700), fs.ErrExist); err != nil {
 			return err
 		}
-		return b.change(recordDir, func() error { return nil })
+		return b.change(recordDir, func() error { return nil }) // syncs the new directory itself
 	})
 }
 
-// ignore returns err unless it is of a kind.
-func ignore(err, kind error) error {
-	if errors.Is(err, kind) {
+// ignore returns nil if err is target, and else err.
+func ignore(err, target error) error {
+	if errors.Is(err, target) {
 		return nil
 	}
 	return err
@@ -214,7 +214,7 @@ func (b *bindRoot) exists(id string) (bool, error) {
 // marked reports whether a service is being created or deleted.
 func (b *bindRoot) marked(id string) (bool, error) { return b.has(markDir + "/" + id) }
 
-// mark makes a service one that does not exist, and of which everything must be removed.
+// mark marks a service as one that does not exist: everything that belongs to it must be removed.
 func (b *bindRoot) mark(id string) error {
 	return b.change(markDir, func() error {
 		return ignore(b.root.Link(markSource, markDir+"/"+id), fs.ErrExist)
@@ -486,13 +486,11 @@ func readSome(root *os.Root, name string) ([]string, error) {
 }
 
 // syncFilesystem makes everything durable that was written to the file system of f. It returns an error if
-// any of that was lost since f was opened: syncfs(2), which package syscall lacks on amd64. On an
-// architecture whose number of the call is not known here, it syncs all file systems, and reports no errors.
+// any of that was lost since f was opened: syncfs(2), which package syscall lacks on amd64.
 func syncFilesystem(f *os.File) error {
 	number, known := map[string]uintptr{"amd64": 306, "arm64": 267}[runtime.GOARCH]
 	if !known {
-		syscall.Sync()
-		return nil
+		return errors.ErrUnsupported
 	}
 	if _, _, errno := syscall.Syscall(number, f.Fd(), 0, 0); errno != 0 {
 		return fmt.Errorf("cannot sync %s: %w", f.Name(), errno)

@@ -125,7 +125,7 @@ func (c *containers) nameTaken(ctx context.Context, id string) (bool, error) {
 }
 
 // isMissing reports whether the engine says that it has no container of a service's name. An engine that has
-// just started may not list a container yet that it has.
+// just started may not list every container that it has.
 func (c *containers) isMissing(ctx context.Context, id string) bool {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
@@ -261,8 +261,8 @@ func (c *containers) inspect(ctx context.Context, id, nameOrID string) (containe
 	return found, nil
 }
 
-// keyedMutex is one mutex per key, such as a service's id. Waiters get it first come, first served, in which
-// order the runtime queues the senders on a channel. Different keys never wait for each other.
+// keyedMutex is one mutex per key, such as a service's id. Waiters get it in the order in which they came,
+// because the runtime queues the senders on a channel in that order. Keys never wait for each other.
 type keyedMutex struct {
 	mu    sync.Mutex // guards slots; never held while a caller waits
 	slots map[string]*slot

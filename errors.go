@@ -41,7 +41,7 @@ var (
 	kindNotRunning       = kind{409, "not_running"}        // start it
 	kindNoStdin          = kind{409, "no_stdin"}           // create it with open_stdin
 	kindNoTTY            = kind{409, "no_tty"}             // create it with tty
-	kindEngineConflict   = kind{409, "engine_conflict"}    // see the engine's description: it is paused, perhaps
+	kindEngineConflict   = kind{409, "engine_conflict"}    // see the engine's description: perhaps it is paused
 	kindImageInUse       = kind{409, "image_in_use"}       // delete or change the services that use it
 	kindPortTaken        = kind{409, "port_taken"}         // free the host's port, or choose another
 	kindTooLarge         = kind{413, "too_large"}          // send less, or no body if the route has none
@@ -162,6 +162,8 @@ func describe(err error) (k kind, description string) {
 		return kindBadRequest, message
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return kindDiskFull, "the disk is full"
+	case strings.Contains(message, syscall.ENOSPC.Error()), strings.Contains(message, syscall.EDQUOT.Error()):
+		return kindDiskFull, message // the engine's disk
 	case isType[syscall.Errno](err): // a file system error; all others are the engine's
 		return kindInternal, internalText
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -139,8 +140,8 @@ func fetchError(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
 	}
-	if isType[*apiError](err) {
-		return err
+	if api, ok := errors.AsType[*apiError](err); ok { // without the url.Error around it
+		return api
 	}
 	return newAPIError(kindDownloadFailed, "bind_contents: cannot download: %s", rootCause(err))
 }

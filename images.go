@@ -33,7 +33,6 @@ import (
 const importName = "duxcore/import"
 
 const (
-	uploadStall    = time.Minute                      // longest pause in an upload
 	maxImageConfig = 64 << 10                         // bytes of an image's configuration, as JSON
 	maxVolumes     = 32                               // of an image
 	containerdRoot = "/var/lib/containerd"            // of a containerd that the engine did not start
@@ -46,8 +45,9 @@ type images struct {
 	binds         *bindRoot // uploads are written to unnamed files in it
 	log           *slog.Logger
 	ctx           context.Context // done when the daemon no longer waits for operations in progress
+	shutdown      context.Context // ends, with the uploads, when the daemon starts to shut down
 	createTimeout time.Duration   // for one import by the engine
-	readTimeout   time.Duration   // for a list of images, and for removing a temporary tag
+	timeouts      timeouts
 	// tempPrefix is the prefix of the temporary tags of this daemon's imports. They are a journal: an image
 	// with such a tag and no import in progress is removed. It was left by a killed daemon, or by an engine
 	// that keeps images it failed to unpack (containerd's store).
@@ -55,12 +55,6 @@ type images struct {
 	held       sync.RWMutex // read-locked while a record that needs an image is written; see hold
 	inProgress sync.Map     // temporary tags of imports in progress; none is used twice
 	notSynced  sync.Once    // logs that imports are not synced
-}
-
-func newImages(ctx context.Context, e *engine, b *bindRoot, createTimeout, readTimeout time.Duration,
-	log *slog.Logger) *images {
-	return &images{engine: e, binds: b, log: log, ctx: ctx, createTimeout: createTimeout,
-		readTimeout: readTimeout, tempPrefix: tempPrefix(b.path)}
 }
 
 // tempPrefix returns images.tempPrefix for the daemon whose bind root is at path.
@@ -110,6 +104,8 @@ func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 // hold makes sure that the image of a spec is still there, and keeps removeImage waiting until release is
 // called.
 func (x *images) hold(ctx context.Context, spec serviceSpec) (release func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, x.timeouts.engineRead)
+	defer cancel()
 	x.held.RLock()
 	_, err = x.engine.api().ImageInspect(ctx, spec.ImageID)
 	if err == nil {
@@ -146,7 +142,7 @@ func (x *images) importImage(w http.ResponseWriter, r *http.Request) error {
 var (
 	errSlowUpload   = badRequest("the body came too slowly")
 	errBrokenUpload = badRequest("the body is incomplete")
-	errUploadEnded  = newAPIError(kindUnavailable, "the client disconnected, or the daemon is shutting down")
+	errShuttingDown = newAPIError(kindUnavailable, "the daemon is shutting down")
 )
 
 // receive writes a request's body to an unnamed file while checkTar reads it, and returns the file. The
@@ -158,16 +154,16 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 		return nil, fmt.Errorf("cannot make a file for an upload: %w", err)
 	}
 	ctl := http.NewResponseController(w)
-	defer context.AfterFunc(r.Context(), func() { ctl.SetReadDeadline(time.Now()) })() // at shutdown
+	defer context.AfterFunc(x.shutdown, func() { ctl.SetReadDeadline(time.Now()) })()
 	body := readerFunc(func(p []byte) (int, error) {
-		ctl.SetReadDeadline(time.Now().Add(uploadStall))
-		if r.Context().Err() != nil {
-			return 0, errUploadEnded
+		ctl.SetReadDeadline(time.Now().Add(x.timeouts.uploadStall))
+		if x.shutdown.Err() != nil { // asked now, since this deadline may have replaced that of AfterFunc
+			return 0, errShuttingDown
 		}
 		n, err := r.Body.Read(p)
-		switch {
-		case r.Context().Err() != nil:
-			return n, errUploadEnded
+		switch { // not by r.Context: net/http cancels it at every error of a read (connReader)
+		case x.shutdown.Err() != nil:
+			return n, errShuttingDown
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return n, errSlowUpload
 		case err != nil && err != io.EOF && !isType[*http.MaxBytesError](err):
@@ -193,13 +189,7 @@ func (x *images) makeImage(archive *os.File) (id string, err error) {
 	tempTag := x.tempPrefix + rand.Text()
 	x.inProgress.Store(tempTag, true)
 	defer x.inProgress.Delete(tempTag)
-	defer func() {
-		ctx, cancel := context.WithTimeout(x.ctx, x.readTimeout)
-		defer cancel()
-		if err := x.dropImport(ctx, tempTag); err != nil {
-			x.log.Warn("an import's temporary tag is still to be removed", "image", tempTag, "err", err)
-		}
-	}()
+	defer x.cleanUp(tempTag)
 	id, err = x.importArchive(ctx, archive, tempTag)
 	if err != nil {
 		return "", err
@@ -207,14 +197,29 @@ func (x *images) makeImage(archive *os.File) (id string, err error) {
 	if !imageID.MatchString(id) || !strings.HasPrefix(id, "sha256:") {
 		return "", newAPIError(kindEngineFailed, "the engine did not say which image it imported")
 	}
-	tag := importTag(id)
-	if err := x.engine.api().ImageTag(ctx, id, tag); err != nil {
+	// The image first, or a power cut could leave a damaged one that has its own tag.
+	if err := x.syncEngine(ctx); err != nil {
 		return "", err
 	}
-	if err := x.syncEngine(ctx); err != nil {
-		return "", errors.Join(err, x.dropImport(ctx, tag))
+	tag := importTag(id)
+	err = x.engine.api().ImageTag(ctx, id, tag)
+	if err == nil {
+		err = x.syncEngine(ctx)
+	}
+	if err != nil {
+		x.cleanUp(tag)
+		return "", err
 	}
 	return id, nil
+}
+
+// cleanUp removes a tag of an import that has ended, and the image if it has no other.
+func (x *images) cleanUp(tag string) {
+	ctx, cancel := context.WithTimeout(x.ctx, x.timeouts.engineRead)
+	defer cancel()
+	if err := x.dropImport(ctx, tag); err != nil {
+		x.log.Warn("cannot remove a tag of an import", "image", tag, "err", err)
+	}
 }
 
 // importArchive has the engine import an archive under a temporary tag.
@@ -264,7 +269,7 @@ func (x *images) dropImport(ctx context.Context, tag string) error {
 
 // removeUnfinished removes the temporary tags of this daemon's imports that are not in progress.
 func (x *images) removeUnfinished(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, x.readTimeout)
+	ctx, cancel := context.WithTimeout(ctx, x.timeouts.engineRead)
 	defer cancel()
 	list, err := x.repository(ctx)
 	if err != nil {
@@ -272,7 +277,7 @@ func (x *images) removeUnfinished(ctx context.Context) error {
 	}
 	for _, found := range list {
 		for _, tag := range found.RepoTags {
-			// The list is older than this look: an import in it that is not in progress has ended.
+			// An import is in progress before its tag can be listed: one that is not has ended.
 			if _, busy := x.inProgress.Load(tag); busy || !strings.HasPrefix(tag, x.tempPrefix) {
 				continue
 			}
@@ -335,8 +340,7 @@ func (x *images) openEngineDir(path string) (*os.File, error) {
 	return os.Open(path)
 }
 
-// ensure checks an image, and pulls it first if it is missing. workingDir is the service's own; registryAuth
-// is passed on as X-Registry-Auth.
+// ensure checks an image, and pulls it first if it is missing. registryAuth is passed on as X-Registry-Auth.
 func (x *images) ensure(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error) {
 	name := p.Image
 	found, err := x.check(ctx, name, p.WorkingDir)
@@ -374,8 +378,9 @@ func (x *images) pull(ctx context.Context, name, registryAuth string) error {
 }
 
 // check inspects an image. It returns a 400 for a configuration that a container must not inherit: a large
-// one, since every list of containers repeats its labels, or a working directory that serviceParams.check
-// would refuse. Symbolic links inside the image are the runtime's concern.
+// one, or one with many volumes, since every list of containers repeats them; or a working directory that
+// serviceParams.check would refuse, unless the service has its own, workingDir. Symbolic links inside the
+// image are the runtime's concern.
 func (x *images) check(ctx context.Context, name, workingDir string) (checkedImage, error) {
 	var text bytes.Buffer
 	found, err := x.engine.api().ImageInspect(ctx, name, client.ImageInspectWithRawResponse(&text))

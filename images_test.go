@@ -274,7 +274,7 @@ func TestGlobalHeaderThatChangesEntriesIsRefused(t *testing.T) {
 		"a size":                  {[]entry{global("size=512"), file("a", ""), file("b", "")}, "global header"},
 		"a name":                  {[]entry{global("path=other"), file("a", "x")}, "global header"},
 		"a comment and an owner":  {[]entry{global("comment=0123", "uid=5"), file("a", "x")}, "global header"},
-		"nothing but the comment": {[]entry{global("comment=0123")}, "no entry"},
+		"nothing but the comment": {[]entry{global("comment=0123")}, "no entries"},
 	} {
 		err := checkTar(bytes.NewReader(archiveOf(test.entries...)))
 		if (err == nil) != (test.text == "") || err != nil && !strings.Contains(err.Error(), test.text) {
@@ -607,7 +607,7 @@ func TestImportThatTheEngineFailsLeavesNoImage(t *testing.T) {
 			message(`{"error":"failed to unpack: link /b /a: no such file or directory"}`), 400,
 			"no such file or directory): engine: failed"},
 		"does not fit": {"/images/create",
-			message(`{"error":"failed to unpack: write /a: no space left on device"}`), 502, "no space left"},
+			message(`{"error":"failed to unpack: write /a: no space left on device"}`), 507, "no space left"},
 		"has no id": {"/images/create", message(`{"status":"done"}`), 502, "which image"},
 		"breaks off": {"/images/create", func(*fakeEngine, http.ResponseWriter, *http.Request) {
 			panic(http.ErrAbortHandler)
@@ -897,4 +897,61 @@ func TestUploadDoesNotHoldUpTheShutdown(t *testing.T) {
 		t.Error(err)
 	}
 	<-sent
+}
+
+func TestStalledUploadIsABadRequest(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.uploadStall = 50 * time.Millisecond })
+	conn := wireDial(t, d)
+	fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n"+
+		"Content-Length: 99999\r\n\r\n%s", d.key, wholeTar())
+	answer, err := io.ReadAll(conn)
+	if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 400 ") ||
+		!strings.Contains(string(answer), "the body came too slowly") {
+		t.Errorf("got %q, %v", answer, err)
+	}
+}
+
+func TestUploadThatAnnouncesTooMuchIsRefusedUnread(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = 4 << 20 })
+	conn := wireDial(t, d)
+	fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n"+
+		"Content-Length: 4194305\r\n\r\n", d.key)
+	if status := wireStatus(t, conn); status != 413 {
+		t.Errorf("answered %d", status)
+	}
+}
+
+// A power cut between the two would leave a damaged image that is listed as an imported one.
+func TestImageIsSyncedBeforeItIsTagged(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
+	var order []string
+	for _, call := range e.calls() {
+		if call == "GET /info" || strings.HasPrefix(call, "POST /images/") && strings.Contains(call, "/tag?") {
+			order = append(order, strings.Fields(call)[0])
+		}
+	}
+	if !slices.Equal(order, []string{"GET", "POST", "GET"}) {
+		t.Errorf("syncs and tags: %q of %q", order, e.calls())
+	}
+}
+
+func TestFullDiskOfTheEngineIsADiskFull(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	d := startDaemon(t, e.host(), nil)
+	e.answerWith("/containers/create", 500,
+		`{"message":"mkdir /var/lib/docker/overlay2/1: no space left on device"}`)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 507, "disk_full", "no space left on device")
+	e.setIntercept(nil)
+	if left := bindDirs(t, d.binds); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
 }

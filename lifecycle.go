@@ -15,8 +15,8 @@ import (
 )
 
 // services creates, changes and deletes services. A service's record, a file, has its parameters; settle
-// makes the engine match it. Every operation commits in the bind root, which is durable once it is synced:
-// the engine may lose a container at any time, and settle makes it again.
+// makes the engine match it. Every operation commits by a change to the bind root, which is synced before the
+// answer. The engine may lose a container at any time; settle makes it again.
 //
 //	name                       meaning                                       written by
 //	.services/<id>, a record   the service's parameters: see serviceRecord.  create, PUT, PATCH, a start that
@@ -30,8 +30,9 @@ import (
 //	container                  it may replace the service's container        create, start, settle
 //	duxcore.candidate.<id>
 //
-// The last call of a daemon that was killed may reach the engine at any later time. At worst such a late call
-// takes the name that one operation needs, which then fails; the next settle removes what the call has made.
+// The last call of a daemon that was killed may reach the engine at any later time. A late create or rename
+// may take a name that an operation needs, which then fails; the next settle removes what the call has made.
+// A late start, stop or kill changes whether the service runs, even after a later request was answered.
 //
 // An operation holds the service's lock, of a keyedMutex, from before it looks at the service's state until
 // it returns. Reads take it only if the service's container is missing (see lookup); kill does not take it.
@@ -44,8 +45,8 @@ type services struct {
 	locks      *keyedMutex // by service id
 	log        *slog.Logger
 
-	// ensureImage, holdImage and tidyImages are those of images; forgetStats keeps statistics of what ran
-	// before from being served after a change.
+	// ensureImage, holdImage and tidyImages are those of images; forgetStats discards the
+	// statistics of what ran before a change.
 	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error)
 	holdImage   func(ctx context.Context, spec serviceSpec) (release func(), err error)
 	tidyImages  func(ctx context.Context) error
@@ -54,7 +55,7 @@ type services struct {
 	ctx context.Context // done when the daemon no longer waits for operations in progress
 }
 
-// service is a service after settle: its container was made from its record.
+// service is what settle has found or made: its container was made from its record.
 type service struct {
 	id          string
 	record      serviceRecord
@@ -75,7 +76,7 @@ func detached(ctx, daemon context.Context, timeout time.Duration) (context.Conte
 // A root with neither is new, and gets its directory of records.
 func (s *services) checkRoot(ctx context.Context) error {
 	err := s.binds.checkRecords()
-	if !errors.Is(err, errNoRecords) {
+	if !errors.Is(err, errNoRecords) { // or is nil
 		return err
 	}
 	all, err := s.containers.all(ctx)
@@ -120,7 +121,7 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 	rollBack, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
 	defer cancel()
 	if _, undoErr := s.settle(rollBack, p.ID); undoErr != nil {
-		s.log.Warn("cannot undo a failed create yet", "id", p.ID, "err", undoErr)
+		s.log.Warn("cannot undo a failed create; the next round tries again", "id", p.ID, "err", undoErr)
 	}
 	return err
 }
@@ -128,9 +129,9 @@ func (s *services) create(ctx context.Context, p serviceParams, registryAuth str
 // checkCreate makes sure that the id is free and the image present, and returns the spec of the new service.
 func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAuth string) (
 	serviceSpec, error) {
-	settle, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
+	settleCtx, cancel := detached(ctx, s.ctx, s.config.timeouts.settle)
 	defer cancel()
-	existing, err := s.settle(settle, p.ID)
+	existing, err := s.settle(settleCtx, p.ID)
 	if err != nil {
 		return serviceSpec{}, err
 	}
@@ -148,8 +149,9 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	return serviceSpec{p, image.id, image.user}, s.binds.checkUnused(p.ID)
 }
 
-// provision makes a service. After an error its mark is left, and settle removes everything. ctx is the
-// request's; calls that change the engine's state run under a context that is detached from it.
+// provision makes a service. After an error its mark is left, and settle removes everything; only if the
+// removal of the mark cannot be synced, the service may exist. ctx is the request's; calls that change the
+// engine's state run under a context that is detached from it.
 func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	opCtx, cancel := detached(ctx, s.ctx, s.config.createTimeout)
 	defer cancel()
@@ -162,6 +164,7 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 		return err
 	}
 	defer dir.Close()
+	// Before the download: a bad spec fails early, and from here on the image is in use.
 	candidate, err := s.createCandidate(opCtx, record, "")
 	if err != nil {
 		return err
@@ -224,8 +227,9 @@ func (s *services) createCandidate(ctx context.Context, r serviceRecord, replace
 	return created.ID, err
 }
 
-// setParams replaces a service's parameters from its next start on. Its data stays. The image is made sure of
-// without the lock, since a pull may take long: the service may be another one of the same id by then.
+// setParams replaces a service's parameters from its next start on. Its data stays. It checks the image, and
+// pulls it if necessary, without the lock, since a pull may take long. By then the id may be that of another
+// service: the UID tells.
 func (s *services) setParams(ctx context.Context, id string, p serviceParams, registryAuth string) error {
 	seen, err := s.record(id)
 	if err != nil {
@@ -280,7 +284,6 @@ func (s *services) setPending(ctx context.Context, id string,
 		}
 		defer release()
 	}
-	pending.Params.BindContents = ""
 	record.Pending = &pending
 	return s.binds.writeRecord(id, *record) // the commit
 }
@@ -343,15 +346,17 @@ func (s *services) restart(ctx context.Context, svc service) error {
 	return s.startContainer(ctx, svc)
 }
 
-// applyPending applies what is pending and starts the service. What can fail, such as a bad spec or a full
-// disk, fails before the commit, and the service keeps running as it was.
+// applyPending applies what is pending and starts the service. If the engine refuses the new container, or
+// the disk is full, nothing is committed and the service keeps running as it was. After the commit, a failure
+// such as a taken port, or a kill of the daemon, leaves the service stopped, at the latest after the next
+// round: settle replaces the container, and never starts one.
 func (s *services) applyPending(ctx context.Context, svc service) error {
 	record := svc.record.applied()
 	_, err := s.createCandidate(ctx, record, svc.containerID)
 	if err == nil {
 		err = s.binds.writeRecord(svc.id, record) // the commit
 	}
-	// This replaces the container or, after an error, removes the candidate.
+	// This replaces the container or, if the record was not written, removes the candidate.
 	settled, settleErr := s.settle(ctx, svc.id)
 	if err := cmp.Or(err, settleErr); err != nil {
 		return err

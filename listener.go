@@ -127,9 +127,10 @@ func (l *rejectedLog) add(what string) {
 
 func (l *rejectedLog) flush() {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.log.Warn("rejected connections", "count", l.count, "last", l.last)
+	count, last := l.count, l.last
 	l.count = 0
+	l.mu.Unlock() // a write to a full pipe blocks
+	l.log.Warn("rejected connections", "count", count, "last", last)
 }
 
 // Write takes a line of [http.Server.ErrorLog]. A failed TLS handshake is a rejection, counted a

@@ -87,7 +87,7 @@ func main() {
 		log = slog.New(slog.NewJSONHandler(os.Stderr, options))
 	}
 	if err := run(ctx, cfg, log, func(net.Addr) {}); err != nil {
-		log.Error("cannot go on", "err", err)
+		log.Error("exiting", "err", err)
 		os.Exit(1)
 	}
 }
@@ -213,8 +213,8 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 	c := config{preauthSlots: defaultPreauthSlots(),
 		stopTimeout: 30 * time.Second, createTimeout: 30 * time.Minute,
 		timeouts: timeouts{jsonBody: 30 * time.Second, engineRead: 30 * time.Second, clientWrite: 30 * time.Second,
-			statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second, settle: 2 * time.Minute,
-			settleInterval: time.Minute}}
+			uploadStall: time.Minute, statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second,
+			settle: 2 * time.Minute, settleInterval: time.Minute}}
 	fs := flag.NewFlagSet("duxcore-daemon", flag.ContinueOnError)
 	fs.SetOutput(io.Discard) // main prints the error
 	c.defineFlags(fs)

@@ -98,7 +98,8 @@ func newServer(life, serving context.Context, cfg config, key keyDigest, e *engi
 	s := &server{config: cfg, key: key, engine: e, binds: b, log: log, ctx: life, shutdown: serving,
 		rejected: &rejectedLog{log: log}, mux: http.NewServeMux(),
 		software: "duxcore-daemon/" + versionNumber()}
-	s.images = newImages(life, e, b, cfg.createTimeout, cfg.timeouts.engineRead, log)
+	s.images = &images{engine: e, binds: b, log: log, ctx: life, shutdown: serving,
+		createTimeout: cfg.createTimeout, timeouts: cfg.timeouts, tempPrefix: tempPrefix(b.path)}
 	s.stats = &stats{containers: own, engine: e, timeouts: cfg.timeouts, shutdown: serving}
 	s.console = &console{containers: own, engine: e, stdinLocks: newKeyedMutex(), timeouts: cfg.timeouts,
 		shutdown: serving}
@@ -136,7 +137,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	defer s.finishRequest(w, r, r.Body, start)
 	if len(r.TransferEncoding) > 0 {
 		// net/http drops a Content-Length that was sent together with it, and RFC 9112, section 6.1, requires
-		// closing the connection after such a request. So this closes it after every chunked one.
+		// closing the connection after such a request. So close it after every chunked one.
 		w.Header().Set("Connection", "close")
 	}
 	if !s.key.authorizes(r) {
@@ -163,8 +164,9 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 func (s *server) finishRequest(w *responseWriter, r *http.Request, body io.ReadCloser, start time.Time) {
 	// In a quiet stream, the deadline of the last Write has passed: the final chunk could not be sent.
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	// net/http reads up to 256 KiB of the rest of the body (maxPostHandlerReadBytes). Without a body it is
-	// already reading the next request (connReader), and a read deadline would cancel that one's context.
+	// net/http reads up to 256 KiB of the rest of a body (maxPostHandlerReadBytes): limit that. Without a body
+	// it is already reading the next request (connReader), whose context a deadline that expires would cancel.
+	// After a body that was read to its end, net/http clears this deadline in time (abortPendingRead).
 	if body != http.NoBody {
 		w.ctl.SetReadDeadline(time.Now().Add(drainTimeout))
 	}
@@ -218,6 +220,9 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	maxBody := rt.body
 	if rt.json {
 		maxBody = maxJSON
+	}
+	if r.ContentLength > maxBody {
+		return &http.MaxBytesError{Limit: maxBody}
 	}
 	r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, maxBody)
 	if rt.json {

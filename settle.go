@@ -25,9 +25,9 @@ import (
 //	                                             directory, the container. A container with a
 //	                                             directory is left alone and reported
 //	the container has the record's revision      remove the candidate, if there is one
-//	no container or candidate has it, and        write the record: what is pending is applied,
-//	something is pending                         with a new revision; go on. (An engine that lists
-//	                                             nothing for a moment must not look like this.)
+//	no container or candidate has it, something  write the record: what is pending is applied,
+//	is pending, and the engine confirms that a   with a new revision; go on
+//	container that it does not list is missing
 //	another revision, or no container            make the candidate if none has the record's
 //	                                             revision, removing any other; stop and remove
 //	                                             the container; rename the candidate to <id>
@@ -57,6 +57,8 @@ func (s *services) settle(ctx context.Context, id string) (*service, error) {
 		running := found.current.State == container.StateRunning
 		return &service{id, *record, found.current.ID, running}, s.removeContainers(ctx, found.candidate)
 	}
+	// An engine that has just started may list nothing for a moment. What is pending must not be applied then,
+	// while the service may be running; and below, the rename fails.
 	if !found.candidate.hasRevision(record.Revision) && record.Pending != nil &&
 		(found.current != nil || s.containers.isMissing(ctx, id)) {
 		*record = record.applied()
@@ -112,7 +114,7 @@ func (s *services) replace(ctx context.Context, record serviceRecord, found serv
 	}
 	if found.candidate.hasRevision(record.Revision) {
 		svc.containerID = found.candidate.ID
-		svc.running = found.candidate.State == container.StateRunning
+		svc.running = found.candidate.State == container.StateRunning // somebody may have started it by hand
 	} else {
 		if err := s.removeContainers(ctx, found.candidate); err != nil {
 			return nil, err
@@ -212,7 +214,10 @@ func (s *services) settleAll(ctx context.Context) error {
 			s.log.Warn("cannot settle a service", "id", id, "err", err)
 		}
 	}
-	return s.tidyImages(ctx)
+	if err := s.tidyImages(ctx); err != nil {
+		s.log.Warn("cannot remove the tags of unfinished imports", "err", err)
+	}
+	return nil
 }
 
 // isSettled reports whether settle would have nothing to do. It does not call the engine.

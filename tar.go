@@ -65,11 +65,10 @@ func checkTar(r io.Reader) error {
 	return archiveError("", err)
 }
 
-// imageCheck is what checkTar knows of the entries so far.
+// imageCheck holds what checkTar has seen so far.
 type imageCheck struct {
-	entries int
-	// At the top of the archive: manifest.json; and blobs, or the layer.tar of some directory.
-	manifest, layers bool
+	entries          int
+	manifest, layers bool // at the top: manifest.json; blobs/, or the layer.tar of some directory
 }
 
 // add returns an error for an entry that an image must not have, or one too many.
@@ -116,7 +115,7 @@ func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
 // programs may find another archive there.
 func (c *imageCheck) end(in io.Reader) error {
 	if c.entries == 0 {
-		return refusal("the archive has no entry")
+		return refusal("the archive has no entries")
 	}
 	rest, err := io.ReadAll(io.LimitReader(in, maxPadding+1))
 	if err == nil && (len(rest) > maxPadding || len(bytes.Trim(rest, "\x00")) > 0) {
@@ -129,12 +128,13 @@ func (c *imageCheck) end(in io.Reader) error {
 // also looks at the raw headers, because archive/tar accepts some that other programs read differently.
 type tarReader struct {
 	in      *bufio.Reader
-	headers bytes.Buffer // raw: those of an entry, and the padding before them
-	offset  int64        // of in, from the end of the headers
+	headers bytes.Buffer // raw headers of an entry, after the padding of the one before
+	offset  int64        // bytes that archive has read of in since the end of the headers
 	archive *tar.Reader  // reads from the tarReader
 }
 
-// newTarReader returns an error that says what and the format of in unless it begins like a tar archive.
+// newTarReader returns a reader of the archive in. If in does not begin like one, the error says which format
+// it has; what names the input in that error.
 func newTarReader(in *bufio.Reader, what string) (*tarReader, error) {
 	format, err := contentFormat(in)
 	if err == nil && format != plainTar {
@@ -145,7 +145,8 @@ func newTarReader(in *bufio.Reader, what string) (*tarReader, error) {
 	return t, err
 }
 
-// Read is the input of archive. It fails at the end of in, where archive ends without an error.
+// Read is the input of archive. At the end of in it returns io.ErrUnexpectedEOF, because archive/tar takes
+// io.EOF for the end of the archive.
 func (t *tarReader) Read(p []byte) (int, error) {
 	if t.headers.Len() > 0 {
 		return t.headers.Read(p)
@@ -162,7 +163,7 @@ func (t *tarReader) Read(p []byte) (int, error) {
 func (t *tarReader) each(add func(h *tar.Header, content io.Reader) error) error {
 	for {
 		h, err := t.next()
-		if h == nil {
+		if h == nil { // the end marker, or an error that is not an entry's
 			return err
 		}
 		if err == nil {
@@ -188,14 +189,14 @@ var onlyDigits = regexp.MustCompile(`^[0-9]+$`)
 // next skips to the next entry and returns its header, or nil at the archive's end marker. With a refusal of
 // an entry, it returns a header with its name.
 func (t *tarReader) next() (*tar.Header, error) {
-	if _, err := io.Copy(io.Discard, t.archive); err != nil { // what nobody has read of the previous entry
+	if _, err := io.Copy(io.Discard, t.archive); err != nil { // the unread rest of the previous entry
 		return nil, err
 	}
 	types, err := t.readHeaders()
 	if err != nil {
 		return nil, err
 	}
-	own := t.headers.Bytes()[t.headers.Len()-blockSize:]
+	own := [blockSize]byte(t.headers.Bytes()[t.headers.Len()-blockSize:]) // a copy: Next reads the buffer
 	hasTimes := string(own[257:263]) == "ustar " && own[345] != 0
 	h, err := t.archive.Next()
 	switch {
@@ -225,8 +226,10 @@ func (t *tarReader) next() (*tar.Header, error) {
 	return h, nil
 }
 
-// readHeaders reads the raw headers of an entry and returns their types. It stops behind a header that
-// programs read differently, whose type is then "?g": headerOrder does not match it.
+// ambiguous is the type of a header that programs read differently. headerOrder matches no text that ends so.
+const ambiguous = "gg"
+
+// readHeaders reads the raw headers of an entry and returns their types. It stops after an ambiguous one.
 func (t *tarReader) readHeaders() (types string, err error) {
 	t.headers.Reset()
 	size := -t.offset & (blockSize - 1) // of the previous entry's padding
@@ -242,14 +245,14 @@ func (t *tarReader) readHeaders() (types string, err error) {
 		kind, number := string(header[156:157]), bytes.TrimLeft(header[124:136], " ")
 		digits := bytes.Trim(number, " \x00")
 		if !bytes.HasPrefix(number, digits) { // archive/tar ignores NULs ahead of a size; for GNU tar they end it
-			return types + "?g", nil
+			return types + ambiguous, nil
 		}
 		if types += kind; !strings.Contains("xLK", kind) {
 			return types, nil
 		}
 		length, err := strconv.ParseUint(string(digits), 8, 31) // of this header's content
 		if err != nil {
-			return types, nil
+			return types + ambiguous, nil
 		}
 		size = (int64(length) + blockSize - 1) &^ (blockSize - 1)
 	}
@@ -267,7 +270,8 @@ func contentFormat(in *bufio.Reader) (string, error) {
 	if len(start) == 0 {
 		return "empty", nil
 	}
-	_, err = tar.NewReader(bytes.NewReader(start)).Next() // which fails otherwise if an entry needs more bytes
+	// For a valid header of an entry that goes on, the error is another than ErrHeader.
+	_, err = tar.NewReader(bytes.NewReader(start)).Next()
 	if len(start) == blockSize && err != tar.ErrHeader {
 		return plainTar, nil
 	}
@@ -282,7 +286,7 @@ func contentFormat(in *bufio.Reader) (string, error) {
 // decompresses.
 var signatures = []struct{ start, format string }{
 	{"\x1f\x8b", gzipFormat}, {"\x1f\x9d", "compressed by compress"},
-	{"BZh", "compressed by bzip2"}, {"\xfd7zXZ", "compressed by xz"}, {"LZIP", "compressed by lzip"},
+	{"BZh", "compressed by bzip2"}, {"\xfd7zXZ", "compressed by xz"},
 	{"\x28\xb5\x2f\xfd", "compressed by zstd"},
 	{"\x04\x22\x4d\x18", "compressed by lz4"}, {"\x02\x21\x4c\x18", "compressed by lz4"},
 	{"7z\xbc\xaf\x27\x1c", "a 7z archive"},

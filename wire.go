@@ -21,6 +21,7 @@ type timeouts struct {
 	jsonBody       time.Duration // for a JSON body
 	engineRead     time.Duration // for one read of the engine
 	clientWrite    time.Duration // for one write to a client
+	uploadStall    time.Duration // for the next bytes of an uploaded image
 	statsFrame     time.Duration // for the next frame of the engine's statistics
 	statsIdle      time.Duration // that a feed of statistics outlasts its latest request
 	settle         time.Duration // for settling one service in a round, and for undoing a failed create
