@@ -68,19 +68,18 @@ func TestNothingWithoutTheCoreKey(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	keyFile := filepath.Join(t.TempDir(), "corekey.bin")
-	if err := os.WriteFile(keyFile, plusSlashKey, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(keyFile, plusSlashKey, 0o600))
 	d := startDaemon(t, e.host(), func(c *config) { c.coreKeyPath = keyFile })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	before := len(e.calls())
 
 	requests := []string{
-		"GET /", "GET /nothing", "GET /v1", "GET /v2/service", "DELETE /service", "PUT /service/web", "GET /docker/image",
-		"OPTIONS *", "OPTIONS /service", "TRACE /service", "HEAD /service", "BREW /health", "CONNECT example.com:80",
-		"CONNECT /service", "GET //", "GET //service", "GET /../", "GET /../service", "GET /service/", "GET /service//ctl",
-		"GET /service/.", "GET /service/..", "GET /service/%2e%2e", "GET /service/%2F", "GET /service/%00",
-		"GET http://127.0.0.1/service", "GET /health?x=1", "GET /service/web;x=1", "GET /favicon.ico",
+		"GET /", "GET /nothing", "GET /v1", "GET /v2/service", "DELETE /service", "PUT /service/web",
+		"GET /docker/image", "OPTIONS *", "OPTIONS /service", "TRACE /service", "HEAD /service", "BREW /health",
+		"CONNECT example.com:80", "CONNECT /service", "GET //", "GET //service", "GET /../", "GET /../service",
+		"GET /service/", "GET /service//ctl", "GET /service/.", "GET /service/..", "GET /service/%2e%2e",
+		"GET /service/%2F", "GET /service/%00", "GET http://127.0.0.1/service", "GET /health?x=1",
+		"GET /service/web;x=1", "GET /favicon.ico",
 	}
 	for _, rt := range (&server{}).routes() {
 		method, pattern, _ := strings.Cut(rt.pattern, " ")
@@ -89,8 +88,10 @@ func TestNothingWithoutTheCoreKey(t *testing.T) {
 	}
 	for name, header := range wrongKeys(plusSlashKey) {
 		for _, request := range requests {
-			a, closed := sendRaw(t, d, request+" HTTP/1.1\r\nHost: h\r\n"+header+"Content-Length: 14\r\n\r\n"+`{"op":"start"}`)
-			if body := strings.TrimSuffix(a.body, "\n"); a.status != 401 || (body != unauthorizedBody && !strings.HasPrefix(request, "HEAD")) {
+			a, closed := sendRaw(t, d,
+				request+" HTTP/1.1\r\nHost: h\r\n"+header+"Content-Length: 14\r\n\r\n"+`{"op":"start"}`)
+			if body := strings.TrimSuffix(a.body, "\n"); a.status != 401 ||
+				(body != unauthorizedBody && !strings.HasPrefix(request, "HEAD")) {
 				t.Fatalf("%s with the key %s: %d %s", request, name, a.status, a.body)
 			}
 			if !closed {
@@ -107,7 +108,8 @@ func TestBodyWithoutTheCoreKeyIsNotRead(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	before := len(e.calls())
-	for _, framing := range []string{"Content-Length: 17179869184\r\n", "Transfer-Encoding: chunked\r\n", "Content-Length: 9\r\nExpect: 100-continue\r\n"} {
+	for _, framing := range []string{"Content-Length: 17179869184\r\n", "Transfer-Encoding: chunked\r\n",
+		"Content-Length: 9\r\nExpect: 100-continue\r\n"} {
 		a, closed := sendRaw(t, d, "POST /docker/image HTTP/1.1\r\nHost: h\r\n"+framing+"\r\n")
 		if a.status != 401 || !closed {
 			t.Errorf("%q: status %d, closed %v", framing, a.status, closed)
@@ -134,9 +136,7 @@ func TestMissingCoreKeyIsCreated(t *testing.T) {
 	if !strings.Contains(d.log.String(), path) {
 		t.Errorf("the log does not say where the key is: %s", d.log)
 	}
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	again := startDaemon(t, e.host(), use)
 	if again.key != d.key {
 		t.Error("the next start replaced the key")
@@ -147,11 +147,10 @@ func TestMissingCoreKeyIsCreated(t *testing.T) {
 func TestCoreKeyThatCannotBeWrittenLeavesNothing(t *testing.T) {
 	t.Parallel()
 	program, err := shipped()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dir := t.TempDir()
-	out, err := exec.Command("sh", "-c", `ulimit -f 0; exec "$0" -addr 127.0.0.1:0 -corekey "$1/corekey.bin" -binds "$1/binds"`,
+	out, err := exec.Command("sh", "-c",
+		`ulimit -f 0; exec "$0" -addr 127.0.0.1:0 -corekey "$1/corekey.bin" -binds "$1/binds"`,
 		fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), dir).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "cannot create the core key: write "+dir+"/corekey.bin") {
 		t.Errorf("the daemon ended with %v: %s", err, out)
@@ -161,13 +160,15 @@ func TestCoreKeyThatCannotBeWrittenLeavesNothing(t *testing.T) {
 	}
 }
 
-// A power cut on ext4 cannot show that the directory is synced, because fsync of a new file there syncs its name too.
+// A power cut on ext4 cannot show that the directory is synced, because fsync of a new file there syncs its
+// name too.
 func TestCoreKeyWhoseDirectoryCannotBeSyncedIsNotCreated(t *testing.T) {
 	t.Parallel()
 	const nobody = 65534
 	dir := t.TempDir()
 	t.Cleanup(func() { os.Chmod(dir, 0o700) })
-	if err := cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)); err != nil { // it can be written, not opened
+	// it can be written, not opened
+	if err := cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)); err != nil {
 		t.Fatal(err)
 	}
 	created := make(chan error)
@@ -214,12 +215,8 @@ func TestBadCoreKeyFileStopsTheDaemon(t *testing.T) {
 		}},
 	} {
 		path := filepath.Join(t.TempDir(), "keys", "corekey.bin")
-		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := test.make(path); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(filepath.Dir(path), 0o700))
+		must(t, test.make(path))
 		before, _ := os.Lstat(path)
 		log, err := startError(t, func(c *config) { c.coreKeyPath = path })
 		if err == nil || !strings.Contains(err.Error(), path) {
@@ -229,7 +226,8 @@ func TestBadCoreKeyFileStopsTheDaemon(t *testing.T) {
 		if strings.Contains(err.Error()+log, secret) {
 			t.Errorf("%s: the key is in the error or the log: %v %s", test.name, err, log)
 		}
-		if after, _ := os.Lstat(path); before != nil && (!os.SameFile(before, after) || after.ModTime() != before.ModTime()) {
+		if after, _ := os.Lstat(path); before != nil &&
+			(!os.SameFile(before, after) || after.ModTime() != before.ModTime()) {
 			t.Errorf("%s: the file was changed", test.name)
 		}
 	}
@@ -240,9 +238,7 @@ func TestCoreKeyOfEveryAllowedLengthWorks(t *testing.T) {
 	e := newFakeEngine(t)
 	for _, length := range []int{16, 17, 18, 64, 4096} {
 		path := filepath.Join(t.TempDir(), "corekey.bin")
-		if err := os.WriteFile(path, []byte(strings.Repeat("\n", length)), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, []byte(strings.Repeat("\n", length)), 0o600))
 		d := startDaemon(t, e.host(), func(c *config) { c.coreKeyPath = path })
 		d.do(t, "GET", "/health", "").want(t, 204)
 	}
@@ -250,11 +246,10 @@ func TestCoreKeyOfEveryAllowedLengthWorks(t *testing.T) {
 
 func TestCoreKeyThatOthersCanReadIsAWarning(t *testing.T) {
 	t.Parallel()
-	for mode, warned := range map[os.FileMode]bool{0o600: false, 0o400: false, 0o640: true, 0o604: true, 0o644: true} {
+	for mode, warned := range map[os.FileMode]bool{0o600: false, 0o400: false, 0o640: true, 0o604: true,
+		0o644: true} {
 		path := filepath.Join(t.TempDir(), "corekey.bin")
-		if err := errors.Join(os.WriteFile(path, plusSlashKey, 0o600), os.Chmod(path, mode)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.WriteFile(path, plusSlashKey, 0o600), os.Chmod(path, mode)))
 		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath = path })
 		if got := strings.Contains(d.log.String(), "others can read the core key"); got != warned {
 			t.Errorf("mode %v: warned is %v", mode, got)
@@ -268,9 +263,7 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 	t.Parallel()
 	const key = "the core's key, in plain letters"
 	path := filepath.Join(t.TempDir(), "corekey.bin")
-	if err := os.WriteFile(path, []byte(key), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, []byte(key), 0o644))
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	var seen syncBuffer // all that the engine and the server of the contents get, and all that the client gets
@@ -290,9 +283,10 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 	for _, call := range []struct{ method, path, body string }{
 		{"POST", "/service", createBodyJSON("web", "")}, {"POST", "/service", createBodyJSON("web", "")},
 		{"POST", "/service", createBodyJSON("other", `"bind_contents":"`+contents.URL+`"`)},
-		{"POST", "/service", "{"}, {"POST", "/service/web/ctl", `{"op":"start"}`}, {"PATCH", "/service/web/env", `{"A":"1"}`},
-		{"POST", "/service/web/ctl", `{"op":"restart"}`}, {"GET", "/service/web", ""}, {"GET", "/service", ""},
-		{"POST", "/docker/image", wholeTar()}, {"POST", "/docker/image", "x"}, {"GET", "/nothing", ""}, {"PUT", "/service", ""},
+		{"POST", "/service", "{"}, {"POST", "/service/web/ctl", `{"op":"start"}`},
+		{"PATCH", "/service/web/env", `{"A":"1"}`}, {"POST", "/service/web/ctl", `{"op":"restart"}`},
+		{"GET", "/service/web", ""}, {"GET", "/service", ""}, {"POST", "/docker/image", wholeTar()},
+		{"POST", "/docker/image", "x"}, {"GET", "/nothing", ""}, {"PUT", "/service", ""},
 		{"DELETE", "/service/web", ""}, {"DELETE", "/service/web", ""},
 	} {
 		a := d.do(t, call.method, call.path, call.body)
@@ -301,9 +295,7 @@ func TestCoreKeyLeavesNoTrace(t *testing.T) {
 	if !strings.Contains(seen.String(), "GET /again") {
 		t.Error("the redirect was not followed")
 	}
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	all := seen.String() + d.log.String()
 	sum := sha256.Sum256([]byte(key))
 	for _, form := range []string{key, d.key, strings.TrimRight(d.key, "="), hex.EncodeToString([]byte(key)),

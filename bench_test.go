@@ -40,12 +40,11 @@ import (
 // direct is a client of the engine's socket, without the SDK.
 func direct(b *testing.B) *http.Client {
 	engine, err := client.NewClientWithOpts(client.FromEnv)
-	if err != nil {
-		b.Fatal(err)
-	}
-	transport := &http.Transport{MaxIdleConnsPerHost: 64, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return engine.Dialer()(ctx)
-	}}
+	must(b, err)
+	transport := &http.Transport{MaxIdleConnsPerHost: 64,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return engine.Dialer()(ctx)
+		}}
 	b.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
 }
@@ -96,7 +95,8 @@ func latencies(clients, count int, do func()) (each []time.Duration, all time.Du
 
 func BenchmarkInspect(b *testing.B) {
 	m := newMachine(b, nil)
-	m.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}} // without a timeout, as the engine's
+	// without a timeout, as the engine's
+	m.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 	id, engine := m.create(b, ""), direct(b)
 	proxy := throughProxy(b, engine)
 	ask := func(c *http.Client, url string) {
@@ -153,13 +153,14 @@ func BenchmarkImport(b *testing.B) {
 	engine, content := direct(b), make([]byte, 256<<20)
 	proxy := throughProxy(b, engine)
 	rand.Read(content)
-	files := make([]imageEntry, 5000) // as a small distribution has
+	files := make([]entry, 5000) // as a small distribution has
 	for i := range files {
-		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i), string(content[i<<10:][:2<<10+(i%10)<<13]))
+		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i),
+			string(content[i<<10:][:2<<10+(i%10)<<13]))
 	}
 	for name, archive := range map[string][]byte{
-		"large-file":       imageOf(b, imageFile("large", string(content))),
-		"root-file-system": imageOf(b, files...),
+		"large-file":       archiveOf(imageFile("large", string(content))),
+		"root-file-system": archiveOf(files...),
 	} {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(len(archive)))
@@ -202,36 +203,35 @@ func removeImage(b *testing.B, m *machine, answer []byte) {
 func BenchmarkUnpack(b *testing.B) {
 	large := make([]byte, 256<<20)
 	rand.Read(large[:len(large)/2]) // half of it compresses
-	small := make([]imageEntry, 10_000)
+	small := make([]entry, 10_000)
 	for i := range small {
-		small[i] = imageFile(fmt.Sprintf("package-%d/src/file-%d.js", i/100, i), strings.Repeat("some text of a small file\n", 100))
+		small[i] = imageFile(fmt.Sprintf("package-%d/src/file-%d.js", i/100, i),
+			strings.Repeat("some text of a small file\n", 100))
 	}
-	files := make([]imageEntry, 5000) // 76 MB, of which a third does not compress
+	files := make([]entry, 5000) // 76 MB, of which a third does not compress
 	for i := range files {
 		size := 2<<10 + (i%10)*3<<10
 		files[i] = imageFile(fmt.Sprintf("usr/lib/package-%d/file-%d", i/50, i),
 			string(large[i<<10:][:size/3])+strings.Repeat("some text\n", size/15))
 	}
 	for name, archive := range map[string][]byte{
-		"large-file":       gzipOf(b, imageOf(b, imageFile("large", string(large)))),
-		"small-files":      gzipOf(b, imageOf(b, small...)),
-		"root-file-system": gzipOf(b, imageOf(b, files...)),
+		"large-file":       gzipped(archiveOf(imageFile("large", string(large)))),
+		"small-files":      gzipped(archiveOf(small...)),
+		"root-file-system": gzipped(archiveOf(files...)),
 	} {
 		b.Run(name, func(b *testing.B) {
-			source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(archive) }))
+			source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.Write(archive)
+			}))
 			defer source.Close()
 			var ours, theirs time.Duration
 			for b.Loop() {
 				dir := b.TempDir()
 				root, err := os.OpenRoot(dir)
-				if err != nil {
-					b.Fatal(err)
-				}
+				must(b, err)
 				begin := time.Now()
 				limits := unpackLimits{bytes: math.MaxInt32, entries: math.MaxInt32}
-				if err := newFetcher(loopback).fetch(b.Context(), source.URL, root, limits, nil); err != nil {
-					b.Fatal(err)
-				}
+				must(b, newFetcher(loopback).fetch(b.Context(), source.URL, root, limits, nil))
 				ours += time.Since(begin)
 				root.Close()
 				dir = b.TempDir()
@@ -270,9 +270,7 @@ func BenchmarkCreate(b *testing.B) {
 			if err == nil {
 				err = m.engine.ContainerRemove(b.Context(), c.ID, container.RemoveOptions{Force: true})
 			}
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			theirs = append(theirs, time.Since(start))
 		}
 	}
@@ -295,15 +293,13 @@ var growth = flag.Int("growth", 100, "how many services BenchmarkGrowth runs at 
 func newProcess(b *testing.B, args ...string) (m *machine, pid int) {
 	b.Helper()
 	engine, err := client.NewClientWithOpts(client.FromEnv, client.WithAPIVersionNegotiation())
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	b.Cleanup(func() { engine.Close() })
 	m = &machine{engine: engine}
 	m.daemon, pid = wireProcess(b, client.DefaultDockerHost, args...)
 	m.client.Timeout = 0
 	m.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
-	m.image = m.importImage(b, string(imageOf(b, imageFile("probe", buildProbe(b)))))
+	m.image = m.importImage(b, string(archiveOf(imageFile("probe", buildProbe(b)))))
 	m.cleanUp(b, m.binds, m.image)
 	return m, pid
 }
@@ -319,15 +315,12 @@ func peak(b *testing.B, pid int) {
 func processorTime(b *testing.B, pid int) (used time.Duration) {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	_, rest, _ := strings.Cut(string(stat), ") ")
-	for _, field := range strings.Fields(rest)[11:13] { // utime and stime of proc_pid_stat(5), in hundredths of a second
+	// utime and stime of proc_pid_stat(5), in hundredths of a second
+	for _, field := range strings.Fields(rest)[11:13] {
 		ticks, err := strconv.Atoi(field)
-		if err != nil {
-			b.Fatal(err)
-		}
+		must(b, err)
 		used += time.Duration(ticks) * 10 * time.Millisecond
 	}
 	return used
@@ -351,13 +344,9 @@ func enginePID(b *testing.B) (pid int) {
 func BenchmarkStart(b *testing.B) {
 	var all time.Duration
 	program, err := shipped()
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	info, err := program.Stat()
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	for b.Loop() {
 		begin := time.Now()
 		d, pid := wireProcess(b, client.DefaultDockerHost)
@@ -384,7 +373,8 @@ func writeTree(w io.Writer, size int64, files int) error {
 		_, err = io.CopyN(archive, zeros{}, size)
 	}
 	for i := 0; i < files && err == nil; i++ {
-		err = archive.WriteHeader(&tar.Header{Name: fmt.Sprintf("directory-%d/file-%d", i/100, i), Mode: 0o644, Size: 100})
+		err = archive.WriteHeader(&tar.Header{Name: fmt.Sprintf("directory-%d/file-%d", i/100, i), Mode: 0o644,
+			Size: 100})
 		if err == nil {
 			_, err = io.CopyN(archive, zeros{}, 100)
 		}
@@ -414,7 +404,9 @@ func BenchmarkMemory(b *testing.B) {
 		if err := writeTree(zipped, size, 50_000); err != nil || zipped.Close() != nil {
 			b.Fatal(err)
 		}
-		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(archive.Bytes()) }))
+		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Write(archive.Bytes())
+		}))
 		defer source.Close()
 		for b.Loop() {
 			id := m.create(b, `"bind_contents":"`+source.URL+`"`)
@@ -451,7 +443,10 @@ func growthOf(b *testing.B, m *machine, pid int, engine *http.Client, proxy stri
 		return median(m.client, func() *http.Request { return m.request(b, "GET", path, nil) })
 	}
 	askEngine := func(path string) float64 {
-		return median(engine, func() *http.Request { r, _ := http.NewRequest("GET", "http://engine"+path, nil); return r })
+		return median(engine, func() *http.Request {
+			r, _ := http.NewRequest("GET", "http://engine"+path, nil)
+			return r
+		})
 	}
 	for b.Loop() {
 		b.ReportMetric(ask("/service"), "µs-list")
@@ -521,15 +516,15 @@ func BenchmarkWatched(b *testing.B) {
 				ids[i] = fmt.Sprintf("service-%d", i)
 			}
 			labelsAndMounts := func(id string) []any {
-				return []any{fmt.Sprintf(`{%q:%q,%q:%q,%q:"1"}`, labelService, id, labelBinds, binds.Load(), labelRevision),
+				return []any{fmt.Sprintf(`{%q:%q,%q:%q,%q:"1"}`, labelService, id, labelBinds, binds.Load(),
+					labelRevision),
 					fmt.Sprintf(`[{"Source":%q}]`, filepath.Join(binds.Load().(string), id))}
 			}
-			frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","pad":"` + strings.Repeat("x", 2500) + `"}` + "\n"
+			frame := `{"read":"2022-05-08T19:50:43Z","preread":"2022-05-08T19:50:42Z","pad":"` +
+				strings.Repeat("x", 2500) + `"}` + "\n"
 			socket := filepath.Join(b.TempDir(), "s")
 			listener, err := net.Listen("unix", socket)
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			engine := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				_, call, _ := strings.Cut(r.URL.Path, "/containers/")
 				id, call, _ := strings.Cut(call, "/")
@@ -562,9 +557,7 @@ func BenchmarkWatched(b *testing.B) {
 			d, pid := wireProcess(b, "unix://"+socket)
 			for _, id := range ids {
 				record := fmt.Sprintf(`{"params":{"id":%q},"revision":"1"}`, id)
-				if err := os.WriteFile(filepath.Join(d.binds, recordDir, id), []byte(record), 0o600); err != nil {
-					b.Fatal(err)
-				}
+				must(b, os.WriteFile(filepath.Join(d.binds, recordDir, id), []byte(record), 0o600))
 			}
 			binds.Store(d.binds)
 			d.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64

@@ -20,9 +20,7 @@ import (
 func TestPipeInThePlaceOfADirectoryIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600))
 	tree := openTree(t, dir)
 	defer tree.Close()
 	opened := make(chan error, 1)
@@ -46,9 +44,8 @@ func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	for _, target := range []string{"web", "../web", "/etc"} {
 		e, d := startWithService(t)
 		data := filepath.Join(d.binds, "web", "data")
-		if err := errors.Join(os.WriteFile(data, []byte("precious"), 0o600), os.Symlink(target, filepath.Join(d.binds, "link"))); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.WriteFile(data, []byte("precious"), 0o600),
+			os.Symlink(target, filepath.Join(d.binds, "link"))))
 		d.do(t, "POST", "/service", createBodyJSON("link", "")).want(t, 409)
 		d.do(t, "DELETE", "/service/link", "").want(t, 204)
 		if got := bindDirs(t, d.binds); !slices.Equal(got, []string{"web"}) || len(e.names()) != 1 {
@@ -60,22 +57,22 @@ func TestLinkInThePlaceOfABindDirectoryIsNotFollowed(t *testing.T) {
 	}
 }
 
-// The bind root is moved to another disk and a link is left, or a disk is mounted over it, while the daemon runs.
-// The engine resolves the path at each start, so it would mount a directory that the daemon cannot delete.
+// The bind root is moved to another disk and a link is left, or a disk is mounted over it, while the daemon
+// runs. The engine resolves the path at each start, so it would mount a directory that the daemon cannot
+// delete.
 func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	before := state(t, e, d)
 	moved := d.binds + "-moved"
-	if err := errors.Join(os.Rename(d.binds, moved), os.Mkdir(d.binds, 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Rename(d.binds, moved), os.Mkdir(d.binds, 0o700)))
 	asked := len(e.calls())
 	for _, request := range []struct{ method, path, body string }{
-		{"DELETE", "/service/web", ""}, {"POST", "/service", createBodyJSON("new", "")}, {"POST", "/service", createBodyJSON("web", "")},
-		{"PUT", "/service/web", createBodyJSON("web", "")}, {"PATCH", "/service/web/env", "{}"}, {"GET", "/health", ""},
-		{"POST", "/service/web/ctl", `{"op":"start"}`}, {"POST", "/service/web/ctl", `{"op":"stop"}`},
-		{"POST", "/service/web/ctl", `{"op":"restart"}`}, {"POST", "/service/web/ctl", `{"op":"kill"}`},
+		{"DELETE", "/service/web", ""}, {"POST", "/service", createBodyJSON("new", "")},
+		{"POST", "/service", createBodyJSON("web", "")}, {"PUT", "/service/web", createBodyJSON("web", "")},
+		{"PATCH", "/service/web/env", "{}"}, {"GET", "/health", ""}, {"POST", "/service/web/ctl", `{"op":"start"}`},
+		{"POST", "/service/web/ctl", `{"op":"stop"}`}, {"POST", "/service/web/ctl", `{"op":"restart"}`},
+		{"POST", "/service/web/ctl", `{"op":"kill"}`},
 	} {
 		d.do(t, request.method, request.path, request.body).want(t, 503, "bind_root_moved")
 	}
@@ -85,12 +82,8 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 		}
 	}
 	// Renamed on its own disk, with a link in its place, it is still the same directory.
-	if err := errors.Join(os.Remove(d.binds), os.Symlink(moved, d.binds)); err != nil {
-		t.Fatal(err)
-	}
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	must(t, errors.Join(os.Remove(d.binds), os.Symlink(moved, d.binds)))
+	wantState(t, e, d, before)
 	d.do(t, "GET", "/health", "").want(t, 204)
 	d.do(t, "DELETE", "/service/web", "").want(t, 204)
 	wantNothing(t, d, e)
@@ -100,20 +93,19 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	pending := imageID.FindString(strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body, `"`)[3])
-	d.do(t, "PUT", "/service/web", createBodyJSON("web", fmt.Sprintf(`"cmd":["/x"],"image":%q`, pending))).want(t, 204)
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	pending := imageID.FindString(strings.Split(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body,
+		`"`)[3])
+	d.do(t, "PUT", "/service/web", createBodyJSON("web",
+		fmt.Sprintf(`"cmd":["/x"],"image":%q`, pending))).want(t, 204)
+	must(t, d.stop())
 	disk := d.binds + "-disk"
-	if err := os.Rename(d.binds, disk); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(d.binds, disk))
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	d.do(t, "GET", "/health", "").want(t, 503, "unavailable")
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 503)
 	// Nothing may be called gone, or a core creates it elsewhere.
-	for _, path := range []string{"/service", "/service/web", "/service/web/params", "/service/web/logs", "/service/web/stats"} {
+	for _, path := range []string{"/service", "/service/web", "/service/web/params", "/service/web/logs",
+		"/service/web/stats"} {
 		d.do(t, "GET", path, "").want(t, 503)
 	}
 	d.do(t, "PUT", "/service/web", createBodyJSON("web", "")).want(t, 503)
@@ -121,15 +113,12 @@ func TestRootWithoutRecordsCostsNothing(t *testing.T) {
 	if !strings.Contains(d.log.String(), "is its disk mounted?") || !slices.Equal(e.names(), []string{"web"}) {
 		t.Errorf("there are %q; the log: %s", e.names(), d.log)
 	}
-	if err := errors.Join(d.stop(), os.RemoveAll(d.binds), os.Rename(disk, d.binds)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(d.stop(), os.RemoveAll(d.binds), os.Rename(disk, d.binds)))
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	d.do(t, "GET", "/health", "").want(t, 204)
 	// A backup without its dot directories: the containers and their directories are left alone.
-	if err := errors.Join(d.stop(), os.RemoveAll(filepath.Join(d.binds, recordDir)), os.Mkdir(filepath.Join(d.binds, recordDir), 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(d.stop(), os.RemoveAll(filepath.Join(d.binds, recordDir)),
+		os.Mkdir(filepath.Join(d.binds, recordDir), 0o700)))
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
 	if !strings.Contains(d.log.String(), "restore the record") || !slices.Equal(e.names(), []string{"web"}) {
 		t.Errorf("there are %q; the log: %s", e.names(), d.log)
@@ -158,7 +147,8 @@ func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
 	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
 		if r.Method == http.MethodDelete {
 			once.Do(func() {
-				if err := errors.Join(os.Rename(s.binds.path, moved), os.MkdirAll(s.binds.path+"/bb", 0o700)); err != nil {
+				if err := errors.Join(os.Rename(s.binds.path, moved),
+					os.MkdirAll(s.binds.path+"/bb", 0o700)); err != nil {
 					t.Error(err)
 				}
 			})
@@ -168,12 +158,11 @@ func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
 	if err := s.settleAll(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if got := e.names(); !slices.Equal(got, []string{"bb"}) {
-		t.Errorf("there are %q", got)
-	}
+	e.wantNames(t, "bb")
 }
 
-// If a directory cannot be opened for its sync, nothing is changed: a create that fails must not leave a service.
+// If a directory cannot be opened for its sync, nothing is changed: a create that fails must not leave a
+// service.
 func TestChangeThatCannotBeSyncedIsNotMade(t *testing.T) {
 	t.Parallel()
 	_, server := bareService(t)
@@ -185,9 +174,7 @@ func TestChangeThatCannotBeSyncedIsNotMade(t *testing.T) {
 		"mark":   {markDir, func() error { return b.mark("web") }},
 		"record": {recordDir, func() error { return b.removeRecord("web") }},
 	} {
-		if err := b.root.Rename(change.dir, "away"); err != nil {
-			t.Fatal(err)
-		}
+		must(t, b.root.Rename(change.dir, "away"))
 		err := change.do()
 		if renameErr := b.root.Rename("away", change.dir); renameErr != nil {
 			t.Fatal(renameErr)
@@ -204,14 +191,11 @@ func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 	for _, name := range []string{"one", "two"} {
 		e.addForeign(name, map[string]string{labelService: name, labelBinds: "/elsewhere"}, "/elsewhere/"+name)
 	}
-	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds}, filepath.Join(d.binds, "half"))
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds},
+		filepath.Join(d.binds, "half"))
+	must(t, d.stop())
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
-	if got := e.names(); !slices.Equal(got, []string{"one", "two", "web"}) {
-		t.Errorf("there are %q", got)
-	}
+	e.wantNames(t, "one", "two", "web")
 	if log := d.log.String(); !strings.Contains(log, "map[/elsewhere:2]") {
 		t.Errorf("the log: %s", log)
 	}
@@ -219,12 +203,47 @@ func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 	d.do(t, "DELETE", "/service/one", "").want(t, 404)
 }
 
+func TestBindDirectoryWithDataIsNeitherUsedNorErased(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	data := filepath.Join(d.binds, "new", "data")
+	must(t, errors.Join(os.Mkdir(filepath.Dir(data), 0o700), os.WriteFile(data, []byte("precious"), 0o600)))
+	d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 409, "not empty")
+	if text, err := os.ReadFile(data); err != nil || string(text) != "precious" || len(e.names()) != 1 {
+		t.Errorf("the data: %q, %v; the containers: %q", text, err, e.names())
+	}
+	must(t, os.Remove(data)) // an empty directory is no obstacle
+	d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 201)
+}
+
+func TestFullDiskDuringACreateUndoesIt(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts a file system, which takes root")
+	}
+	e := newFakeEngine(t)
+	e.addImage("img:1")
+	url := serveArchives(t, map[string][]byte{"/large": tgz(file("small", "x"),
+		file("large", strings.Repeat("x", 1<<20)))})
+	d := startDaemon(t, e.host(), func(c *config) {
+		c.fetchAllow = loopback
+		mountTmpfs(t, c.binds, "size=512k")
+	})
+	d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"bind_contents":"%s/large"`, url))).want(t,
+		507, "disk_full")
+	wantNothing(t, d, e)
+	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
+	// there is room again
+	must(t, os.WriteFile(filepath.Join(d.binds, "web", "file"), make([]byte, 400<<10), 0o600))
+}
+
 // A file system that cannot say whether an entry is there must not be taken for one without it.
 func TestErrorOfTheFileSystemIsNotAnAbsence(t *testing.T) {
 	t.Parallel()
 	e, server := bareService(t)
 	s := server.services
-	e.addForeign(candidatePrefix+"web", map[string]string{labelService: "web", labelBinds: s.binds.path}, filepath.Join(s.binds.path, "web"))
+	e.addForeign(candidatePrefix+"web", map[string]string{labelService: "web", labelBinds: s.binds.path},
+		filepath.Join(s.binds.path, "web"))
 	before := e.names()
 	s.binds.root.Close() // now every look fails, with an error that is not ENOENT
 	for name, do := range map[string]func() error{
@@ -235,14 +254,16 @@ func TestErrorOfTheFileSystemIsNotAnAbsence(t *testing.T) {
 		"create": func() error {
 			return s.create(t.Context(), serviceParams{ID: "new", Image: "img:1", BindDir: "/data"}, "")
 		},
-		"read":       func() error { _, err := s.containers.lookup(t.Context(), "web"); return err },
-		"unrecorded": func() error { return s.removeUnrecorded(t.Context(), "web", serviceContainers{current: &listEntry{}}) },
-		"unused":     func() error { return s.binds.checkUnused("web") },
-		"erase":      func() error { return s.binds.erase(t.Context(), "web") },
-		"record":     func() error { return s.binds.removeRecord("web") },
-		"unmark":     func() error { return s.binds.unmark("web") },
-		"list":       func() error { _, err := s.binds.existing(); return err },
-		"adopt":      func() error { return s.binds.adopt() },
+		"read": func() error { _, err := s.containers.lookup(t.Context(), "web"); return err },
+		"unrecorded": func() error {
+			return s.removeUnrecorded(t.Context(), "web", serviceContainers{current: &listEntry{}})
+		},
+		"unused": func() error { return s.binds.checkUnused("web") },
+		"erase":  func() error { return s.binds.erase(t.Context(), "web") },
+		"record": func() error { return s.binds.removeRecord("web") },
+		"unmark": func() error { return s.binds.unmark("web") },
+		"list":   func() error { _, err := s.binds.existing(); return err },
+		"adopt":  func() error { return s.binds.adopt() },
 	} {
 		err := do()
 		if kind, _ := describe(cmp.Or(err, errors.New("none"))); err == nil || kind.status < 500 {
@@ -271,33 +292,28 @@ func (c *countingContext) Err() error {
 	if c.asked++; c.asked%100 != 0 { // to count takes longer than to remove
 		return nil
 	}
-	open, _ := os.ReadDir("/proc/self/fd")
-	count := 0
-	for _, fd := range open {
-		if path, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(path, c.dir) {
-			count++
-		}
-	}
-	c.most = max(c.most, count)
+	c.most = max(c.most, len(openFiles(c.dir)))
 	return nil
 }
 
 // A customer nests directories by the thousand, wide and deep.
 func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
+	dir := tempInMemory(t)
 	outside := filepath.Join(dir, "outside")
-	if err := errors.Join(os.WriteFile(outside, nil, 0o600), os.Mkdir(dir+"/tree", 0o700)); err != nil {
-		t.Fatal(err)
+	must(t, errors.Join(os.WriteFile(outside, nil, 0o600), os.Mkdir(dir+"/tree", 0o700)))
+	depth := 1500
+	if brief() {
+		depth = 400
 	}
 	below := openTree(t, dir+"/tree")
-	for depth := range 1500 {
+	for depth := range depth {
 		err := errors.Join(below.Symlink(outside, "link"), below.WriteFile("file", nil, 0o600))
 		for i := range depth % 5 {
 			err = errors.Join(err, below.MkdirAll(fmt.Sprintf("%d/with/some/below", i), 0o700))
 		}
 		err = errors.Join(err, below.Mkdir("deeper", 0o700))
-		deeper, openErr := below.OpenRoot("deeper")
+		deeper, openErr := openBelow(below, "deeper")
 		if err = errors.Join(err, openErr); err != nil {
 			t.Fatal(err)
 		}
@@ -306,9 +322,7 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 	}
 	below.Close()
 	ctx := &countingContext{Context: t.Context(), dir: dir}
-	if err := removeContents(ctx, openTree(t, dir+"/tree")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, removeContents(ctx, openTree(t, dir+"/tree")))
 	if left, err := os.ReadDir(dir + "/tree"); err != nil || len(left) > 0 {
 		t.Errorf("left: %v %v", left, err)
 	}

@@ -22,13 +22,12 @@ import (
 
 // engineReplace puts something else behind the engine's socket until restore is called.
 // It counts the connections, each of which serve has for itself.
-func engineReplace(t *testing.T, e *fakeEngine, serve func(net.Conn)) (connections *atomic.Int64, restore func()) {
+func engineReplace(t *testing.T, e *fakeEngine, serve func(net.Conn)) (connections *atomic.Int64,
+	restore func()) {
 	t.Helper()
 	e.close()
 	listener, err := net.Listen("unix", e.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	connections = &atomic.Int64{}
 	var open sync.Map
 	var served sync.WaitGroup
@@ -98,17 +97,19 @@ var engineRequests = []struct{ method, path, body string }{
 
 // eachKindOfRequest are requests that all need the engine.
 var eachKindOfRequest = []struct{ method, path, body string }{
-	{"GET", "/health", ""}, {"GET", "/service", ""}, {"GET", "/service/web", ""}, {"GET", "/service/web/stats", ""},
-	{"POST", "/service", createBodyJSON("new", "")}, {"POST", "/service/web/ctl", `{"op":"start"}`},
-	{"POST", "/service/web/ctl", `{"op":"kill"}`}, {"PUT", "/service/web", createBodyJSON("web", "")},
-	{"DELETE", "/service/web", ""}, {"POST", "/docker/image", wholeTar()},
+	{"GET", "/health", ""}, {"GET", "/service", ""}, {"GET", "/service/web", ""},
+	{"GET", "/service/web/stats", ""}, {"POST", "/service", createBodyJSON("new", "")},
+	{"POST", "/service/web/ctl", `{"op":"start"}`}, {"POST", "/service/web/ctl", `{"op":"kill"}`},
+	{"PUT", "/service/web", createBodyJSON("web", "")}, {"DELETE", "/service/web", ""},
+	{"POST", "/docker/image", wholeTar()},
 }
 
 // allAre sends all of them, and wants each to be refused with a status and a text.
 func (d *daemon) allAre(t *testing.T, status int, text string) {
 	t.Helper()
 	for _, r := range eachKindOfRequest {
-		if a := d.do(t, r.method, r.path, r.body).want(t, status, text); (a.header.Get("Retry-After") == "1") != (status == 503) {
+		if a := d.do(t, r.method, r.path, r.body).want(t, status,
+			text); (a.header.Get("Retry-After") == "1") != (status == 503) {
 			t.Errorf("%s %s: Retry-After is %q", r.method, r.path, a.header.Get("Retry-After"))
 		}
 	}
@@ -118,7 +119,8 @@ func (d *daemon) allAre(t *testing.T, status int, text string) {
 func TestEngineThatIsGoneAndComesBack(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	for _, speaks := range []dialect{dialects["29"], {oldest: "1.40", newest: "1.40", parts: []string{"Engine"}}, dialects["20.10"]} {
+	for _, speaks := range []dialect{dialects["29"], {oldest: "1.40", newest: "1.40", parts: []string{"Engine"}},
+		dialects["20.10"]} {
 		e.close()
 		d.allAre(t, 503, "the engine cannot be reached")
 		d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204) // it needs the record alone
@@ -169,9 +171,11 @@ func TestEngineThatDoesNotSayWhatItIs(t *testing.T) {
 		status int
 		text   string
 	}{
-		"is silent":       {"", 503, "does not answer in time"},
-		"says nothing":    {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 0\r\n\r\n", 502, "cannot be read"},
-		"has no parts":    {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 2\r\n\r\n{}", 502, "not a Docker Engine"},
+		"is silent": {"", 503, "does not answer in time"},
+		"says nothing": {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 0\r\n\r\n", 502,
+			"cannot be read"},
+		"has no parts": {"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 2\r\n\r\n{}", 502,
+			"not a Docker Engine"},
 		"is out of order": {"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", 502, "500"},
 	} {
 		e, d := startWithRunning(t, engineImpatient)
@@ -189,9 +193,7 @@ func TestClientThatLeavesCostsNoLookAtTheEngine(t *testing.T) {
 	e, d := startWithRunning(t, nil)
 	ctx, leave := context.WithCancel(t.Context())
 	answer, err := d.client.Do(d.request(t, "GET", "/service/web/logs?follow=true", nil).WithContext(ctx))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer answer.Body.Close()
 	leave()
 	waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "/logs\"") })
@@ -203,7 +205,8 @@ func TestClientThatLeavesCostsNoLookAtTheEngine(t *testing.T) {
 }
 
 // podman is version 4.3's API for clients of Docker.
-var podman = dialect{oldest: "1.24", newest: "1.41", parts: []string{"Podman Engine", "Conmon", "OCI Runtime (runc)"}}
+var podman = dialect{oldest: "1.24", newest: "1.41",
+	parts: []string{"Podman Engine", "Conmon", "OCI Runtime (runc)"}}
 
 func TestWhatIsNoDockerEngineIsAskedNothing(t *testing.T) {
 	t.Parallel()
@@ -231,13 +234,17 @@ func TestEngineThatDoesNotWork(t *testing.T) {
 		"sends part of a header":              engineHangUp("HTTP/1.1 200 O"),
 		"sends half a body and hangs up":      engineHangUp(header + "Content-Length: 1000\r\n\r\n{\"Id\":\"a"),
 		"sends half a body and waits":         engineSays(header + "Content-Length: 1000\r\n\r\n{\"Id\":\"a"),
-		"sends half a list and hangs up":      engineHangUp(header + "Transfer-Encoding: chunked\r\n\r\n6\r\n[{\"Id\"\r\n"),
-		"sends broken chunks":                 engineHangUp(header + "Transfer-Encoding: chunked\r\n\r\nzz\r\n{}"),
-		"answers with a page":                 engineSays("HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"),
-		"answers with another JSON type":      engineSays(header + "Content-Length: 8\r\n\r\n{\"Id\":5}"),
-		"answers with a string":               engineSays(header + "Content-Length: 3\r\n\r\n\"x\""),
-		"answers 500 with nothing":            engineSays("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"),
-		"redirects":                           engineSays("HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"),
+		"sends half a list and hangs up": engineHangUp(header +
+			"Transfer-Encoding: chunked\r\n\r\n6\r\n[{\"Id\"\r\n"),
+		"sends broken chunks": engineHangUp(header + "Transfer-Encoding: chunked\r\n\r\nzz\r\n{}"),
+		"answers with a page": engineSays("HTTP/1.1 200 OK\r\n" +
+			"Content-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"),
+		"answers with another JSON type": engineSays(header + "Content-Length: 8\r\n\r\n{\"Id\":5}"),
+		"answers with a string":          engineSays(header + "Content-Length: 3\r\n\r\n\"x\""),
+		"answers 500 with nothing": engineSays("HTTP/1.1 500 Internal Server Error\r\n" +
+			"Content-Length: 0\r\n\r\n"),
+		"redirects": engineSays("HTTP/1.1 302 Found\r\n" +
+			"Location: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -263,9 +270,7 @@ func TestEngineThatDoesNotWork(t *testing.T) {
 			d.do(t, "GET", "/service/web/stats", "").want(t, 200, `"/web"`)
 			d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 201)
 			d.do(t, "DELETE", "/service/new", "").want(t, 204)
-			if after := state(t, e, d); after != before {
-				t.Errorf("before:%s\nafter:%s", before, after)
-			}
+			wantState(t, e, d, before)
 		})
 	}
 }
@@ -336,9 +341,7 @@ func TestEngineThatRestartsUnderAnImport(t *testing.T) {
 	(<-answered).want(t, 503)
 	e.setIntercept(nil)
 	e.reopen()
-	if got := e.imageTags(); len(got) > 0 {
-		t.Errorf("images %q", got)
-	}
+	e.wantImages(t)
 	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
 }
 
@@ -409,7 +412,8 @@ func engineDies(t *testing.T, at int, done bool, method, path, body string, agai
 	if !slices.Equal(names, left) {
 		t.Errorf("the engine died at call %d, and then there are %q, want %q", at, names, left)
 	}
-	if method != "DELETE" && !strings.Contains(state(t, e, d), "dir:web") || method == "DELETE" && strings.Contains(state(t, e, d), "dir:") {
+	if method != "DELETE" && !strings.Contains(state(t, e, d), "dir:web") || method == "DELETE" &&
+		strings.Contains(state(t, e, d), "dir:") {
 		t.Errorf("the engine died at call %d, and then there is%s", at, state(t, e, d))
 	}
 	return true
@@ -426,17 +430,13 @@ func TestEngineOverTLS(t *testing.T) {
 	dir := t.TempDir()
 	certificate := listener.TLS.Certificates[0]
 	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for name, block := range map[string]*pem.Block{
 		"ca.pem":   {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
 		"cert.pem": {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
 		"key.pem":  {Type: "PRIVATE KEY", Bytes: key},
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600))
 	}
 	t.Setenv("DOCKER_CERT_PATH", dir)
 	t.Setenv("DOCKER_TLS_VERIFY", "1")

@@ -28,13 +28,13 @@ func TestImportSurvivesAPowerCut(t *testing.T) {
 	skipWithoutOwnEngine(t)
 	d := newDisk(t, "with a journal")
 	before := d.startEngine(t)
-	var entries []imageEntry
+	var entries []entry
 	for i := range 5 {
 		content := make([]byte, 3<<20)
 		rand.Read(content)
 		entries = append(entries, imageFile(fmt.Sprint("file", i), string(content)))
 	}
-	id := before.importImage(t, string(imageOf(t, entries...)))
+	id := before.importImage(t, string(archiveOf(entries...)))
 	copied := d.afterCut(t)
 	copied.dir = t.TempDir()
 	copied.mount(t)
@@ -42,8 +42,8 @@ func TestImportSurvivesAPowerCut(t *testing.T) {
 	after.do(t, "GET", "/docker/image", "").want(t, http.StatusOK, `"`+id+`"`)
 	got := after.filesOfImage(t, id)
 	for _, e := range entries {
-		if want := describePath(0o755, owner{7, 8}, e.content); got[e.Name] != want {
-			t.Errorf("after a power cut %s is %q, want %q", e.Name, got[e.Name], want)
+		if want := describePath(0o755, owner{7, 8}, e.body); got[e.name] != want {
+			t.Errorf("after a power cut %s is %q, want %q", e.name, got[e.name], want)
 		}
 	}
 }
@@ -85,9 +85,7 @@ func (d *disk) startEngine(t *testing.T) *machine {
 	// Pdeathsig is sent when this thread ends, which another goroutine that locks it could cause.
 	runtime.LockOSThread()
 	t.Cleanup(runtime.UnlockOSThread)
-	if err := process.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, process.Start())
 	t.Cleanup(func() {
 		process.Process.Kill()
 		process.Wait() // until all in the namespace are gone; returns that it was killed
@@ -96,9 +94,7 @@ func (d *disk) startEngine(t *testing.T) *machine {
 		}
 	})
 	engine, err := client.NewClientWithOpts(client.WithHost(host), client.WithAPIVersionNegotiation())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { engine.Close() })
 	waitFor(t, "the engine answers", func() bool {
 		_, err := engine.Ping(t.Context())
@@ -112,13 +108,9 @@ func (m *machine) filesOfImage(t *testing.T, id string) tree {
 	t.Helper()
 	config := &container.Config{Image: id, Cmd: []string{"never started"}}
 	created, err := m.engine.ContainerCreate(t.Context(), config, nil, nil, nil, "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	exported, err := m.engine.ContainerExport(t.Context(), created.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer exported.Close()
 	files := tree{}
 	for archive := tar.NewReader(exported); ; {

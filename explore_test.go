@@ -23,23 +23,24 @@ import (
 )
 
 var exploreSizes = flag.String("explore", "3 1 1 0, 3 1 0 1, 3 1 0 0 nature",
-	"sizes of the histories: requests, deaths, late calls and engine errors, and whether there are power cuts and prunes")
+	"sizes of the histories: requests, deaths, late calls and engine errors, and whether there are power cuts "+
+		"and prunes")
 
-// TestEveryHistoryKeepsItsPromises takes the real code through every history of a few requests to one service, of
-// which the first creates it. In a history the daemon dies, before or after a call to the engine, before the sync of
-// a change to the bind root, or with its call still on its way, which the engine carries out at any later moment.
-// The engine fails, with or without having done what it was asked for. With "nature" the power is cut, after which
-// the engine knows what it knew at any earlier request, and an administrator prunes the containers. What was
-// answered has to be true in the end, and nothing may be left half done. The first history of each sequence of
-// requests that breaks a promise is printed.
+// TestEveryHistoryKeepsItsPromises takes the real code through every history of a few requests to one
+// service, of which the first creates it. In a history the daemon dies, before or after a call to the engine,
+// before the sync of a change to the bind root, or with its call still on its way, which the engine carries
+// out at any later moment. The engine fails, with or without having done what it was asked for. With "nature"
+// the power is cut, after which the engine knows what it knew at any earlier request, and an administrator
+// prunes the containers. What was answered has to be true in the end, and nothing may be left half done. The
+// first history of each sequence of requests that breaks a promise is printed.
 //
-// A death ends the request's goroutine, which runs its deferred calls. A daemon that is killed does not run them, so
-// nothing that settling depends on may be deferred.
+// A death ends the request's goroutine, which runs its deferred calls. A daemon that is killed does not run
+// them, so nothing that settling depends on may be deferred.
 func TestEveryHistoryKeepsItsPromises(t *testing.T) {
 	t.Parallel()
 	sizes := *exploreSizes
-	if testing.Short() {
-		sizes = "2 1 1 1, 3 1 0 0, 3 1 0 0 nature"
+	if brief() {
+		sizes = "2 1 1 1, 3 1 0 0 nature"
 	}
 	for size := range strings.SplitSeq(sizes, ",") {
 		var requests, deaths, lates, errors int
@@ -153,33 +154,27 @@ func (w *exploration) start() {
 	}
 	var binds *bindRoot
 	var err error
-	// A program that another test starts has the dead daemon's descriptor, and its lock, until it has been executed.
+	// A program that another test starts has the dead daemon's descriptor, and its lock, until it has been
+	// executed.
 	waitFor(w.t, "the bind root is free", func() bool {
 		binds, err = openBinds(w.dir)
 		return err == nil || !strings.Contains(err.Error(), "in use by another daemon")
 	})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if err := binds.adopt(); err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
+	must(w.t, binds.adopt())
 	binds.beforeSync = w.mayDie
 	sdk, err := client.NewClientWithOpts(client.WithHost("tcp://engine:1"))
 	if err == nil {
 		err = client.WithHTTPClient(&http.Client{Transport: w})(sdk)
 	}
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
 	sdk.NegotiateAPIVersionPing(types.Ping{APIVersion: w.engine.dialect.newest})
 	e := &engine{}
 	e.sdk.Store(sdk)
 	cfg, err := parseConfig(nil, nil, io.Discard)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	server := newServer(context.Background(), context.Background(), cfg, keyDigest{}, e, binds, slog.New(slog.DiscardHandler))
+	must(w.t, err)
+	server := newServer(context.Background(), context.Background(), cfg, keyDigest{}, e, binds,
+		slog.New(slog.DiscardHandler))
 	w.daemon = server.services
 	w.daemon.fetcher.client.Transport = exploreContents{w}
 }
@@ -200,7 +195,8 @@ var exploreArchive = tgz(file("first", "1"), file("second", "2"))
 
 func (c exploreContents) RoundTrip(*http.Request) (*http.Response, error) {
 	w := c.w
-	body := io.MultiReader(bytes.NewReader(exploreArchive[:len(exploreArchive)/2]), c, bytes.NewReader(exploreArchive[len(exploreArchive)/2:]))
+	body := io.MultiReader(bytes.NewReader(exploreArchive[:len(exploreArchive)/2]), c,
+		bytes.NewReader(exploreArchive[len(exploreArchive)/2:]))
 	w.note("   unpacks")
 	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(body)}, nil
 }
@@ -397,7 +393,8 @@ func (w *exploration) request(op, env string, may map[serviceState]bool) map[ser
 	kind, _ := describe(err)
 	w.note("   answered %d %v", kind.status, err)
 	refused := exploreRefused(may, op, env)
-	if (kind == kindNoSuchService || kind == kindDirectoryInUse || kind == kindIDTaken && quiet) && len(refused) > 0 {
+	if (kind == kindNoSuchService || kind == kindDirectoryInUse || kind == kindIDTaken && quiet) &&
+		len(refused) > 0 {
 		return refused
 	}
 	w.promise(!quiet || kind == kindEngineFailed, "%s is answered with %d %v", op, kind.status, err)
@@ -424,9 +421,7 @@ func (w *exploration) send(op, env string) error {
 // use has a service that exists write to its directory, as it would, and look at what it wrote before.
 func (w *exploration) use() {
 	exists, err := w.daemon.binds.exists("web")
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
 	if !exists {
 		w.used, w.volume = "", ""
 		return
@@ -512,13 +507,12 @@ func exploreRepaired(may map[serviceState]bool) {
 func (w *exploration) judge(may map[serviceState]bool) {
 	w.use()
 	record, err := w.daemon.binds.record("web")
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	must(w.t, err)
 	names, files := w.engine.names(), bindDirs(w.t, w.dir)
 	if record == nil {
 		w.promise(may[serviceState{}], "there is no service, may be %v", slices.Collect(maps.Keys(may)))
-		w.promise(len(names)+len(w.engine.volumes)+len(files) == 0, "left: %q, volumes %v, files %q", names, w.engine.volumes, files)
+		w.promise(len(names)+len(w.engine.volumes)+len(files) == 0, "left: %q, volumes %v, files %q", names,
+			w.engine.volumes, files)
 		return
 	}
 	is := serviceState{current: record.Params.Env[0]}
@@ -531,7 +525,8 @@ func (w *exploration) judge(may map[serviceState]bool) {
 		return
 	}
 	c := w.engine.byName("web")
-	w.promise(slices.Equal(c.Config.Env, []string{is.current}) && c.imageID == w.image, "the container has %q", c.Config.Env)
+	w.promise(slices.Equal(c.Config.Env, []string{is.current}) && c.imageID == w.image, "the container has %q",
+		c.Config.Env)
 	w.promise(len(w.engine.volumes) == 1 && w.engine.volumes[c.volume], "the volumes are %v", w.engine.volumes)
 	first, _ := os.ReadFile(filepath.Join(w.dir, "web", "first"))
 	second, _ := os.ReadFile(filepath.Join(w.dir, "web", "second"))

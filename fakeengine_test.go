@@ -49,9 +49,10 @@ var dialects = map[string]dialect{
 		oldest: "1.12", newest: "1.41", parts: []string{"Engine", "containerd", "runc", "docker-init"},
 
 		notRunning: "Container %s is not running",
-		isRunning:  "You cannot remove a running container %s. Stop the container before attempting removal or force remove",
-		noCommand:  "No command specified",
-		noStream:   "Bad parameters: you must choose at least one stream",
+		isRunning: "You cannot remove a running container %s. Stop the container before attempting removal or " +
+			"force remove",
+		noCommand: "No command specified",
+		noStream:  "Bad parameters: you must choose at least one stream",
 		portTaken: "driver failed programming external connectivity on endpoint %s (%s): " +
 			"Error starting userland proxy: listen tcp4 %s: bind: address already in use",
 		cannotUnpack: "Error processing tar file(exit status 1): link /%[2]s /%[3]s: no such file or directory",
@@ -60,19 +61,25 @@ var dialects = map[string]dialect{
 	},
 	// With the containerd store, and the minimum of its API that 29.0 to 29.2 have; it is 1.40 since.
 	"29": {
-		oldest: "1.44", newest: "1.55", parts: []string{"Engine", "containerd", "runc", "docker-init"}, containerd: true,
+		oldest: "1.44", newest: "1.55", parts: []string{"Engine", "containerd", "runc", "docker-init"},
+		containerd: true,
 
 		notRunning: "container %s is not running",
-		isRunning:  "cannot remove container %q: container is running: stop the container before removing or force remove",
-		noCommand:  "no command specified",
-		noStream:   "must specify at least one of 'stdout' or 'stderr'",
-		portTaken: "failed to set up container networking: driver failed programming external connectivity on endpoint %s (%s): " +
+		isRunning: "cannot remove container %q: container is running: stop the container before removing or " +
+			"force remove",
+		noCommand: "no command specified",
+		noStream:  "must specify at least one of 'stdout' or 'stderr'",
+		portTaken: "failed to set up container networking: driver failed programming external connectivity on " +
+			"endpoint %s (%s): " +
 			"failed to bind host port %s/tcp: address already in use",
-		cannotUnpack: `failed to unpack image: apply layer error for "docker.io/%[1]s": failed to extract layer sha256:9da81898463af22193ba926f70125b977c8acadede3b47dfc007dbca08ee742b: ` +
+		cannotUnpack: `failed to unpack image: apply layer error for "docker.io/%[1]s": failed to extract layer ` +
+			`sha256:9da81898463af22193ba926f70125b977c8acadede3b47dfc007dbca08ee742b: ` +
 			"mount callback failed on /var/lib/docker/containerd/daemon/tmpmounts/containerd-mount2968991025: link " +
-			"/var/lib/docker/containerd/daemon/tmpmounts/containerd-mount2968991025/%[2]s /var/lib/docker/containerd/daemon/tmpmounts/containerd-mount2968991025/%[3]s: no such file or directory",
+			"/var/lib/docker/containerd/daemon/tmpmounts/containerd-mount2968991025/%[2]s " +
+			"/var/lib/docker/containerd/daemon/tmpmounts/containerd-mount2968991025/%[3]s: no such file or directory",
 		noSuchRemote: "failed to resolve reference %[1]q: %[1]s: not found",
-		noSuchLayer: "failed to copy: httpReadSeeker: failed open: could not fetch content descriptor sha256:73a73feb93a23988048d93f81712f96be3ff22e4fdec9a9a254db006516428c9 " +
+		noSuchLayer: "failed to copy: httpReadSeeker: failed open: could not fetch content descriptor " +
+			"sha256:73a73feb93a23988048d93f81712f96be3ff22e4fdec9a9a254db006516428c9 " +
 			"(application/vnd.docker.image.rootfs.diff.tar.gzip) from remote: not found",
 	},
 }
@@ -87,6 +94,7 @@ type fakeEngine struct {
 	server     *http.Server
 	dialect    dialect
 	recorded   []string
+	answering  map[string]int // how many calls are being answered, by their path's end
 	intercept  func(http.ResponseWriter, *http.Request) bool
 	containers []*fakeContainer // in order of creation
 	images     []*fakeImage
@@ -139,9 +147,7 @@ type fakeImage struct {
 func newFakeEngine(t testing.TB) *fakeEngine {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "engine") // t.TempDir's name can be too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	e := bareFakeEngine(t)
 	e.dataRoot = t.TempDir()
 	e.socket = filepath.Join(dir, "s")
@@ -152,7 +158,8 @@ func newFakeEngine(t testing.TB) *fakeEngine {
 
 // bareFakeEngine returns one that listens nowhere.
 func bareFakeEngine(t testing.TB) *fakeEngine {
-	return &fakeEngine{t: t, dialect: dialects[*dialectName], changed: make(chan struct{}), volumes: map[string]bool{}, remote: map[string]bool{}}
+	return &fakeEngine{t: t, dialect: dialects[*dialectName], changed: make(chan struct{}),
+		answering: map[string]int{}, volumes: map[string]bool{}, remote: map[string]bool{}}
 }
 
 func (e *fakeEngine) host() string { return "unix://" + e.socket }
@@ -189,6 +196,16 @@ func (e *fakeEngine) calls() []string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return slices.Clone(e.recorded)
+}
+
+// wantAnswered waits until no call whose path ends so is being answered: the daemon holds no stream open.
+func (e *fakeEngine) wantAnswered(t testing.TB, end string) {
+	t.Helper()
+	waitFor(t, "the end of the engine's answers to "+end, func() bool {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return e.answering[end] == 0
+	})
 }
 
 // setIntercept has f called before each such call. It returns true where it has answered itself.
@@ -261,7 +278,8 @@ func (e *fakeEngine) takePort(port string) {
 func (e *fakeEngine) addForeign(name string, labels map[string]string, mounts ...string) (id string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	c := &fakeContainer{ID: randomHex(), Name: name, Labels: labels, Running: true, started: true, imageID: "sha256:" + randomHex()}
+	c := &fakeContainer{ID: randomHex(), Name: name, Labels: labels, Running: true, started: true,
+		imageID: "sha256:" + randomHex()}
 	c.Config.Labels = labels
 	for _, dir := range mounts {
 		c.mounts = append(c.mounts, container.MountPoint{Type: mount.TypeBind, Source: dir, Destination: "/data"})
@@ -344,6 +362,22 @@ func (e *fakeEngine) names() []string {
 	return names
 }
 
+// wantNames fails the test unless these are all containers.
+func (e *fakeEngine) wantNames(t testing.TB, want ...string) {
+	t.Helper()
+	if got := e.names(); !slices.Equal(got, want) {
+		t.Errorf("there are the containers %q, want %q", got, want)
+	}
+}
+
+// wantImages fails the test unless these are all images.
+func (e *fakeEngine) wantImages(t testing.TB, want ...string) {
+	t.Helper()
+	if got := e.imageTags(); !slices.Equal(got, want) {
+		t.Errorf("there are the images %q, want %q", got, want)
+	}
+}
+
 // imageTags returns the tags of all images, sorted; for an image without one, its id.
 func (e *fakeEngine) imageTags() []string {
 	e.mu.Lock()
@@ -385,7 +419,8 @@ func (e *fakeEngine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for _, name := range speaks.parts {
 			parts = append(parts, map[string]string{"Name": name, "Version": "1"})
 		}
-		replyJSON(w, 200, map[string]any{"ApiVersion": speaks.newest, "MinAPIVersion": speaks.oldest, "Components": parts})
+		replyJSON(w, 200, map[string]any{"ApiVersion": speaks.newest, "MinAPIVersion": speaks.oldest,
+			"Components": parts})
 		return
 	}
 	if r.URL.Query().Get("fromSrc") == "" {
@@ -403,7 +438,14 @@ func (e *fakeEngine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	e.recorded = append(e.recorded, call)
 	intercept := e.intercept
+	end := path[strings.LastIndex(path, "/"):]
+	e.answering[end]++
 	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.answering[end]--
+	}()
 	if intercept != nil && intercept(w, r) {
 		return
 	}
@@ -423,7 +465,8 @@ func (e *fakeEngine) answer(w http.ResponseWriter, r *http.Request, path string)
 		e.listImages(w, r)
 		return
 	case "GET /info":
-		info := system.Info{DockerRootDir: e.dataRoot, ServerVersion: "1", Architecture: "x86_64", NCPU: 8, MemTotal: 33645404160}
+		info := system.Info{DockerRootDir: e.dataRoot, ServerVersion: "1", Architecture: "x86_64", NCPU: 8,
+			MemTotal: 33645404160}
 		if e.dialect.containerd {
 			info.DriverStatus = [][2]string{{"driver-type", "io.containerd.snapshotter.v1"}}
 		}
@@ -615,7 +658,8 @@ func (e *fakeEngine) create(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	c := &fakeContainer{ID: randomHex(), Name: name, Labels: body.Labels, Config: *body.Config, HostConfig: *body.HostConfig, imageID: img.id}
+	c := &fakeContainer{ID: randomHex(), Name: name, Labels: body.Labels, Config: *body.Config,
+		HostConfig: *body.HostConfig, imageID: img.id}
 	c.volume = c.ID
 	for _, other := range body.HostConfig.VolumesFrom {
 		from := e.find(w, other)
@@ -644,8 +688,10 @@ func (e *fakeEngine) onContainer(w http.ResponseWriter, r *http.Request, ref, ac
 	switch action {
 	case "/json":
 		replyShuffled(w, container.InspectResponse{
-			ContainerJSONBase: &container.ContainerJSONBase{ID: c.ID, Name: "/" + c.Name, Image: c.imageID, HostConfig: &c.HostConfig,
-				State: &container.State{Status: c.state(), Running: c.Running, StartedAt: cmp.Or(c.startedAt, zeroTime)}},
+			ContainerJSONBase: &container.ContainerJSONBase{ID: c.ID, Name: "/" + c.Name, Image: c.imageID,
+				HostConfig: &c.HostConfig,
+				State: &container.State{Status: c.state(), Running: c.Running,
+					StartedAt: cmp.Or(c.startedAt, zeroTime)}},
 			Config: &c.Config,
 			Mounts: c.mounts,
 		})
@@ -792,7 +838,8 @@ func (e *fakeEngine) logs(w http.ResponseWriter, r *http.Request, ref string) {
 	}
 	w.WriteHeader(200)
 	w.(http.Flusher).Flush()
-	wanted := map[stdcopy.StdType]bool{stdcopy.Stdout: query.Get("stdout") == "1", stdcopy.Stderr: query.Get("stderr") == "1"}
+	wanted := map[stdcopy.StdType]bool{stdcopy.Stdout: query.Get("stdout") == "1",
+		stdcopy.Stderr: query.Get("stderr") == "1"}
 	startedAt, sent := c.startedAt, 0
 	for {
 		output, changed, ended := c.output[sent:], e.changed, query.Get("follow") != "1" || !e.inRun(c, startedAt)
@@ -843,18 +890,37 @@ func (e *fakeEngine) input(name string) string {
 	return text.String()
 }
 
+// wantAttached waits until a call has been attached to a service's run. Until then it could be to the next
+// run.
+func (e *fakeEngine) wantAttached(t testing.TB) {
+	t.Helper()
+	waitFor(t, "an attach", func() bool {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return e.attaches > 0
+	})
+}
+
+// takeInput returns what a service has read, and forgets it.
+func (e *fakeEngine) takeInput(name string) string {
+	text := e.input(name)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.byName(name).stdin = nil
+	return text
+}
+
 // attach passes a connection's bytes on to a container's stdin, in small pieces between
 // those of other connections, until their end or that of the container's run.
 func (e *fakeEngine) attach(w http.ResponseWriter, r *http.Request, ref string) {
 	query := r.URL.Query()
-	if query.Get("stream") != "1" || query.Get("stdin") != "1" || query.Has("stdout") || query.Has("stderr") || query.Has("logs") ||
+	if query.Get("stream") != "1" || query.Get("stdin") != "1" || query.Has("stdout") || query.Has("stderr") ||
+		query.Has("logs") ||
 		r.Header.Get("Connection") != "Upgrade" || r.Header.Get("Upgrade") != "tcp" {
 		e.t.Errorf("the engine was asked to attach with %v, %v", query, r.Header)
 	}
 	e.mu.Lock()
 	c := e.find(w, ref)
-	e.attaches++
-	number := e.attaches
 	e.mu.Unlock()
 	if c == nil {
 		return
@@ -865,10 +931,12 @@ func (e *fakeEngine) attach(w http.ResponseWriter, r *http.Request, ref string) 
 		return
 	}
 	defer conn.Close()
-	io.WriteString(conn, "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+	io.WriteString(conn, "HTTP/1.1 101 UPGRADED\r\n"+
+		"Content-Type: application/vnd.docker.raw-stream\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	startedAt, over := c.startedAt, make(chan struct{})
+	e.attaches++
+	number, startedAt, over := e.attaches, c.startedAt, make(chan struct{})
 	defer close(over)
 	go func() { // ends with the run or the connection
 		e.mu.Lock()
@@ -1012,7 +1080,8 @@ func (e *fakeEngine) importImage(w http.ResponseWriter, r *http.Request) {
 // listImages answers with the images of one repository.
 func (e *fakeEngine) listImages(w http.ResponseWriter, r *http.Request) {
 	var filter struct{ Reference map[string]bool }
-	if err := json.Unmarshal([]byte(r.URL.Query().Get("filters")), &filter); err != nil || len(filter.Reference) != 1 {
+	if err := json.Unmarshal([]byte(r.URL.Query().Get("filters")), &filter); err != nil ||
+		len(filter.Reference) != 1 {
 		e.t.Errorf("the engine was asked for images with %s: %v", r.URL.RawQuery, err)
 	}
 	e.mu.Lock()
@@ -1050,7 +1119,8 @@ func (e *fakeEngine) pull(w http.ResponseWriter, r *http.Request) {
 }
 
 // imageReference is the engine's grammar of images' names, and of ids.
-var imageReference = regexp.MustCompile(`^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
+var imageReference = regexp.MustCompile(`^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*` +
+	`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
 
 func (e *fakeEngine) onImage(w http.ResponseWriter, r *http.Request, name, action string) {
 	e.mu.Lock()
@@ -1066,7 +1136,9 @@ func (e *fakeEngine) onImage(w http.ResponseWriter, r *http.Request, name, actio
 	}
 	switch {
 	case r.Method == http.MethodDelete:
-		img.tags = slices.DeleteFunc(img.tags, func(tag string) bool { return tag == tagged(name) || name == img.id })
+		img.tags = slices.DeleteFunc(img.tags, func(tag string) bool {
+			return tag == tagged(name) || name == img.id
+		})
 		if len(img.tags) == 0 {
 			e.images = slices.DeleteFunc(e.images, func(other *fakeImage) bool { return other == img })
 		}
@@ -1075,7 +1147,8 @@ func (e *fakeEngine) onImage(w http.ResponseWriter, r *http.Request, name, actio
 		img.tags = append(img.tags, tagged(r.URL.Query().Get("repo")+":"+r.URL.Query().Get("tag")))
 		w.WriteHeader(http.StatusCreated)
 	default:
-		replyJSON(w, 200, map[string]any{"Id": img.id, "RepoTags": img.tags, "Config": map[string]any{"Cmd": img.cmd, "User": img.user}})
+		replyJSON(w, 200, map[string]any{"Id": img.id, "RepoTags": img.tags,
+			"Config": map[string]any{"Cmd": img.cmd, "User": img.user}})
 	}
 }
 

@@ -1,7 +1,28 @@
+// Which of the test worlds to take for what, the smallest first:
+//
+//   - A function alone, for what computes.
+//   - bareServer, or bareService with the service web: the operations of a daemon with a fake engine, without
+//     HTTP and without rounds of settling.
+//   - start, or startWithService and startWithRunning with the service web, or consoleStart with fields of
+//     its own: a whole daemon behind HTTP, with a fake engine. Most tests take this one. d.do sends a
+//     request, and want says what the answer has to be. e.setIntercept answers an engine call in another way,
+//     crowdHold holds one, and e.calls tells what the daemon has asked for. An unexpected call fails the
+//     test. sendRaw and wireDial are for requests that no HTTP client sends; wireProcess starts the program
+//     as it is shipped.
+//   - newExploration (explore_test.go): all histories of a few requests, for the order of an operation's
+//     steps.
+//   - newDisk (powerloss_test.go, with the build tag integration, as all below): a file system whose power is
+//     cut, for what must be on the disk.
+//   - newMachine (machine_test.go): a daemon on a real engine.
+//   - newDeathWorld (deathworld_test.go): a daemon as a process that is killed, on a real engine.
+//
+// Where a daemon ends that start or newMachine has started, it must leave no goroutine and no open file: see
+// wantNothingOpen. The archives of all tests are made by archiveOf, and by tgz for bind_contents. A test that
+// asks for less with -short, or with the race detector, uses brief.
+
 package main
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
 	"compress/gzip"
@@ -13,6 +34,8 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -27,14 +50,50 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
+
+// TestMain lets more tests run at a time than there are processors: most wait for most of their time.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	chosen := false
+	flag.Visit(func(f *flag.Flag) { chosen = chosen || f.Name == "test.parallel" })
+	if !chosen {
+		flag.Set("test.parallel", "6")
+	}
+	debug.SetGCPercent(400) // the collector would take a sixth of the time
+	os.Exit(m.Run())
+}
+
+// raceDetector reports whether the tests were built with -race, with which all takes ten times as long.
+func raceDetector() bool {
+	build, _ := debug.ReadBuildInfo()
+	return slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// brief reports whether an exhaustive test should be a short one.
+func brief() bool { return testing.Short() || raceDetector() }
+
+// haste returns a timeout of which a test waits for the end. What does not hang takes less, if others use all
+// processors, too.
+func haste() time.Duration {
+	if raceDetector() {
+		return 5 * time.Second
+	}
+	return 2 * time.Second
+}
+
+// patience is how long a test waits for what has to happen, on a machine of which others use all processors.
+const patience = time.Minute
 
 // tempInMemory returns a directory in memory, where there is one: on a disk, the daemon's syncs
 // take most of the time of a test with thousands of steps.
@@ -45,9 +104,7 @@ func tempInMemory(t testing.TB) string {
 		memory = ""
 	}
 	dir, err := os.MkdirTemp(memory, "duxcore-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
 }
@@ -84,21 +141,25 @@ func (b *syncBuffer) String() string {
 func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon {
 	t.Helper()
 	cfg, err := parseConfig(nil, nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dir := t.TempDir()
-	cfg.addr, cfg.coreKeyPath, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"), filepath.Join(dir, "binds")
+	if dockerHost != "" { // the engine is a fake one, which needs no disk, and no rounds that tests would see
+		dir, cfg.timeouts.settleInterval = tempInMemory(t), time.Hour
+	}
+	cfg.addr, cfg.coreKeyPath, cfg.binds = "127.0.0.1:0", filepath.Join(dir, "corekey.bin"),
+		filepath.Join(dir, "binds")
 	cfg.dockerHost = dockerHost
 	if change != nil {
 		change(&cfg)
 	}
-	d := &daemon{log: &syncBuffer{}, client: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}}
+	d := &daemon{log: &syncBuffer{}, client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
 	ctx, cancel := context.WithCancel(context.Background())
 	listening, ended := make(chan net.Addr, 1), make(chan error, 1)
-	go func() {
-		ended <- run(ctx, cfg, slog.New(slog.NewTextHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug})), func(a net.Addr) { listening <- a })
-	}()
+	log := slog.New(slog.NewTextHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	label := strconv.FormatInt(daemons.Add(1), 10)
+	go pprof.Do(ctx, pprof.Labels("daemon", label), func(context.Context) {
+		ended <- run(ctx, cfg, log, func(a net.Addr) { listening <- a })
+	})
 	d.stop = sync.OnceValue(func() error {
 		d.client.CloseIdleConnections()
 		cancel()
@@ -115,14 +176,66 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 		if err := d.stop(); err != nil {
 			t.Errorf("the daemon ended with: %v", err)
 		}
+		wantNothingOpen(t, label, dir)
 	})
 	key, err := os.ReadFile(cfg.coreKeyPath)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d.key = base64.StdEncoding.EncodeToString(key)
 	d.binds = cfg.binds
 	return d
+}
+
+// daemons counts the daemons of the tests. A daemon's goroutines inherit a label with its number.
+var daemons atomic.Int64
+
+// daemonsLeave is true when a daemon has left something. Nobody waits for what the others leave then.
+var daemonsLeave atomic.Bool
+
+// wantNothingOpen fails the test unless all goroutines of a daemon end that has ended, and all files that it
+// had open in its directory are closed.
+func wantNothingOpen(t testing.TB, label, dir string) {
+	t.Helper()
+	var open []string
+	poll(func() bool {
+		open = append(goroutines(label), openFiles(dir)...)
+		return len(open) == 0 || daemonsLeave.Load()
+	})
+	if len(open) > 0 && !daemonsLeave.Swap(true) {
+		t.Errorf("the daemon has ended, and has left:\n%s", strings.Join(open, "\n"))
+	}
+}
+
+// goroutines returns the stacks of the goroutines of the daemon with this label.
+func goroutines(label string) (stacks []string) {
+	var profile bytes.Buffer
+	pprof.Lookup("goroutine").WriteTo(&profile, 1)
+	for stack := range strings.SplitSeq(profile.String(), "\n\n") {
+		if strings.Contains(stack, fmt.Sprintf("\n# labels: {%q:%q}\n", "daemon", label)) {
+			stacks = append(stacks, stack)
+		}
+	}
+	return stacks
+}
+
+// openFiles returns the paths below dir that the process has open.
+func openFiles(dir string) (paths []string) {
+	for _, path := range descriptors() {
+		if strings.HasPrefix(path, dir+"/") {
+			paths = append(paths, path)
+		}
+	}
+	return paths
+}
+
+// descriptors returns what the process's descriptors refer to, a path where it is a file.
+func descriptors() (targets []string) {
+	open, _ := os.ReadDir("/proc/self/fd")
+	for _, fd := range open {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil { // unless it was closed meanwhile
+			targets = append(targets, to)
+		}
+	}
+	return targets
 }
 
 // bindDirs returns what is in a bind root: bind directories by the services' ids, marks, and records whose
@@ -131,9 +244,7 @@ func bindDirs(t testing.TB, binds string) (names []string) {
 	t.Helper()
 	for _, dir := range []string{".", markDir, recordDir} {
 		entries, err := os.ReadDir(filepath.Join(binds, dir))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, entry := range entries {
 			if name := entry.Name(); name[0] != '.' && (dir != recordDir || !slices.Contains(names, name)) {
 				names = append(names, filepath.Join(dir, name))
@@ -154,9 +265,7 @@ type answer struct {
 func (d *daemon) request(t testing.TB, method, path string, body io.Reader) *http.Request {
 	t.Helper()
 	r, err := http.NewRequest(method, d.url+path, body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r.Header.Set("X-Duxcore-CoreKey", d.key)
 	return r
 }
@@ -164,14 +273,10 @@ func (d *daemon) request(t testing.TB, method, path string, body io.Reader) *htt
 func (d *daemon) send(t testing.TB, r *http.Request) answer {
 	t.Helper()
 	response, err := d.client.Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer response.Body.Close()
 	body, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return answer{response.StatusCode, response.Header, string(body)}
 }
 
@@ -187,7 +292,8 @@ var kindsOfErrors = sync.OnceValue(func() map[string]int {
 		panic(err)
 	}
 	kinds := map[string]int{}
-	for _, found := range regexp.MustCompile(`kind\{([0-9]{3}), "([a-z_]+)"\}`).FindAllStringSubmatch(string(source), -1) {
+	constructed := regexp.MustCompile(`kind\{([0-9]{3}), "([a-z_]+)"\}`)
+	for _, found := range constructed.FindAllStringSubmatch(string(source), -1) {
 		kinds[found[2]], _ = strconv.Atoi(found[1])
 	}
 	return kinds
@@ -217,7 +323,8 @@ func (a answer) want(t testing.TB, status int, substrings ...string) answer {
 	decoder := json.NewDecoder(strings.NewReader(a.body))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(&shape)
-	if e := shape.Error; err != nil || e.Code != status || kindsOfErrors()[e.Kind] != status || e.Reason != http.StatusText(status) || e.Description == "" {
+	if e := shape.Error; err != nil || e.Code != status || kindsOfErrors()[e.Kind] != status ||
+		e.Reason != http.StatusText(status) || e.Description == "" {
 		t.Errorf("body %s is not an error of the one shape: %v", a.body, err)
 	}
 	if got := a.header.Get("Content-Type"); got != "application/json" {
@@ -243,14 +350,47 @@ func createBodyJSON(id, extra string) string {
 // waitFor returns when the condition holds.
 func waitFor(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.After(10 * time.Second)
-	for every := time.Tick(2 * time.Millisecond); !condition(); {
-		select {
-		case <-every:
-		case <-deadline:
-			t.Fatalf("waited for 10 s: %s", what)
-		}
+	if !poll(condition) {
+		t.Fatalf("waited for %v: %s", patience, what)
 	}
+}
+
+// must fails the test if what it needs cannot be had.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mountTmpfs mounts a small file system, which takes root, until the test ends.
+func mountTmpfs(t testing.TB, dir, options string) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(dir, 0o700),
+		syscall.Mount("tmpfs", dir, "tmpfs", 0, options)); err != nil {
+		t.Fatalf("this test mounts a small file system, which takes root and CAP_SYS_ADMIN: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// poll reports whether the condition came to hold.
+func poll(condition func() bool) bool { return pollFor(patience, condition) }
+
+// pollFor reports whether the condition came to hold within limit. It looks less and less often, or the looks
+// of many tests would take all the processor time from what they wait for.
+func pollFor(limit time.Duration, condition func() bool) bool {
+	deadline := time.Now().Add(limit)
+	for wait := time.Millisecond; !condition(); wait = min(2*wait, 50*time.Millisecond) {
+		if time.Now().After(deadline) {
+			return false
+		}
+		time.Sleep(wait)
+	}
+	return true
 }
 
 // bareServer returns a daemon's server on a root of its own, without the network and without
@@ -258,27 +398,17 @@ func waitFor(t testing.TB, what string, condition func() bool) {
 func bareServer(t *testing.T, e *fakeEngine, change func(*config)) *server {
 	t.Helper()
 	cfg, err := parseConfig(nil, nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if change != nil {
 		change(&cfg)
 	}
 	binds, err := openBinds(tempInMemory(t))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(binds.close)
-	if err := binds.adopt(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, binds.adopt())
 	engine, err := newEngine(e.host())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := engine.negotiate(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, engine.negotiate(t.Context()))
 	t.Cleanup(func() { engine.api().Close() })
 	life, end := context.WithCancel(context.Background())
 	t.Cleanup(end)
@@ -291,9 +421,7 @@ func bareService(t *testing.T) (*fakeEngine, *server) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	s := bareServer(t, e, nil)
-	if err := s.services.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.services.create(t.Context(), serviceParams{ID: "web", Image: "img:1", BindDir: "/data"}, ""))
 	return e, s
 }
 
@@ -310,11 +438,9 @@ func countCalls(calls []string, text string) (count int) {
 func wireDial(t testing.TB, d *daemon) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(time.Minute))
+	conn.SetDeadline(time.Now().Add(patience))
 	return conn
 }
 
@@ -337,9 +463,7 @@ func wireStatuses(t testing.TB, conn net.Conn) (statuses []int) {
 func wireStatus(t testing.TB, conn net.Conn) int {
 	t.Helper()
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	response.Body.Close()
 	return response.StatusCode
 }
@@ -349,16 +473,14 @@ func wireStatus(t testing.TB, conn net.Conn) int {
 func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int) {
 	t.Helper()
 	program, err := shipped()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dir := t.TempDir()
-	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"), client: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}}
-	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()), append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
+	d := &daemon{log: &syncBuffer{}, binds: filepath.Join(dir, "binds"),
+		client: &http.Client{Transport: &http.Transport{}, Timeout: 2 * patience}}
+	process := exec.Command(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd()),
+		append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
 	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+engineHost), d.log
-	if err := process.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, process.Start())
 	t.Cleanup(func() {
 		process.Process.Signal(syscall.SIGTERM)
 		if err := process.Wait(); err != nil {
@@ -369,9 +491,7 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 	waitFor(t, "the daemon listens", func() bool { return address.MatchString(d.log.String()) })
 	d.url = "http://" + address.FindStringSubmatch(d.log.String())[1]
 	key, err := os.ReadFile(filepath.Join(dir, "corekey.bin"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d.key = base64.StdEncoding.EncodeToString(key)
 	return d, process.Process.Pid
 }
@@ -380,9 +500,7 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 func wireMemory(t testing.TB, pid int) (now, peak int) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for field, value := range map[string]*int{"VmRSS": &now, "VmHWM": &peak} {
 		found := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
 		if *value, err = strconv.Atoi(string(found[1])); err != nil {
@@ -471,7 +589,15 @@ func gzipped(parts ...[]byte) []byte {
 	return b.Bytes()
 }
 
-func tgz(entries ...entry) []byte { return gzipped(tarOf(entries...), tarEnd) }
+func tgz(entries ...entry) []byte { return gzipped(archiveOf(entries...)) }
+
+// archiveOf returns a whole tar archive.
+func archiveOf(entries ...entry) []byte { return append(tarOf(entries...), tarEnd...) }
+
+// imageFile is a program of a root file system.
+func imageFile(name, content string) entry {
+	return entry{name: name, mode: 0o755, uid: 7, gid: 8, body: content}
+}
 
 func tarOf(entries ...entry) (all []byte) {
 	for _, e := range entries {
@@ -512,7 +638,8 @@ func readTree(t testing.TB, dir, skip string) map[string]node {
 		}
 		stat := info.Sys().(*syscall.Stat_t)
 		name, _ := filepath.Rel(dir, path)
-		n := node{mode: info.Mode(), uid: stat.Uid, gid: stat.Gid, mtime: info.ModTime().UnixNano(), inode: stat.Ino}
+		n := node{mode: info.Mode(), uid: stat.Uid, gid: stat.Gid, mtime: info.ModTime().UnixNano(),
+			inode: stat.Ino}
 		switch {
 		case d.Type() == fs.ModeSymlink:
 			n.content, err = os.Readlink(path)
@@ -531,9 +658,7 @@ func readTree(t testing.TB, dir, skip string) map[string]node {
 		nodes[name] = n
 		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return nodes
 }
 
@@ -581,15 +706,14 @@ var plusSlashKey = []byte("\xfb\xff\xbf\xfe secret of the core \x00\x01\x02\x03\
 func startError(t *testing.T, change func(*config)) (log string, err error) {
 	t.Helper()
 	dir := t.TempDir()
-	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir + "/binds"},
+	cfg, err := parseConfig([]string{"-addr", "127.0.0.1:0", "-corekey", dir + "/corekey.bin", "-binds", dir +
+		"/binds"},
 		nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	cfg.dockerHost = "unix://" + dir + "/no-engine"
 	change(&cfg)
 	// A daemon that serves all the same is stopped, and returns nil.
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	buffer := &syncBuffer{}
 	err = run(ctx, cfg, slog.New(slog.NewTextHandler(buffer, nil)), func(net.Addr) { cancel() })
@@ -599,26 +723,36 @@ func startError(t *testing.T, change func(*config)) (log string, err error) {
 func openTree(t *testing.T, dir string) *os.Root {
 	t.Helper()
 	tree, err := os.OpenRoot(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return tree
 }
 
 // engineImpatient makes every deadline short.
 func engineImpatient(c *config) {
-	c.createTimeout, c.stopTimeout = time.Second, time.Second
-	c.timeouts.engineRead, c.timeouts.statsFrame = time.Second, 300*time.Millisecond
+	c.createTimeout, c.stopTimeout, c.timeouts.engineRead = haste(), haste(), haste()
+	c.timeouts.statsFrame = haste() / 4
 }
 
-func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {
+// start starts a daemon on a fake engine that has the image img:1.
+func start(t testing.TB, change func(*config)) (*fakeEngine, *daemon) {
 	t.Helper()
 	e := newFakeEngine(t)
 	e.addImage("img:1")
-	d := startDaemon(t, e.host(), change)
+	return e, startDaemon(t, e.host(), change)
+}
+
+// startWithService starts a daemon that has the one service "web", stopped.
+func startWithService(t testing.TB) (*fakeEngine, *daemon) {
+	t.Helper()
+	e, d := start(t, nil)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, 204)
 	return e, d
+}
+
+// startWithRunning starts a daemon that has the one service "web", which runs.
+func startWithRunning(t *testing.T, change func(*config)) (*fakeEngine, *daemon) {
+	t.Helper()
+	return consoleStart(t, "", change)
 }
 
 func networks(texts ...string) (list []netip.Prefix) {
@@ -632,9 +766,7 @@ func networks(texts ...string) (list []netip.Prefix) {
 func serveOn(t *testing.T, ip string, handler http.HandlerFunc) *httptest.Server {
 	t.Helper()
 	listener, err := net.Listen("tcp", ip+":0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := httptest.NewUnstartedServer(handler)
 	s.Listener.Close()
 	s.Listener = listener
@@ -646,14 +778,14 @@ func serveOn(t *testing.T, ip string, handler http.HandlerFunc) *httptest.Server
 // startFetching starts a daemon that may fetch from the networks.
 func startFetching(t *testing.T, allow ...string) (*daemon, *fakeEngine) {
 	t.Helper()
-	engine := newFakeEngine(t)
-	engine.addImage("img:1")
-	return startDaemon(t, engine.host(), func(c *config) { c.fetchAllow = networks(allow...) }), engine
+	e, d := start(t, func(c *config) { c.fetchAllow = networks(allow...) })
+	return d, e
 }
 
 func createFrom(t *testing.T, d *daemon, id, address string) answer {
 	t.Helper()
-	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id, fmt.Sprintf(`"bind_contents":%q`, address))))
+	r := d.request(t, "POST", "/service", strings.NewReader(createBodyJSON(id,
+		fmt.Sprintf(`"bind_contents":%q`, address))))
 	r.Header.Set("X-Registry-Auth", "cmVnaXN0cnk=")
 	return d.send(t, r)
 }
@@ -662,7 +794,8 @@ func createFrom(t *testing.T, d *daemon, id, address string) answer {
 func wantNothing(t *testing.T, d *daemon, engine *fakeEngine) {
 	t.Helper()
 	if left := bindDirs(t, d.binds); len(left) > 0 || len(engine.names()) > 0 || len(engine.volumes) > 0 {
-		t.Errorf("there are the directories %q, the containers %q, the volumes %v", left, engine.names(), engine.volumes)
+		t.Errorf("there are the directories %q, the containers %q, the volumes %v", left, engine.names(),
+			engine.volumes)
 	}
 }
 
@@ -685,24 +818,6 @@ func crowdHold(e *fakeEngine, matches func(call string) bool) (held <-chan struc
 	return arrived, sync.OnceFunc(func() { close(free) })
 }
 
-// crowdLeavesNothing runs f, which stops all that it starts, and waits until there are
-// as few goroutines and descriptors as before. A test that uses it is not parallel.
-func crowdLeavesNothing(t *testing.T, f func()) {
-	t.Helper()
-	goroutines, descriptors := runtime.NumGoroutine(), crowdDescriptors()
-	f()
-	defer func() {
-		if t.Failed() {
-			stacks := make([]byte, 1<<20)
-			t.Logf("%d goroutines, then %d; %d descriptors, then %d\n%s", goroutines, runtime.NumGoroutine(),
-				descriptors, crowdDescriptors(), stacks[:runtime.Stack(stacks, true)])
-		}
-	}()
-	waitFor(t, "goroutines and descriptors as before", func() bool {
-		return runtime.NumGoroutine() <= goroutines && crowdDescriptors() <= descriptors
-	})
-}
-
 // crowdSend sends a request in the background.
 func crowdSend(t *testing.T, d *daemon, method, path, body string) <-chan answer {
 	answers := make(chan answer, 1)
@@ -721,8 +836,10 @@ func environment(values map[string]string) (environ []string) {
 }
 
 // errorsGo is what shows only in texts that Go or its HTTP library made for programmers.
-var errorsGo = regexp.MustCompile(`%!|0x[0-9a-f]|\bstruct\b|\b(json|http|tar|gzip|flate|main|os|fs|io|net|container|syscall): |` +
-	`\b(container|main|json|image)\.[A-Z]|\bGo (value|struct)|\bunmarshal|<nil>|nil pointer|goroutine|127\.0\.0\.1:\d+->|https?://%2F|openat|renameat`)
+var errorsGo = regexp.MustCompile(`%!|0x[0-9a-f]|\bstruct\b|` +
+	`\b(json|http|tar|gzip|flate|main|os|fs|io|net|container|syscall): |` +
+	`\b(container|main|json|image)\.[A-Z]|\bGo (value|struct)|\bunmarshal|<nil>|nil pointer|goroutine|` +
+	`127\.0\.0\.1:\d+->|https?://%2F|openat|renameat`)
 
 // errorsClean fails if an error's body tells what is none of the client's business.
 func errorsClean(t testing.TB, d *daemon, body string) {
@@ -732,7 +849,8 @@ func errorsClean(t testing.TB, d *daemon, body string) {
 		t.Errorf("no JSON: %s", body)
 	}
 	key, _ := os.ReadFile(filepath.Join(filepath.Dir(d.binds), "corekey.bin"))
-	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds, filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
+	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds,
+		filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
 		if strings.Contains(text.Error.Description, secret) {
 			t.Errorf("%q is in %s", secret, body)
 		}
@@ -747,30 +865,21 @@ func errorsClean(t testing.TB, d *daemon, body string) {
 func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	must(t, err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	write := func(name, kind string, der []byte) string {
 		path := filepath.Join(t.TempDir(), name)
-		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
 		return path
 	}
 	trusted = x509.NewCertPool()
 	parsed, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	trusted.AddCert(parsed)
 	return write("cert.pem", "CERTIFICATE", der), write("key.pem", "PRIVATE KEY", keyDER), trusted
 }
@@ -780,11 +889,9 @@ func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
 func sendRaw(t testing.TB, d *daemon, text string) (a answer, closed bool) {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	conn.SetDeadline(time.Now().Add(patience))
 	if _, err := io.WriteString(conn, text); err != nil {
 		t.Fatal(err)
 	}
@@ -819,25 +926,8 @@ var shipped = sync.OnceValues(func() (*os.File, error) {
 	return os.Open(dir + "/daemon")
 })
 
-// startWithService starts a daemon that has the one service "web", stopped.
-func startWithService(t testing.TB) (*fakeEngine, *daemon) {
-	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	return e, d
-}
-
 // wholeTar returns a tar archive with one file.
-func wholeTar() string {
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	w.WriteHeader(&tar.Header{Name: "hello", Mode: 0o755, Size: 5})
-	w.Write([]byte("world"))
-	w.Close()
-	return archive.String()
-}
+func wholeTar() string { return string(archiveOf(entry{name: "hello", mode: 0o755, body: "world"})) }
 
 // statsEnds are what ends a service's stream.
 var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
@@ -847,7 +937,9 @@ var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
 	"kill": func(t *testing.T, e *fakeEngine, d *daemon) {
 		d.do(t, "POST", "/service/web/ctl", `{"op":"kill"}`).want(t, 204)
 	},
-	"delete": func(t *testing.T, e *fakeEngine, d *daemon) { d.do(t, "DELETE", "/service/web", "").want(t, 204) },
+	"delete": func(t *testing.T, e *fakeEngine, d *daemon) {
+		d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	},
 	"the daemon's end": func(t *testing.T, e *fakeEngine, d *daemon) {
 		if err := d.stop(); err != nil {
 			t.Error(err)
@@ -863,9 +955,7 @@ var statsEnds = map[string]func(*testing.T, *fakeEngine, *daemon){
 func statsOpen(t testing.TB, d *daemon, id string) statsStream {
 	t.Helper()
 	response, err := d.client.Do(d.request(t, "GET", "/service/"+id+"/stats?stream=true", nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if response.StatusCode != 200 {
 		t.Fatalf("status %d", response.StatusCode)
 	}

@@ -22,6 +22,7 @@ type closeRecorder struct {
 }
 
 func (c *closeRecorder) Close() error { c.closed = true; return nil }
+
 func (c *closeRecorder) RemoteAddr() net.Addr {
 	return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}
 }
@@ -71,14 +72,13 @@ func TestOldestUnauthenticatedConnectionIsReplaced(t *testing.T) {
 	wantClosed(0, 2, 4, 5)
 }
 
-// [tls.Conn.Close] sends an alert first, and a client that does not read would hold up Serve for five seconds.
+// [tls.Conn.Close] sends an alert first, and a client that does not read would hold up Serve for five
+// seconds.
 func TestReplacedTLSConnectionIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	cert, key, trusted := selfSigned(t)
 	pair, err := tls.LoadX509KeyPair(cert, key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	client, server := net.Pipe()
 	defer client.Close()
 	conn := tls.Server(server, &tls.Config{Certificates: []tls.Certificate{pair}, SessionTicketsDisabled: true})
@@ -126,14 +126,14 @@ func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
 			core = append(core, open())
 			healthy(core[len(core)-1])
 		}
-		for i := range 3000 {
+		for i := range 1000 {
 			conn := wireDial(t, d)
 			io.WriteString(conn, "\x16\x03") // the beginning of a TLS handshake, or of a bad request
 			if crowd = append(crowd, conn); len(crowd) > 100 {
 				crowd[0].Close()
 				crowd = crowd[1:]
 			}
-			if i%500 == 0 {
+			if i%200 == 0 {
 				for _, conn := range core {
 					healthy(conn)
 				}
@@ -197,13 +197,18 @@ func TestFailedHandshakesAreCounted(t *testing.T) {
 		io.Copy(io.Discard, conn)
 		conn.Close()
 	}
-	waitFor(t, "the handshakes to be counted", func() bool { return strings.Contains(d.log.String(), `msg="rejected connections" count=`) })
+	waitFor(t, "the handshakes to be counted", func() bool {
+		return strings.Contains(d.log.String(), `msg="rejected connections" count=`)
+	})
 	names := slices.Repeat([]string{strings.Repeat("\x01", 250)}, 200) // the daemon's error quotes them
-	if conn, err := tls.Dial("tcp", strings.TrimPrefix(d.url, "http://"), &tls.Config{InsecureSkipVerify: true, NextProtos: names}); err == nil {
+	if conn, err := tls.Dial("tcp", strings.TrimPrefix(d.url, "http://"),
+		&tls.Config{InsecureSkipVerify: true, NextProtos: names}); err == nil {
 		conn.Close()
 		t.Error("the handshake has succeeded")
 	}
-	waitFor(t, "that one to be counted", func() bool { return strings.Contains(d.log.String(), "unsupported application protocols") })
+	waitFor(t, "that one to be counted", func() bool {
+		return strings.Contains(d.log.String(), "unsupported application protocols")
+	})
 	for line := range strings.Lines(d.log.String()) {
 		if len(line) > 8*maxQuote {
 			t.Errorf("the log has a line of %d bytes", len(line))

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,20 +29,33 @@ type flagTest struct {
 }
 
 var flags = []flagTest{
-	{"addr", "DUXCORE_ADDR", ":8000", [2]string{"127.0.0.1:1", ":2"}, func(c config) any { return c.addr }, [2]any{"127.0.0.1:1", ":2"}},
-	{"corekey", "DUXCORE_COREKEY", "corekey.bin", [2]string{"/a", "/b"}, func(c config) any { return c.coreKeyPath }, [2]any{"/a", "/b"}},
-	{"binds", "DUXCORE_BINDS", "binds", [2]string{"/a", "/b"}, func(c config) any { return c.binds }, [2]any{"/a", "/b"}},
-	{"tls-cert", "DUXCORE_TLS_CERT", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsCert }, [2]any{"/a", "/b"}},
-	{"tls-key", "DUXCORE_TLS_KEY", "", [2]string{"/a", "/b"}, func(c config) any { return c.tlsKey }, [2]any{"/a", "/b"}},
-	{"network", "DUXCORE_NETWORK", "", [2]string{"tenants", "none"}, func(c config) any { return c.network }, [2]any{"tenants", "none"}},
-	{"pids-limit", "DUXCORE_PIDS_LIMIT", "2048", [2]string{"1", "99"}, func(c config) any { return c.pidsLimit }, [2]any{int64(1), int64(99)}},
-	{"stop-timeout", "DUXCORE_STOP_TIMEOUT", "30s", [2]string{"1s", "2m"}, func(c config) any { return c.stopTimeout }, [2]any{time.Second, 2 * time.Minute}},
-	{"create-timeout", "DUXCORE_CREATE_TIMEOUT", "30m0s", [2]string{"1s", "2h"}, func(c config) any { return c.createTimeout }, [2]any{time.Second, 2 * time.Hour}},
+	{"addr", "DUXCORE_ADDR", ":8000", [2]string{"127.0.0.1:1", ":2"},
+		func(c config) any { return c.addr }, [2]any{"127.0.0.1:1", ":2"}},
+	{"corekey", "DUXCORE_COREKEY", "corekey.bin", [2]string{"/a", "/b"},
+		func(c config) any { return c.coreKeyPath }, [2]any{"/a", "/b"}},
+	{"binds", "DUXCORE_BINDS", "binds", [2]string{"/a", "/b"},
+		func(c config) any { return c.binds }, [2]any{"/a", "/b"}},
+	{"tls-cert", "DUXCORE_TLS_CERT", "", [2]string{"/a", "/b"},
+		func(c config) any { return c.tlsCert }, [2]any{"/a", "/b"}},
+	{"tls-key", "DUXCORE_TLS_KEY", "", [2]string{"/a", "/b"},
+		func(c config) any { return c.tlsKey }, [2]any{"/a", "/b"}},
+	{"network", "DUXCORE_NETWORK", "", [2]string{"tenants", "none"},
+		func(c config) any { return c.network }, [2]any{"tenants", "none"}},
+	{"pids-limit", "DUXCORE_PIDS_LIMIT", "2048", [2]string{"1", "99"},
+		func(c config) any { return c.pidsLimit }, [2]any{int64(1), int64(99)}},
+	{"stop-timeout", "DUXCORE_STOP_TIMEOUT", "30s", [2]string{"1s", "2m"},
+		func(c config) any { return c.stopTimeout }, [2]any{time.Second, 2 * time.Minute}},
+	{"create-timeout", "DUXCORE_CREATE_TIMEOUT", "30m0s", [2]string{"1s", "2h"},
+		func(c config) any { return c.createTimeout }, [2]any{time.Second, 2 * time.Hour}},
 	{"fetch-allow", "DUXCORE_FETCH_ALLOW", "", [2]string{"10.0.0.0/8, fd00::/8", "192.168.0.0/16"},
-		func(c config) any { return fmt.Sprint(c.fetchAllow) }, [2]any{"[10.0.0.0/8 fd00::/8]", "[192.168.0.0/16]"}},
-	{"max-bind-bytes", "DUXCORE_MAX_BIND_BYTES", "10737418240", [2]string{"1", "2"}, func(c config) any { return c.maxBindBytes }, [2]any{int64(1), int64(2)}},
-	{"max-bind-files", "DUXCORE_MAX_BIND_FILES", "250000", [2]string{"1", "2"}, func(c config) any { return c.maxBindFiles }, [2]any{int64(1), int64(2)}},
-	{"max-image-bytes", "DUXCORE_MAX_IMAGE_BYTES", "17179869184", [2]string{"1", "2"}, func(c config) any { return c.maxImageBytes }, [2]any{int64(1), int64(2)}},
+		func(c config) any { return fmt.Sprint(c.fetchAllow) },
+		[2]any{"[10.0.0.0/8 fd00::/8]", "[192.168.0.0/16]"}},
+	{"max-bind-bytes", "DUXCORE_MAX_BIND_BYTES", "10737418240", [2]string{"1", "2"},
+		func(c config) any { return c.maxBindBytes }, [2]any{int64(1), int64(2)}},
+	{"max-bind-files", "DUXCORE_MAX_BIND_FILES", "250000", [2]string{"1", "2"},
+		func(c config) any { return c.maxBindFiles }, [2]any{int64(1), int64(2)}},
+	{"max-image-bytes", "DUXCORE_MAX_IMAGE_BYTES", "17179869184", [2]string{"1", "2"},
+		func(c config) any { return c.maxImageBytes }, [2]any{int64(1), int64(2)}},
 }
 
 // otherHalf completes what is valid only as a pair.
@@ -104,7 +118,8 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		{nil, map[string]string{"DUXCORE_NETWORK": "host"}, []string{"-network"}},
 		{[]string{"-tls-cert", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
 		{[]string{"-tls-key", "a"}, nil, []string{"-tls-cert and -tls-key go together"}},
-		{[]string{"-tls-key", "a"}, map[string]string{"DUXCORE_TLS_CERT": ""}, []string{"-tls-cert and -tls-key go together"}},
+		{[]string{"-tls-key", "a"}, map[string]string{"DUXCORE_TLS_CERT": ""},
+			[]string{"-tls-cert and -tls-key go together"}},
 		{[]string{"-addr", ""}, nil, []string{"-addr"}},
 		{[]string{"-pids-limit", "0"}, nil, []string{"-pids-limit"}},
 		{[]string{"-pids-limit", "-1"}, nil, []string{"-pids-limit"}},
@@ -165,14 +180,10 @@ func TestVersionIsAFlagAlone(t *testing.T) {
 func TestSystemdIsToldWhenTheDaemonIsReady(t *testing.T) {
 	socket := t.TempDir() + "/notify"
 	systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer systemd.Close()
 	raw, err := systemd.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	told := func() (said string) { // without waiting: what was sent is there
 		text := make([]byte, 64)
 		raw.Read(func(fd uintptr) bool {
@@ -228,9 +239,12 @@ func TestPlainHTTPBeyondLoopbackIsOneWarning(t *testing.T) {
 		addr, cert, key string
 		want            int
 	}{
-		{":0", "", "", 1}, {"0.0.0.0:0", "", "", 1}, {"127.0.0.1:0", "", "", 0}, {"[::1]:0", "", "", 0}, {":0", cert, key, 0},
+		{":0", "", "", 1}, {"0.0.0.0:0", "", "", 1}, {"127.0.0.1:0", "", "", 0}, {"[::1]:0", "", "", 0},
+		{":0", cert, key, 0},
 	} {
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.addr, c.tlsCert, c.tlsKey = test.addr, test.cert, test.key })
+		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
+			c.addr, c.tlsCert, c.tlsKey = test.addr, test.cert, test.key
+		})
 		if got := strings.Count(d.log.String(), warning); got != test.want {
 			t.Errorf("%s with the certificate %q: %d warnings", test.addr, test.cert, got)
 		}
@@ -242,15 +256,14 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	dir := t.TempDir()
-	if err := errors.Join(os.Mkdir(dir+"/real", 0o755), os.Symlink("real", dir+"/link")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Mkdir(dir+"/real", 0o755), os.Symlink("real", dir+"/link")))
 	d := startDaemon(t, e.host(), func(c *config) { c.binds = dir + "/link" })
 	if info, err := os.Stat(dir + "/real"); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("%v, %v", info.Mode(), err)
 	}
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	if c, _ := e.container("web"); c.HostConfig.Mounts[0].Source != dir+"/link/web" || c.Labels["duxcore.binds"] != dir+"/link" {
+	if c, _ := e.container("web"); c.HostConfig.Mounts[0].Source != dir+"/link/web" ||
+		c.Labels["duxcore.binds"] != dir+"/link" {
 		t.Errorf("mounts %v, labels %v", c.HostConfig.Mounts, c.Labels)
 	}
 }
@@ -258,9 +271,7 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 func TestBadBindRootStopsTheDaemon(t *testing.T) {
 	t.Parallel()
 	file := t.TempDir() + "/file"
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, nil, 0o600))
 	for _, path := range []string{file, file + "/below", "/proc/binds", "/dev/null"} {
 		if _, err := startError(t, func(c *config) { c.binds = path }); err == nil {
 			t.Errorf("runs with the bind root %s", path)
@@ -294,13 +305,46 @@ func TestAddressInUseStopsTheDaemonBeforeItCreatesAnything(t *testing.T) {
 
 func TestGoHasTheFixesOfOsRoot(t *testing.T) {
 	text, err := os.ReadFile("go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, rest, _ := strings.Cut(string(text), "\ngo ")
 	asked, _, _ := strings.Cut(rest, "\n")
 	if goversion.Compare("go"+asked, "go1.26.5") < 0 {
 		t.Errorf("go.mod asks for go %s only", asked)
+	}
+}
+
+// A daemon closes each file and connection, also one that no goroutine waits for.
+func TestNoDescriptorIsLeft(t *testing.T) { // not parallel: it counts those of the process
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // the collector would close what was forgotten
+	use := func(t *testing.T) {
+		e, d := consoleStart(t, "", func(c *config) {
+			c.fetchAllow, c.timeouts.clientWrite = loopback, haste()
+		})
+		archive := serveArchives(t, map[string][]byte{"/good": tgz(file("a", "b")), "/bad": tgz(file("../a", "b"))})
+		for path, status := range map[string]int{"good": 201, "bad": 400} {
+			extra := fmt.Sprintf(`"bind_contents":"%s/%s"`, archive, path)
+			d.do(t, "POST", "/service", createBodyJSON(path, extra)).want(t, status)
+			d.do(t, "POST", "/docker/image", map[int]string{201: wholeTar(), 400: "no tar"}[status]).want(t, status)
+		}
+		for range 20 {
+			statsOpen(t, d, "web").next(t)
+			logsOpen(t, d, "/service/web/logs?follow=true")
+			d.do(t, "POST", "/service/web/stdin", "text").want(t, 204)
+		}
+		e.setDeaf("web", true)
+		d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 1<<20)).want(t, 504)
+		d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
+		for _, id := range []string{"web", "good"} {
+			d.do(t, "DELETE", "/service/"+id, "").want(t, 204)
+		}
+		d.stop()
+		e.close()
+	}
+	t.Run("once", use) // the runtime and the resolver open some that stay
+	before := descriptors()
+	t.Run("again", use)
+	if !poll(func() bool { return len(descriptors()) <= len(before) }) {
+		t.Errorf("there were %q, there are %q", before, descriptors())
 	}
 }
 
@@ -329,9 +373,7 @@ func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 	t.Parallel()
 	e, s := bareService(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	failing := &failingListener{listener, make(chan struct{})}
 	served := make(chan error, 1)
 	serving, stop := context.WithCancel(t.Context())

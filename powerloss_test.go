@@ -37,10 +37,9 @@ var diskKinds = map[string]struct{ mkfs, mount string }{
 func newDisk(t *testing.T, kind string) *disk {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "image")
-	if err := cmp.Or(os.WriteFile(image, nil, 0o600), os.Truncate(image, 128<<20)); err != nil {
-		t.Fatal(err)
-	}
-	command(t, "mkfs.ext4", "-q", "-b1024", "-I1024", "-N5000", "-Elazy_itable_init=0", diskKinds[kind].mkfs, image)
+	must(t, cmp.Or(os.WriteFile(image, nil, 0o600), os.Truncate(image, 128<<20)))
+	command(t, "mkfs.ext4", "-q", "-b1024", "-I1024", "-N5000", "-Elazy_itable_init=0", diskKinds[kind].mkfs,
+		image)
 	d := &disk{kind, image, t.TempDir()}
 	d.mount(t)
 	return d
@@ -116,7 +115,8 @@ func (d *disk) wantTree(t *testing.T, want tree) {
 		}
 	}
 	if len(wrong) > 0 {
-		t.Errorf("after a power cut %d of %d paths are wrong:\n%s", len(wrong), len(all), strings.Join(wrong[:min(len(wrong), 5)], ""))
+		t.Errorf("after a power cut %d of %d paths are wrong:\n%s", len(wrong), len(all),
+			strings.Join(wrong[:min(len(wrong), 5)], ""))
 	}
 }
 
@@ -145,7 +145,8 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 	for kind := range diskKinds {
 		for i := range 4 {
 			onTwo, anotherDied := i&1 != 0, i&2 != 0
-			t.Run(fmt.Sprintf("%s, key and binds on two disks %v, after a start that died %v", kind, onTwo, anotherDied), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, key and binds on two disks %v, after a start that died %v", kind, onTwo,
+				anotherDied), func(t *testing.T) {
 				t.Parallel()
 				keys, wantKeys := newDisk(t, kind), tree{}
 				binds, wantBinds := keys, wantKeys
@@ -154,9 +155,8 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 				}
 				keyFile, root := filepath.Join(keys.dir, "corekey.bin"), filepath.Join(binds.dir, "lib", "binds")
 				if anotherDied { // before it synced what it had made
-					if err := cmp.Or(os.WriteFile(keyFile, make([]byte, 32), 0o600), os.MkdirAll(filepath.Join(root, markDir), 0o700)); err != nil {
-						t.Fatal(err)
-					}
+					must(t, cmp.Or(os.WriteFile(keyFile, make([]byte, 32), 0o600),
+						os.MkdirAll(filepath.Join(root, markDir), 0o700)))
 				}
 				d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath, c.binds = keyFile, root })
 				key, err := base64.StdEncoding.DecodeString(d.key)
@@ -178,7 +178,8 @@ func TestFirstStartSurvivesAPowerCut(t *testing.T) {
 	}
 }
 
-// After each answer the power is cut, and the next request goes to a daemon that was started on what that has left.
+// After each answer the power is cut, and the next request goes to a daemon that was started on what that has
+// left.
 func TestAnswersSurviveAPowerCut(t *testing.T) {
 	t.Parallel()
 	for kind := range diskKinds {
@@ -210,7 +211,8 @@ func (p *powerCuts) services(t *testing.T) string {
 	for _, id := range p.ids {
 		text += p.daemon.do(t, "GET", "/service/"+id+"/params", "").want(t, http.StatusOK).body
 		c, _ := p.engine.container(id)
-		text += toJSON(t, []any{c.Name, c.Config, c.HostConfig.Mounts, c.HostConfig.Memory, c.HostConfig.PortBindings}) + "\n"
+		text += toJSON(t, []any{c.Name, c.Config, c.HostConfig.Mounts, c.HostConfig.Memory,
+			c.HostConfig.PortBindings}) + "\n"
 	}
 	return text
 }
@@ -221,16 +223,14 @@ func (p *powerCuts) withRecords(t *testing.T) tree {
 	all := maps.Clone(p.want)
 	for _, id := range p.ids {
 		text, err := os.ReadFile(filepath.Join(p.daemon.binds, recordDir, id))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		all["binds/.services/"+id] = describePath(0o600, owner{}, string(text))
 	}
 	return all
 }
 
-// request makes a request, cuts the power, and starts a daemon on the copy of the disk. The engine is put back to
-// before the request.
+// request makes a request, cuts the power, and starts a daemon on the copy of the disk. The engine is put
+// back to before the request.
 func (p *powerCuts) request(t *testing.T, method, path, body string, status int) {
 	t.Helper()
 	before := p.engine.now()
@@ -238,13 +238,13 @@ func (p *powerCuts) request(t *testing.T, method, path, body string, status int)
 	left := p.disk.afterCut(t)
 	answered := p.services(t)
 	want := p.withRecords(t)
-	if err := p.daemon.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.daemon.stop())
 	p.disk = left
-	// A machine does this when it starts; the status is 1 if something was repaired. Without a journal it always is.
+	// A machine does this when it starts; the status is 1 if something was repaired. Without a journal it always
+	// is.
 	check := exec.Command("e2fsck", "-fy", left.image)
-	if out, err := check.CombinedOutput(); check.ProcessState.ExitCode() != 0 && check.ProcessState.ExitCode() != 1 {
+	if out, err := check.CombinedOutput(); check.ProcessState.ExitCode() != 0 &&
+		check.ProcessState.ExitCode() != 1 {
 		t.Fatalf("%v: %s", err, out)
 	}
 	p.disk.mount(t)
@@ -264,12 +264,15 @@ func (p *powerCuts) create(t *testing.T, id, extra, dir string) {
 	p.request(t, "POST", "/service", createBodyJSON(id, extra), http.StatusCreated)
 }
 
-// remove deletes a service. When the engine is asked to remove the container, it is on record that all has to go.
+// remove deletes a service. When the engine is asked to remove the container, it is on record that all has to
+// go.
 func (p *powerCuts) remove(t *testing.T, id string) {
 	t.Helper()
 	during := p.withRecords(t)
 	during["binds/.incomplete/"+id] = during["binds/.incomplete/.mark"]
-	maps.DeleteFunc(p.want, func(name, _ string) bool { return name == "binds/"+id || strings.HasPrefix(name, "binds/"+id+"/") })
+	maps.DeleteFunc(p.want, func(name, _ string) bool {
+		return name == "binds/"+id || strings.HasPrefix(name, "binds/"+id+"/")
+	})
 	p.ids = slices.DeleteFunc(p.ids, func(other string) bool { return other == id })
 	var copied *disk
 	p.engine.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
@@ -292,23 +295,22 @@ func testPowerCuts(t *testing.T, d *disk) {
 	p.create(t, "bare", `"env":["A=1"],"max_ram":67108864,"port_map":{"80/tcp":{"HostPort":"8080"}}`, public)
 
 	dir := filepath.Join(p.daemon.binds, "taken")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(dir, 0o700))
 	command(t, "sync", dir, p.daemon.binds)
 	p.create(t, "taken", `"user":"1234:2345"`, theirs)
 
 	// What a start applies, and what a restart of a running service does.
 	p.request(t, "PATCH", "/service/bare/env", `{"A":"2"}`, http.StatusNoContent)
 	p.request(t, "POST", "/service/bare/ctl", `{"op":"start"}`, http.StatusNoContent)
-	p.request(t, "PUT", "/service/bare", createBodyJSON("bare", `"env":["A=3"],"max_ram":134217728`), http.StatusNoContent)
+	p.request(t, "PUT", "/service/bare", createBodyJSON("bare", `"env":["A=3"],"max_ram":134217728`),
+		http.StatusNoContent)
 	p.request(t, "PATCH", "/service/bare/env", `{"A":"4"}`, http.StatusNoContent)
 	p.daemon.do(t, "POST", "/service/taken/ctl", `{"op":"start"}`).want(t, http.StatusNoContent)
 	p.request(t, "POST", "/service/bare/ctl", `{"op":"restart"}`, http.StatusNoContent)
 	p.request(t, "POST", "/service/bare/ctl", `{"op":"restart"}`, http.StatusNoContent)
 	p.remove(t, "taken")
 
-	var entries []imageEntry
+	var entries []entry
 	for i := range 3001 {
 		name, size := fmt.Sprintf("%d/%d", i%40, i), i
 		if i == 3000 {
@@ -319,7 +321,7 @@ func testPowerCuts(t *testing.T, d *disk) {
 		name = "binds/full/" + name
 		p.want[path.Dir(name)], p.want[name] = theirs, describePath(0o755, owner{1234, 2345}, content)
 	}
-	url := serveArchives(t, map[string][]byte{"/a": gzipOf(t, imageOf(t, entries...))})
+	url := serveArchives(t, map[string][]byte{"/a": gzipped(archiveOf(entries...))})
 	p.create(t, "full", fmt.Sprintf(`"user":"1234:2345","bind_contents":"%s/a"`, url), theirs)
 	p.remove(t, "full")
 	p.daemon.do(t, "POST", "/service/bare/ctl", `{"op":"start"}`).want(t, http.StatusNoContent)

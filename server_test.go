@@ -27,9 +27,7 @@ import (
 func TestServiceLivesAndDies(t *testing.T) {
 	t.Parallel()
 	for _, prefix := range []string{"", "/v1"} {
-		e := newFakeEngine(t)
-		e.addImage("img:1")
-		d := startDaemon(t, e.host(), nil)
+		e, d := start(t, nil)
 		d.do(t, "GET", prefix+"/health", "").want(t, 204)
 		a := d.do(t, "POST", prefix+"/service", createBodyJSON("web", `"env":["A=1"]`)).want(t, 201)
 		if got := a.header.Get("Location"); got != "/service/web" || a.body != "" {
@@ -95,20 +93,23 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 		status       int
 		allow        string
 	}{
-		{"GET", "/", 404, ""}, {"GET", "/v1", 404, ""}, {"GET", "/v2/service", 404, ""}, {"POST", "/nothing", 404, ""},
-		{"GET", "/service/", 404, ""}, {"GET", "/service/web/", 404, ""}, {"GET", "/service/web/events", 404, ""},
-		{"GET", "/v1/v1/service", 404, ""}, {"GET", "/Service", 404, ""}, {"GET", "/docker", 404, ""},
-		{"GET", "//service", 404, ""}, {"GET", "/./service", 404, ""}, {"GET", "/v1/../service", 404, ""},
-		{"GET", "/service/web/../web", 404, ""}, {"GET", "/containers/json", 404, ""}, {"GET", "/debug/pprof/", 404, ""},
-		{"OPTIONS", "*", 404, ""}, {"CONNECT", "example.com:80", 404, ""}, {"GET", "/%2e%2e/service", 404, ""},
+		{"GET", "/", 404, ""}, {"GET", "/v1", 404, ""}, {"GET", "/v2/service", 404, ""},
+		{"POST", "/nothing", 404, ""}, {"GET", "/service/", 404, ""}, {"GET", "/service/web/", 404, ""},
+		{"GET", "/service/web/events", 404, ""}, {"GET", "/v1/v1/service", 404, ""}, {"GET", "/Service", 404, ""},
+		{"GET", "/docker", 404, ""}, {"GET", "//service", 404, ""}, {"GET", "/./service", 404, ""},
+		{"GET", "/v1/../service", 404, ""}, {"GET", "/service/web/../web", 404, ""},
+		{"GET", "/containers/json", 404, ""}, {"GET", "/debug/pprof/", 404, ""}, {"OPTIONS", "*", 404, ""},
+		{"CONNECT", "example.com:80", 404, ""}, {"GET", "/%2e%2e/service", 404, ""},
 		{"DELETE", "/service", 405, "GET, POST"}, {"OPTIONS", "/v1/service", 405, "GET, POST"},
 		{"PATCH", "/service/web", 405, "DELETE, GET, PUT"}, {"POST", "/v1/service/web", 405, "DELETE, GET, PUT"},
 		{"GET", "/service/web/ctl", 405, "POST"}, {"POST", "/service/web/stats", 405, "GET"},
-		{"PUT", "/service/web/env", 405, "PATCH"}, {"PUT", "/docker/image", 405, "GET, POST"}, {"GET", "/docker/image/sha256:1", 405, "DELETE"},
-		{"POST", "/service/web/logs", 405, "GET"}, {"GET", "/service/web/stdin", 405, "POST"}, {"PUT", "/v1/service/web/tty", 405, "POST"},
+		{"PUT", "/service/web/env", 405, "PATCH"}, {"PUT", "/docker/image", 405, "GET, POST"},
+		{"GET", "/docker/image/sha256:1", 405, "DELETE"}, {"POST", "/service/web/logs", 405, "GET"},
+		{"GET", "/service/web/stdin", 405, "POST"}, {"PUT", "/v1/service/web/tty", 405, "POST"},
 		{"TRACE", "/health", 405, "GET"}, {"BREW", "/v1/health", 405, "GET"},
 	} {
-		a, _ := sendRaw(t, d, test.method+" "+test.path+" HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+		a, _ := sendRaw(t, d,
+			test.method+" "+test.path+" HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
 		a.want(t, test.status)
 		if got := a.header.Get("Allow"); got != test.allow {
 			t.Errorf("%s %s: Allow is %q, want %q", test.method, test.path, got, test.allow)
@@ -136,7 +137,8 @@ func TestBodiesThatDecodeToSomethingElseAreRefused(t *testing.T) {
 		d.do(t, test.method, test.path, test.body).want(t, 400, test.text)
 	}
 	deep := strings.Repeat(`{"n":`, 9_000) + "1" + strings.Repeat("}", 9_000)
-	if used := allocatedBy(func() { d.do(t, "PATCH", "/service/web/env", deep).want(t, 400) }); used > 1<<30 { // other tests' too
+	// other tests' too
+	if used := allocatedBy(func() { d.do(t, "PATCH", "/service/web/env", deep).want(t, 400) }); used > 1<<30 {
 		t.Errorf("a body of %d bytes allocated %d", len(deep), used)
 	}
 	d.do(t, "PATCH", "/service/web/env", `{"A":"x","a":"y"}`).want(t, 204)
@@ -152,7 +154,8 @@ func TestParameterThatIsNotThereIsRefused(t *testing.T) {
 	_, d := startWithService(t)
 	for _, rt := range (&server{}).routes() {
 		method, path, _ := strings.Cut(rt.pattern, " ")
-		for _, query := range []string{"?strem=true", "?x", "?stream=true&stream=true", "?tail=1&tail=1", "?%zz", "?a;b"} {
+		for _, query := range []string{"?strem=true", "?x", "?stream=true&stream=true", "?tail=1&tail=1", "?%zz",
+			"?a;b"} {
 			d.do(t, method, strings.ReplaceAll(path, "{id}", "web")+query, "").want(t, 400)
 		}
 	}
@@ -196,7 +199,8 @@ func TestJSONBodies(t *testing.T) {
 			{body + strings.Repeat(" ", maxJSON-len(body)+1), 413, "65536"},
 		} {
 			a := d.do(t, method, path, test.body)
-			if a.want(t, test.status, test.text); strings.Contains(a.body, "Go ") || strings.Contains(a.body, "main.") {
+			if a.want(t, test.status, test.text); strings.Contains(a.body, "Go ") ||
+				strings.Contains(a.body, "main.") {
 				t.Errorf("an error in Go's terms: %s", a.body)
 			}
 		}
@@ -221,7 +225,8 @@ func TestEngineFailuresReachTheClient(t *testing.T) {
 		text         string
 	}{
 		{400, `{"message":"bad parameter: x"}`, 502, "engine: bad parameter: x"}, // a start has no parameter
-		{404, `{"message":"No such thing"}`, 502, "No such thing"},               // the service exists: 404 would deny it
+		// the service exists: 404 would deny it
+		{404, `{"message":"No such thing"}`, 502, "No such thing"},
 		{409, `{"message":"is in use"}`, 409, "engine: is in use"},
 		{401, `{"message":"who are you"}`, 502, "who are you"},
 		{403, `{"message":"not allowed"}`, 502, "not allowed"},
@@ -247,29 +252,29 @@ func TestGarbageFromTheEngineIsABadGateway(t *testing.T) {
 			io.WriteString(w, garbage)
 			return true
 		})
-		for _, call := range []string{"GET /service", "GET /service/web", "DELETE /service/web", "GET /service/web/stats"} {
+		for _, call := range []string{"GET /service", "GET /service/web", "DELETE /service/web",
+			"GET /service/web/stats"} {
 			method, path, _ := strings.Cut(call, " ")
 			if a := d.do(t, method, path, ""); a.status != 502 {
 				t.Errorf("%s where the engine says %q: %d %s", call, garbage, a.status, a.body)
 			}
 		}
-		for path, body := range map[string]string{"/service": createBodyJSON("new", ""), "/service/web/ctl": `{"op":"stop"}`} {
+		for path, body := range map[string]string{"/service": createBodyJSON("new", ""),
+			"/service/web/ctl": `{"op":"stop"}`} {
 			if a := d.do(t, "POST", path, body); a.status != 502 {
 				t.Errorf("POST %s where the engine says %q: %d %s", path, garbage, a.status, a.body)
 			}
 		}
 	}
 	e.setIntercept(nil)
-	if got := e.names(); !slices.Equal(got, []string{"web"}) {
-		t.Errorf("containers are %q", got)
-	}
+	e.wantNames(t, "web")
 }
 
 func TestEngineThatHangsIsAGatewayTimeout(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.createTimeout = time.Second })
+	e, d := start(t, func(c *config) {
+		c.createTimeout, c.timeouts.engineRead = haste(), haste()
+	})
 	for _, test := range []struct{ call, method, path, body string }{
 		{"", "POST", "/service", createBodyJSON("web", "")}, // the first of all, a ping
 		{"", "DELETE", "/service/web", ""},
@@ -319,11 +324,10 @@ func TestLogNamesWhatIsChanged(t *testing.T) {
 	d.do(t, "POST", "/service/web/ctl", `{"op":"`+strings.Repeat("x", 60_000)+`"}`).want(t, 400)
 	d.do(t, "GET", "/service/"+strings.Repeat("y", 9_000), "").want(t, 404)
 	d.do(t, "DELETE", "/service/web", "").want(t, 204)
-	if err := d.stop(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.stop())
 	log := d.log.String()
-	for _, want := range []string{"id=" + id + " status=201", "id=" + id + " status=204", "op=import_image", "op=remove_image", "op=delete"} {
+	for _, want := range []string{"id=" + id + " status=201", "id=" + id + " status=204", "op=import_image",
+		"op=remove_image", "op=delete"} {
 		if !strings.Contains(log, want) {
 			t.Errorf("%s is not in the log", want)
 		}
@@ -348,7 +352,8 @@ func TestHTTP10IsRefused(t *testing.T) {
 		}
 	}
 	e.wantAskedNothing(t, before)
-	if got := d.do(t, "GET", "/nothing", "").want(t, 404).header.Get("Server"); !strings.HasPrefix(got, "duxcore-daemon/") {
+	if got := d.do(t, "GET", "/nothing", "").want(t, 404).header.Get("Server"); !strings.HasPrefix(got,
+		"duxcore-daemon/") {
 		t.Errorf("Server: %q", got)
 	}
 }
@@ -362,8 +367,10 @@ func TestMachineSaysWhatACoreNeedsToPlaceAService(t *testing.T) {
 		BindRoot                   struct{ Size, Free, Inodes, FreeInodes int64 } `json:"bind_root"`
 	}
 	body := d.do(t, "GET", "/machine", "").want(t, 200, `"free_inodes":`, `"api":`).body
-	if err := json.Unmarshal([]byte(body), &machine); err != nil || machine.Version == "" || machine.CPUs != 8 || machine.Memory != 33645404160 ||
-		machine.Engine != "1" || machine.Arch != "x86_64" || machine.BindRoot.Size < machine.BindRoot.Free || machine.BindRoot.Free == 0 {
+	if err := json.Unmarshal([]byte(body), &machine); err != nil || machine.Version == "" || machine.CPUs != 8 ||
+		machine.Memory != 33645404160 ||
+		machine.Engine != "1" || machine.Arch != "x86_64" || machine.BindRoot.Size < machine.BindRoot.Free ||
+		machine.BindRoot.Free == 0 {
 		t.Errorf("%s: %+v, %v", body, machine, err)
 	}
 }
@@ -377,8 +384,10 @@ func TestOneLogLineForEachRequest(t *testing.T) {
 		line               string
 	}{
 		{"GET", "/v1/service/web", "", `method=GET route="GET /v1/service/{id}" id=web status=200`},
-		{"PATCH", "/service/web/env", `{"BODYMARK":"1"}`, `method=PATCH route="PATCH /service/{id}/env" id=web status=204`},
-		{"POST", "/service/web/ctl", `{"op":"stop"}`, `level=INFO msg=request method=POST route="POST /service/{id}/ctl" id=web status=204`},
+		{"PATCH", "/service/web/env", `{"BODYMARK":"1"}`,
+			`method=PATCH route="PATCH /service/{id}/env" id=web status=204`},
+		{"POST", "/service/web/ctl", `{"op":"stop"}`,
+			`level=INFO msg=request method=POST route="POST /service/{id}/ctl" id=web status=204`},
 		{"POST", "/service/web/ctl", `{"op":"kill"}`, `op=kill request_id=1.a-B`},
 		{"POST", "/service", createBodyJSON("new", `"image":"none:1"`), `route="POST /service" id=new status=404`},
 		{"POST", "/service", createBodyJSON("web", ""), `op=create`},
@@ -399,7 +408,9 @@ func TestOneLogLineForEachRequest(t *testing.T) {
 		d.send(t, r)
 	}
 	lines := func() []string { return strings.Split(strings.TrimSpace(d.log.String()[before:]), "\n") }
-	waitFor(t, "a log line for each request", func() bool { return len(lines()) >= len(tests) && strings.Contains(d.log.String(), "status=405") })
+	waitFor(t, "a log line for each request", func() bool {
+		return len(lines()) >= len(tests) && strings.Contains(d.log.String(), "status=405")
+	})
 	for i, line := range lines() {
 		if i >= len(tests) || !strings.Contains(line, tests[i].line) || !strings.Contains(line, "msg=request") {
 			t.Errorf("line %d is %s", i, line)
@@ -428,14 +439,13 @@ func TestServesTLS(t *testing.T) {
 	transport.ForceAttemptHTTP2 = true
 	transport.TLSClientConfig = &tls.Config{RootCAs: trusted}
 	response, err := d.client.Do(d.request(t, "GET", "/health", nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	response.Body.Close()
 	if response.StatusCode != 204 || response.Proto != "HTTP/1.1" {
 		t.Errorf("%s in %s", response.Status, response.Proto)
 	}
-	conn, err := tls.Dial("tcp", strings.TrimPrefix(plain, "http://"), &tls.Config{RootCAs: trusted, MaxVersion: tls.VersionTLS11})
+	conn, err := tls.Dial("tcp", strings.TrimPrefix(plain, "http://"),
+		&tls.Config{RootCAs: trusted, MaxVersion: tls.VersionTLS11})
 	if err == nil {
 		conn.Close()
 		t.Error("the daemon speaks TLS 1.1")
@@ -469,14 +479,10 @@ func TestSecondDaemonOnTheSameBindsRefusesToStart(t *testing.T) {
 
 func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.clientWrite = 100 * time.Millisecond })
+	_, d := start(t, func(c *config) { c.timeouts.clientWrite = 100 * time.Millisecond })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	c, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer c.Close()
 	answers := bufio.NewReader(c)
 	head := "Host: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
@@ -490,8 +496,9 @@ func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	if text, err := answers.Peek(1); err == nil {
 		t.Fatalf("the daemon says %q", text)
 	}
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
-	io.WriteString(c, "PATCH /service/web/env HTTP/1.1\r\n"+head+"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+	c.SetReadDeadline(time.Now().Add(patience))
+	io.WriteString(c,
+		"PATCH /service/web/env HTTP/1.1\r\n"+head+"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
 	line, err := answers.ReadString('\n')
 	if err != nil || !strings.Contains(line, "100 Continue") {
 		t.Errorf("the daemon answers %q, %v", line, err)
@@ -542,44 +549,52 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 			w.Write(tgz(file("a", strings.Repeat("b", 2<<20))))
 		}
 	})
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) {
+	e, d := start(t, func(c *config) {
 		c.fetchAllow, c.maxBindBytes, c.maxImageBytes = networks("127.0.0.0/8"), 1<<20, 64<<10
 	})
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	if err := os.MkdirAll(filepath.Join(d.binds, "taken", "full"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(filepath.Join(d.binds, "taken", "full"), 0o700))
 	type request struct{ method, path, body string }
 	requests := []request{
-		{"GET", "/nowhere", ""}, {"PUT", "/service", ""}, {"GET", "/service/%00", ""}, {"GET", "/service/" + strings.Repeat("a", 1000), ""},
-		{"GET", "/service/nobody", ""}, {"DELETE", "/service/nobody", ""}, {"GET", "/service/nobody/stats", ""},
+		{"GET", "/nowhere", ""}, {"PUT", "/service", ""}, {"GET", "/service/%00", ""},
+		{"GET", "/service/" + strings.Repeat("a", 1000), ""}, {"GET", "/service/nobody", ""},
+		{"DELETE", "/service/nobody", ""}, {"GET", "/service/nobody/stats", ""},
 		{"POST", "/service/nobody/ctl", `{"op":"kill"}`}, {"POST", "/service/web/ctl", `{"op":"explode"}`},
-		{"POST", "/service/web/ctl", `{"op":5}`}, {"POST", "/service/web/ctl", `{"ops":"start"}`}, {"GET", "/service/web/stats?stream=x", ""},
-		{"PATCH", "/service/nobody/env", `{"A":"1"}`}, {"PATCH", "/service/web/env", `{"A":1}`}, {"PATCH", "/service/web/env", `[1]`},
+		{"POST", "/service/web/ctl", `{"op":5}`}, {"POST", "/service/web/ctl", `{"ops":"start"}`},
+		{"GET", "/service/web/stats?stream=x", ""}, {"PATCH", "/service/nobody/env", `{"A":"1"}`},
+		{"PATCH", "/service/web/env", `{"A":1}`}, {"PATCH", "/service/web/env", `[1]`},
 		{"PATCH", "/service/web/env", `null`}, {"PATCH", "/service/web/env", `{"A=\u0000":"1"}`},
 		{"PATCH", "/service/web/env", `{"A":1e999}`}, {"PATCH", "/service/web/env", strings.Repeat(" ", 2<<20)},
-		{"POST", "/docker/image", ""}, {"POST", "/docker/image", "no tar"}, {"POST", "/docker/image", wholeTar()[:700]},
-		{"POST", "/docker/image", wholeTar() + strings.Repeat("\x00", 64<<10)}, {"POST", "/docker/image", strings.Replace(wholeTar(), "hello", "jello", 1)},
+		{"POST", "/docker/image", ""}, {"POST", "/docker/image", "no tar"},
+		{"POST", "/docker/image", wholeTar()[:700]},
+		{"POST", "/docker/image", wholeTar() + strings.Repeat("\x00", 64<<10)},
+		{"POST", "/docker/image", strings.Replace(wholeTar(), "hello", "jello", 1)},
 		{"POST", "/service", createBodyJSON("web", "")}, {"POST", "/service", createBodyJSON("taken", "")},
 
-		{"POST", "/service", createBodyJSON("new", `"image":"missing:1"`)}, {"POST", "/service", createBodyJSON("new", `"image":"sha256:00"`)},
-		{"POST", "/service", createBodyJSON("new", `"max_ram":1e99`)}, {"POST", "/service", createBodyJSON("new", `"max_ram":1.5`)},
+		{"POST", "/service", createBodyJSON("new", `"image":"missing:1"`)},
+		{"POST", "/service", createBodyJSON("new", `"image":"sha256:00"`)},
+		{"POST", "/service", createBodyJSON("new", `"max_ram":1e99`)},
+		{"POST", "/service", createBodyJSON("new", `"max_ram":1.5`)},
 		{"POST", "/service", createBodyJSON("new", `"port_map":{"1/tcp":{"HostPort":1}}`)},
 		{"POST", "/service", createBodyJSON("new", `"port_map":{"1/tcp":[{"Host":"1"}]}`)},
-		{"POST", "/service", createBodyJSON("new", `"port_map":{"1/tcp":5}`)}, {"POST", "/service", createBodyJSON("new", `"port_map":[]`)},
-		{"POST", "/service", createBodyJSON("new", `"cmd":"a"`)}, {"POST", "/service", createBodyJSON("new", `"tty":"a"`)},
+		{"POST", "/service", createBodyJSON("new", `"port_map":{"1/tcp":5}`)},
+		{"POST", "/service", createBodyJSON("new", `"port_map":[]`)},
+		{"POST", "/service", createBodyJSON("new", `"cmd":"a"`)},
+		{"POST", "/service", createBodyJSON("new", `"tty":"a"`)},
 		{"POST", "/service", createBodyJSON("new", `"bind_contents":"http://\u007f/TOKEN"`)},
 		{"POST", "/service", createBodyJSON("new", `"bind_contents":"ftp://TOKEN@h/"`)},
-		{"POST", "/service", `{"type":"raw","params":5}`}, {"POST", "/service", `{"type":"raw","params":{"id":5}}`}, {"POST", "/service", `{`},
-		{"POST", "/service", `{"type":"cooked","params":{}}`}, {"POST", "/service", "\x00"}, {"POST", "/service", `{} {}`},
+		{"POST", "/service", `{"type":"raw","params":5}`}, {"POST", "/service", `{"type":"raw","params":{"id":5}}`},
+		{"POST", "/service", `{`},
+		{"POST", "/service", `{"type":"cooked","params":{}}`}, {"POST", "/service", "\x00"},
+		{"POST", "/service", `{} {}`},
 	}
 	for _, bad := range badParams {
 		requests = append(requests, request{"POST", "/service", createBodyJSON("new", bad.extra)})
 	}
-	for _, path := range strings.Fields("404 loop nowhere file private port name tls cut text gzip up link over large") {
-		requests = append(requests, request{"POST", "/service", createBodyJSON("new", fmt.Sprintf(`"bind_contents":"%s/%s?TOKEN"`, source.URL, path))})
+	for _, path := range strings.Fields("404 loop nowhere file private port name tls cut text gzip up link " +
+		"over large") {
+		requests = append(requests, request{"POST", "/service",
+			createBodyJSON("new", fmt.Sprintf(`"bind_contents":"%s/%s?TOKEN"`, source.URL, path))})
 	}
 	for _, r := range requests {
 		a := d.do(t, r.method, r.path, r.body)
@@ -595,14 +610,10 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 
 	// Our own fault.
 	marks := filepath.Join(d.binds, markDir)
-	if err := os.Rename(marks, marks+"-away"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(marks, marks+"-away"))
 	a := d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 500)
 	errorsClean(t, d, a.body)
-	if err := os.Rename(marks+"-away", marks); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(marks+"-away", marks))
 
 	// What the engine says is passed on, for operators: as it is, but no more than they read.
 	for message, passed := range map[string]string{
@@ -628,7 +639,8 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 			}
 			for _, a := range answers {
 				a.want(t, ours, "engine: ")
-				if n := len(description(t, a)); n > 512+len("…") || !utf8.ValidString(a.body) || !strings.Contains(description(t, a), passed) {
+				if n := len(description(t, a)); n > 512+len("…") || !utf8.ValidString(a.body) ||
+					!strings.Contains(description(t, a), passed) {
 					t.Errorf("%d bytes: %s", n, a.body)
 				}
 			}
@@ -640,7 +652,8 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 	long := strings.Repeat("\x01", 10_000)
 	quoted, _ := json.Marshal(long)
 	for _, r := range []request{
-		{"PATCH", "/service/web/env", `{` + string(quoted) + `:1}`}, {"POST", "/service", `{` + string(quoted) + `:1}`},
+		{"PATCH", "/service/web/env", `{` + string(quoted) + `:1}`},
+		{"POST", "/service", `{` + string(quoted) + `:1}`},
 		{"POST", "/service", createBodyJSON("new", `"port_map":{`+string(quoted)+`:{"HostPort":"1"}}`)},
 	} {
 		if a := d.do(t, r.method, r.path, r.body).want(t, 400); len(a.body) > 10_000 {
@@ -653,9 +666,7 @@ func TestErrorsTellNothingOfTheInside(t *testing.T) {
 func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
 	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer listener.Close()
 	go func() { // ends with the listener
 		for {
@@ -668,9 +679,7 @@ func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
 			conn.Close()
 		}
 	}()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
+	_, d := start(t, func(c *config) { c.fetchAllow = networks("127.0.0.0/8") })
 	contents := fmt.Sprintf(`"bind_contents":"http://%s/"`, listener.Addr())
 	got := description(t, d.do(t, "POST", "/service", createBodyJSON("web", contents)).want(t, 502))
 	if want := "bind_contents: cannot download: connection reset by peer"; got != want {
@@ -680,12 +689,17 @@ func TestFailedDownloadNamesNoAddressOfOurs(t *testing.T) {
 		err  net.DNSError
 		want string
 	}{
-		"no such name": {net.DNSError{Err: "no such host", Name: "n", Server: "10.0.0.1:53", IsNotFound: true}, "no such host"},
-		"no server":    {net.DNSError{Err: "dial udp 10.0.0.1:53: connect: connection refused", Server: "10.0.0.1:53"}, "the host's name cannot be looked up"},
-		"a silent one": {net.DNSError{Err: "read udp 10.0.0.2:3->10.0.0.1:53: i/o timeout", IsTimeout: true}, "the host's name cannot be looked up"},
-		"given up":     {net.DNSError{Err: "operation was canceled", UnwrapErr: context.Canceled}, "the host's name cannot be looked up"},
+		"no such name": {net.DNSError{Err: "no such host", Name: "n", Server: "10.0.0.1:53", IsNotFound: true},
+			"no such host"},
+		"no server": {net.DNSError{Err: "dial udp 10.0.0.1:53: connect: connection refused",
+			Server: "10.0.0.1:53"}, "the host's name cannot be looked up"},
+		"a silent one": {net.DNSError{Err: "read udp 10.0.0.2:3->10.0.0.1:53: i/o timeout", IsTimeout: true},
+			"the host's name cannot be looked up"},
+		"given up": {net.DNSError{Err: "operation was canceled", UnwrapErr: context.Canceled},
+			"the host's name cannot be looked up"},
 	} {
-		err := fetchError(t.Context(), &url.Error{Op: "Get", URL: "http://n/TOKEN", Err: &net.OpError{Op: "dial", Err: &test.err}})
+		err := fetchError(t.Context(), &url.Error{Op: "Get", URL: "http://n/TOKEN",
+			Err: &net.OpError{Op: "dial", Err: &test.err}})
 		if got := err.Error(); got != "bind_contents: cannot download: "+test.want {
 			t.Errorf("%s: %q", name, got)
 		}
@@ -703,15 +717,19 @@ func TestSlowClientsAreDropped(t *testing.T) {
 		drip  string
 		want  string // the answer begins with it
 	}{
-		"nothing":        {"", "", ""},
-		"half a header":  {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "", ""},
-		"slow header":    {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "a", ""},
-		"no body":        {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 100\r\n\r\n", "", "HTTP/1.1 400 "},
-		"slow body":      {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 100000\r\n\r\n", " ", "HTTP/1.1 400 "},
-		"slow chunks":    {"PATCH /service/web/env HTTP/1.1\r\n" + key + "Transfer-Encoding: chunked\r\n\r\n", "1\r\n \r\n", "HTTP/1.1 400 "},
-		"unwanted body":  {"GET /nowhere HTTP/1.1\r\n" + key + "Content-Length: 100\r\n\r\n", "", "HTTP/1.1 404 "},
-		"slow, unwanted": {"DELETE /health HTTP/1.1\r\n" + key + "Content-Length: 100000\r\n\r\n", " ", "HTTP/1.1 405 "},
-		"slow, no key":   {"POST /docker/image HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n", " ", "HTTP/1.1 401 "},
+		"nothing":       {"", "", ""},
+		"half a header": {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "", ""},
+		"slow header":   {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "a", ""},
+		"no body":       {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 100\r\n\r\n", "", "HTTP/1.1 400 "},
+		"slow body": {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 10000\r\n\r\n", " ",
+			"HTTP/1.1 400 "},
+		"slow chunks": {"PATCH /service/web/env HTTP/1.1\r\n" + key + "Transfer-Encoding: chunked\r\n\r\n",
+			"1\r\n \r\n", "HTTP/1.1 400 "},
+		"unwanted body": {"GET /nowhere HTTP/1.1\r\n" + key + "Content-Length: 100\r\n\r\n", "", "HTTP/1.1 404 "},
+		"slow, unwanted": {"DELETE /health HTTP/1.1\r\n" + key + "Content-Length: 100000\r\n\r\n", " ",
+			"HTTP/1.1 405 "},
+		"slow, no key": {"POST /docker/image HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n", " ",
+			"HTTP/1.1 401 "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -732,7 +750,8 @@ func TestSlowClientsAreDropped(t *testing.T) {
 			answer, err := io.ReadAll(conn)
 			close(closed)
 			dripping.Wait()
-			if timeout, ok := err.(net.Error); ok && timeout.Timeout() || !strings.HasPrefix(string(answer), test.want) {
+			if timeout, ok := err.(net.Error); ok && timeout.Timeout() ||
+				!strings.HasPrefix(string(answer), test.want) {
 				t.Errorf("got %q, %v", answer, err)
 			}
 		})
@@ -753,9 +772,11 @@ func TestHeadersAreBounded(t *testing.T) {
 		{"GET /" + strings.Repeat("a", 16<<10) + " HTTP/1.1", "X-A: a", 431},
 		{"GET /health HTTP/1.1", strings.Repeat("a", 16<<10) + ": a", 431},
 	} {
-		a, closed := sendRaw(t, d, test.line+"\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+test.header+"\r\n\r\n")
+		a, closed := sendRaw(t, d,
+			test.line+"\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+test.header+"\r\n\r\n")
 		if a.status != test.status || closed != (test.status == 431) {
-			t.Errorf("%.30q with %d bytes of header: status %d, closed %v", test.line, len(test.header), a.status, closed)
+			t.Errorf("%.30q with %d bytes of header: status %d, closed %v", test.line, len(test.header), a.status,
+				closed)
 		}
 	}
 }
@@ -778,26 +799,31 @@ func TestBodyWithoutEndIsCutOff(t *testing.T) {
 		{"GET /health", chunked, 413},
 		{"DELETE /service/web", "Content-Length: 1099511627776\r\n", 413},
 	} {
-		conn := wireDial(t, d)
-		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n%s\r\n", test.line, d.key, test.framing)
-		piece := strings.Repeat(" ", 32<<10)
-		if test.framing == chunked {
-			piece = fmt.Sprintf("%x\r\n%s\r\n", len(piece), piece)
-		}
-		var sent error
-		var sending sync.WaitGroup
-		sending.Go(func() {
-			for sent == nil {
-				_, sent = io.WriteString(conn, piece)
+		t.Run(test.line+" "+test.framing, func(t *testing.T) {
+			t.Parallel()
+			conn := wireDial(t, d)
+			fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n%s\r\n", test.line, d.key,
+				test.framing)
+			piece := strings.Repeat(" ", 32<<10)
+			if test.framing == chunked {
+				piece = fmt.Sprintf("%x\r\n%s\r\n", len(piece), piece)
+			}
+			var sent error
+			var sending sync.WaitGroup
+			sending.Go(func() {
+				// at full speed it would show no more
+				for every := time.Tick(10 * time.Millisecond); sent == nil; <-every {
+					_, sent = io.WriteString(conn, piece)
+				}
+			})
+			if status := wireStatus(t, conn); status != test.status {
+				t.Errorf("%s: status %d, want %d", test.line, status, test.status)
+			}
+			sending.Wait()
+			if errors.Is(sent, os.ErrDeadlineExceeded) { // which wireDial has set
+				t.Errorf("%s with %q: the daemon takes all", test.line, test.framing)
 			}
 		})
-		if status := wireStatus(t, conn); status != test.status {
-			t.Errorf("%s: status %d, want %d", test.line, status, test.status)
-		}
-		sending.Wait()
-		if errors.Is(sent, os.ErrDeadlineExceeded) { // which wireDial has set
-			t.Errorf("%s with %q: the daemon takes all", test.line, test.framing)
-		}
 	}
 }
 
@@ -812,41 +838,55 @@ func TestSmugglingShapes(t *testing.T) {
 		text     string
 		statuses []int // until the daemon closes the connection
 	}{
-		"two lengths":                    {head + "Content-Length: 0\r\nContent-Length: 44\r\n\r\n", []int{400}},
-		"two lengths, the first larger":  {head + "Content-Length: 44\r\nContent-Length: 0\r\n\r\n", []int{400}},
-		"a list of lengths":              {head + "Content-Length: 0, 44\r\n\r\n", []int{400}},
-		"a list of equal lengths":        {head + "Content-Length: 0, 0\r\n\r\n", []int{400}},
-		"signed length":                  {head + "Content-Length: +0\r\n\r\n", []int{400}},
-		"negative length":                {head + "Content-Length: -1\r\n\r\n", []int{400}},
-		"hexadecimal length":             {head + "Content-Length: 0x0\r\n\r\n", []int{400}},
-		"empty length":                   {head + "Content-Length:\r\n\r\n", []int{400}},
-		"huge length":                    {head + "Content-Length: 99999999999999999999\r\n\r\n", []int{400}},
-		"length and chunked":             {head + "Content-Length: 44\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{404}},
-		"chunked and length":             {head + "Transfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n0\r\n\r\n", []int{404}},
-		"bad length and chunked":         {head + "Content-Length: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
-		"chunked twice":                  {head + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{501}},
-		"chunked in a list":              {head + "Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n", []int{501}},
-		"chunked folded":                 {head + "Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", []int{404}},
-		"chunked, folded and more":       {head + "Transfer-Encoding: chunked\r\n , identity\r\n\r\n0\r\n\r\n", []int{501}},
-		"xchunked":                       {head + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", []int{501}},
-		"chunked with a vertical tab":    {head + "Transfer-Encoding: \vchunked\r\n\r\n0\r\n\r\n", []int{400}},
-		"chunked with a NUL":             {head + "Transfer-Encoding: chunked\x00\r\n\r\n0\r\n\r\n", []int{400}},
-		"identity":                       {head + "Transfer-Encoding: identity\r\n\r\n", []int{501}},
-		"a space before the colon":       {head + "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", []int{400}},
-		"a space before the name":        {"POST /nowhere HTTP/1.1\r\n X: y\r\n" + head[len("POST /nowhere HTTP/1.1\r\n"):] + "\r\n", []int{400}},
-		"a bare CR in a value":           {head + "X: a\rTransfer-Encoding: chunked\r\n\r\n", []int{400}},
-		"a bare CR in a name":            {head + "X\rY: a\r\n\r\n", []int{400}},
-		"a chunk size with a sign":       {head + "Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n", []int{404}},
-		"a chunk size that overflows":    {head + "Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n\r\n", []int{404}},
-		"a chunk with a bare LF":         {head + "Transfer-Encoding: chunked\r\n\r\n0\n\r\n", []int{404}},
-		"a chunk extension with an LF":   {head + "Transfer-Encoding: chunked\r\n\r\n2;\nxx\r\n0\r\n\r\n", []int{404}},
-		"a length in the trailer":        {head + "Transfer-Encoding: chunked\r\nTrailer: Content-Length\r\n\r\n0\r\nContent-Length: 5\r\n\r\n", []int{400}},
-		"chunked in HTTP/1.0":            {strings.Replace(head, "1.1", "1.0", 1) + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{505}},
-		"length and chunked in HTTP/1.0": {strings.Replace(head, "1.1", "1.0", 1) + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{505}},
-		"two hosts":                      {head + "Host: other\r\n\r\n", []int{400}},
-		"no host":                        {strings.Replace(head, "Host: h\r\n", "", 1) + "\r\n", []int{400}},
-		"HTTP/2":                         {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []int{401}},
-		"an upgrade to HTTP/2":           {head + "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n", []int{404}},
+		"two lengths":                   {head + "Content-Length: 0\r\nContent-Length: 44\r\n\r\n", []int{400}},
+		"two lengths, the first larger": {head + "Content-Length: 44\r\nContent-Length: 0\r\n\r\n", []int{400}},
+		"a list of lengths":             {head + "Content-Length: 0, 44\r\n\r\n", []int{400}},
+		"a list of equal lengths":       {head + "Content-Length: 0, 0\r\n\r\n", []int{400}},
+		"signed length":                 {head + "Content-Length: +0\r\n\r\n", []int{400}},
+		"negative length":               {head + "Content-Length: -1\r\n\r\n", []int{400}},
+		"hexadecimal length":            {head + "Content-Length: 0x0\r\n\r\n", []int{400}},
+		"empty length":                  {head + "Content-Length:\r\n\r\n", []int{400}},
+		"huge length":                   {head + "Content-Length: 99999999999999999999\r\n\r\n", []int{400}},
+		"length and chunked": {head +
+			"Content-Length: 44\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{404}},
+		"chunked and length": {head +
+			"Transfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n0\r\n\r\n", []int{404}},
+		"bad length and chunked": {head +
+			"Content-Length: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		"chunked twice": {head +
+			"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{501}},
+		"chunked in a list": {head + "Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n",
+			[]int{501}},
+		"chunked folded": {head + "Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", []int{404}},
+		"chunked, folded and more": {head + "Transfer-Encoding: chunked\r\n , identity\r\n\r\n0\r\n\r\n",
+			[]int{501}},
+		"xchunked":                    {head + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", []int{501}},
+		"chunked with a vertical tab": {head + "Transfer-Encoding: \vchunked\r\n\r\n0\r\n\r\n", []int{400}},
+		"chunked with a NUL":          {head + "Transfer-Encoding: chunked\x00\r\n\r\n0\r\n\r\n", []int{400}},
+		"identity":                    {head + "Transfer-Encoding: identity\r\n\r\n", []int{501}},
+		"a space before the colon":    {head + "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		"a space before the name": {"POST /nowhere HTTP/1.1\r\n X: y\r\n" +
+			head[len("POST /nowhere HTTP/1.1\r\n"):] + "\r\n", []int{400}},
+		"a bare CR in a value":     {head + "X: a\rTransfer-Encoding: chunked\r\n\r\n", []int{400}},
+		"a bare CR in a name":      {head + "X\rY: a\r\n\r\n", []int{400}},
+		"a chunk size with a sign": {head + "Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n", []int{404}},
+		"a chunk size that overflows": {head + "Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n\r\n",
+			[]int{404}},
+		"a chunk with a bare LF": {head + "Transfer-Encoding: chunked\r\n\r\n0\n\r\n", []int{404}},
+		"a chunk extension with an LF": {head + "Transfer-Encoding: chunked\r\n\r\n2;\nxx\r\n0\r\n\r\n",
+			[]int{404}},
+		"a length in the trailer": {head +
+			"Transfer-Encoding: chunked\r\nTrailer: Content-Length\r\n\r\n0\r\nContent-Length: 5\r\n\r\n", []int{400}},
+		"chunked in HTTP/1.0": {strings.Replace(head, "1.1", "1.0", 1) +
+			"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{505}},
+		"length and chunked in HTTP/1.0": {strings.Replace(head, "1.1", "1.0", 1) +
+			"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{505}},
+		"two hosts": {head + "Host: other\r\n\r\n", []int{400}},
+		"no host":   {strings.Replace(head, "Host: h\r\n", "", 1) + "\r\n", []int{400}},
+		"HTTP/2":    {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []int{401}},
+		"an upgrade to HTTP/2": {head +
+			"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n",
+			[]int{404}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn := wireDial(t, d)
@@ -892,7 +932,8 @@ func TestGigabytesWithoutTheKey(t *testing.T) {
 	}
 	clients.Wait()
 	_, peak := wireMemory(t, pid)
-	t.Logf("%d MiB of %d GiB were sent; memory %d KiB, then %d KiB at most", taken.Load()>>20, count, before>>10, peak>>10)
+	t.Logf("%d MiB of %d GiB were sent; memory %d KiB, then %d KiB at most", taken.Load()>>20, count, before>>10,
+		peak>>10)
 	if taken.Load() > count*(32<<20) { // the kernel's buffers take some
 		t.Errorf("%d bytes were taken of %d clients without the key", taken.Load(), count)
 	}

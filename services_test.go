@@ -38,12 +38,18 @@ func state(t testing.TB, e *fakeEngine, d *daemon) string {
 	return all.String() + " images:" + strings.Join(e.imageTags(), ",")
 }
 
+// wantState fails the test if something has changed.
+func wantState(t testing.TB, e *fakeEngine, d *daemon, before string) {
+	t.Helper()
+	if after := state(t, e, d); after != before {
+		t.Errorf("before%s\nafter%s", before, after)
+	}
+}
+
 // Somebody takes the name while the create is under way: its commit fails.
 func TestNameThatIsTakenDuringACreate(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
 		if strings.HasSuffix(r.URL.Path, "/containers/create") {
 			e.addForeign("web", nil)
@@ -83,7 +89,8 @@ func TestListIsAsTheEngineWroteIt(t *testing.T) {
 	e.setIntercept(nil)
 	d.do(t, "POST", "/service", createBodyJSON("other", "")).want(t, 201)
 	var list []struct{ Names []string }
-	if err := json.Unmarshal([]byte(d.do(t, "GET", "/service", "").body), &list); err != nil || len(list) != 2 || list[0].Names[0] != "/other" {
+	if err := json.Unmarshal([]byte(d.do(t, "GET", "/service", "").body), &list); err != nil || len(list) != 2 ||
+		list[0].Names[0] != "/other" {
 		t.Errorf("%v %v", list, err)
 	}
 }
@@ -91,21 +98,21 @@ func TestListIsAsTheEngineWroteIt(t *testing.T) {
 // A service does not start while its port on the host is somebody else's, and loses nothing by it.
 func TestHostPortThatIsTaken(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	publish := `"port_map":{"80/tcp":{"HostPort":"8080"}}`
 	d.do(t, "POST", "/service", createBodyJSON("first", publish)).want(t, 201)
 	d.do(t, "POST", "/service", createBodyJSON("second", publish)).want(t, 201)
 	d.do(t, "POST", "/service/first/ctl", `{"op":"start"}`).want(t, 204)
 	before := state(t, e, d)
-	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 409, "port_taken", "0.0.0.0:8080", "address already in use")
+	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 409, "port_taken", "0.0.0.0:8080",
+		"address already in use")
 	if after := state(t, e, d); after != before {
 		t.Errorf("left %s, before it was %s", after, before)
 	}
 	d.do(t, "POST", "/service/first/ctl", `{"op":"stop"}`).want(t, 204)
 	e.takePort("8080")
-	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 409, "port_taken", "0.0.0.0:8080", "address already in use")
+	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 409, "port_taken", "0.0.0.0:8080",
+		"address already in use")
 	e.takePort("")
 	d.do(t, "POST", "/service/second/ctl", `{"op":"start"}`).want(t, 204)
 }
@@ -119,8 +126,8 @@ func TestImagesNumericUserOwnsTheBindDirectory(t *testing.T) {
 		imageUser, user string
 		uid, gid        uint32
 	}{
-		{"1000", "", 1000, 0}, {"1000:1001", "", 1000, 1001}, {"1000", "2000:3", 2000, 3}, {"nobody", "", 0, 0}, {"", "", 0, 0},
-		{"-5", "", 0, 0}, {"4294967295", "", 0, 0}, {"7:-1", "", 7, 0}, {"1000", "nobody", 0, 0},
+		{"1000", "", 1000, 0}, {"1000:1001", "", 1000, 1001}, {"1000", "2000:3", 2000, 3}, {"nobody", "", 0, 0},
+		{"", "", 0, 0}, {"-5", "", 0, 0}, {"4294967295", "", 0, 0}, {"7:-1", "", 7, 0}, {"1000", "nobody", 0, 0},
 	} {
 		e := newFakeEngine(t)
 		e.addImage("img:1")
@@ -128,9 +135,7 @@ func TestImagesNumericUserOwnsTheBindDirectory(t *testing.T) {
 		d := startDaemon(t, e.host(), nil)
 		d.do(t, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"user":%q`, test.user))).want(t, 201)
 		info, err := os.Stat(filepath.Join(d.binds, "web"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if stat := info.Sys().(*syscall.Stat_t); stat.Uid != test.uid || stat.Gid != test.gid {
 			t.Errorf("%+v: the owner is %d:%d", test, stat.Uid, stat.Gid)
 		}
@@ -139,9 +144,7 @@ func TestImagesNumericUserOwnsTheBindDirectory(t *testing.T) {
 
 func TestStopSignal(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	for i, test := range []struct{ value, signal string }{
 		{`"SIGINT"`, "SIGINT"}, {`"INT"`, "INT"}, {`2`, "2"}, {`"2"`, "2"}, {`64`, "64"}, {`"RTMIN+3"`, "RTMIN+3"},
 		{`"SIGRTMAX-14"`, "SIGRTMAX-14"}, {`"\u0054ERM"`, "TERM"},
@@ -152,7 +155,8 @@ func TestStopSignal(t *testing.T) {
 			t.Errorf("%s: the engine was told %q", test.value, c.Config.StopSignal)
 		}
 	}
-	for _, value := range []string{`"SIGFOO"`, `0`, `65`, `-1`, `2.0`, `""x`, `"int"`, `true`, `["INT"]`, `{}`, `null`, `"INT "`, `"RTMIN+16"`} {
+	for _, value := range []string{`"SIGFOO"`, `0`, `65`, `-1`, `2.0`, `""x`, `"int"`, `true`, `["INT"]`, `{}`,
+		`null`, `"INT "`, `"RTMIN+16"`} {
 		d.do(t, "POST", "/service", createBodyJSON("bad", `"stop_signal":`+value)).want(t, 400, "")
 	}
 }
@@ -164,84 +168,103 @@ var badParams = []struct{ extra, field string }{
 
 	{`"image":""`, "image"}, {`"image":null`, "image"}, {`"image":7`, "image"}, {`"image":" "`, "image"},
 	{`"image":"../containers/x"`, "image"}, {`"image":"a/../../b"`, "image"}, {`"image":"a?x=1"`, "image"},
-	{`"image":"a#b"`, "image"}, {`"image":"a%2e"`, "image"}, {`"image":"a\nb"`, "image"}, {`"image":"/a"`, "image"},
-	{`"image":"a//b"`, "image"}, {`"image":"a/"`, "image"}, {`"image":"-a"`, "image"}, {`"image":"é"`, "image"},
-	{`"image":"` + strings.Repeat("g", 513) + `"`, "image"},
+	{`"image":"a#b"`, "image"}, {`"image":"a%2e"`, "image"}, {`"image":"a\nb"`, "image"},
+	{`"image":"/a"`, "image"}, {`"image":"a//b"`, "image"}, {`"image":"a/"`, "image"}, {`"image":"-a"`, "image"},
+	{`"image":"é"`, "image"}, {`"image":"` + strings.Repeat("g", 513) + `"`, "image"},
 	// What the engine would take for the beginning of an id, perhaps of another customer's image.
 	{`"image":"f5"`, "image"}, {`"image":"0"`, "image"}, {`"image":"` + strings.Repeat("a", 63) + `"`, "image"},
 	{`"image":"sha256:f5"`, "image"},
 
-	{`"bind_dir":""`, "bind_dir"}, {`"bind_dir":null`, "bind_dir"}, {`"bind_dir":3`, "bind_dir"}, {`"bind_dir":"/"`, "bind_dir"},
-	{`"bind_dir":"//"`, "bind_dir"}, {`"bind_dir":"."`, "bind_dir"}, {`"bind_dir":".."`, "bind_dir"},
-	{`"bind_dir":"a/../.."`, "bind_dir"}, {`"bind_dir":"/proc"`, "bind_dir"}, {`"bind_dir":"proc/1"`, "bind_dir"},
-	{`"bind_dir":"/x/../proc/self"`, "bind_dir"}, {`"bind_dir":"/sys/fs"`, "bind_dir"}, {`"bind_dir":"//dev//"`, "bind_dir"},
-	{`"bind_dir":"/dev/shm"`, "bind_dir"}, {`"bind_dir":"/a\nb"`, "bind_dir"}, {`"bind_dir":"/a\u0000"`, "bind_dir"},
-	{`"bind_dir":"/a\u007f"`, "bind_dir"}, {`"bind_dir":"/\u001b[2J"`, "bind_dir"},
+	{`"bind_dir":""`, "bind_dir"}, {`"bind_dir":null`, "bind_dir"}, {`"bind_dir":3`, "bind_dir"},
+	{`"bind_dir":"/"`, "bind_dir"}, {`"bind_dir":"//"`, "bind_dir"}, {`"bind_dir":"."`, "bind_dir"},
+	{`"bind_dir":".."`, "bind_dir"}, {`"bind_dir":"a/../.."`, "bind_dir"}, {`"bind_dir":"/proc"`, "bind_dir"},
+	{`"bind_dir":"proc/1"`, "bind_dir"}, {`"bind_dir":"/x/../proc/self"`, "bind_dir"},
+	{`"bind_dir":"/sys/fs"`, "bind_dir"}, {`"bind_dir":"//dev//"`, "bind_dir"},
+	{`"bind_dir":"/dev/shm"`, "bind_dir"}, {`"bind_dir":"/a\nb"`, "bind_dir"},
+	{`"bind_dir":"/a\u0000"`, "bind_dir"}, {`"bind_dir":"/a\u007f"`, "bind_dir"},
+	{`"bind_dir":"/\u001b[2J"`, "bind_dir"},
 
 	{`"bind_contents":"x"`, "bind_contents"}, {`"bind_contents":"/etc/passwd"`, "bind_contents"},
-	{`"bind_contents":"file:///etc/passwd"`, "bind_contents"}, {`"bind_contents":"ftp://example.com/a"`, "bind_contents"},
+	{`"bind_contents":"file:///etc/passwd"`, "bind_contents"},
+	{`"bind_contents":"ftp://example.com/a"`, "bind_contents"},
 	{`"bind_contents":"//example.com/a"`, "bind_contents"}, {`"bind_contents":"http://"`, "bind_contents"},
 	{`"bind_contents":"http:///a"`, "bind_contents"}, {`"bind_contents":"http://["`, "bind_contents"},
 	{`"bind_contents":"unix:///run/docker.sock"`, "bind_contents"}, {`"bind_contents":{}`, "bind_contents"},
 
-	{`"cmd":"a"`, "cmd"}, {`"cmd":[1]`, "cmd"}, {`"cmd":["a\u0000"]`, "cmd"}, {`"shell":"sh"`, "shell"}, {`"shell":["\u0000"]`, "shell"},
-	{`"env":{"A":"1"}`, "env"}, {`"env":["=1"]`, "env"}, {`"env":[""]`, "env"}, {`"env":[null]`, "env"},
-	{`"env":["A=\u0000"]`, "env"},
+	{`"cmd":"a"`, "cmd"}, {`"cmd":[1]`, "cmd"}, {`"cmd":["a\u0000"]`, "cmd"}, {`"shell":"sh"`, "shell"},
+	{`"shell":["\u0000"]`, "shell"}, {`"env":{"A":"1"}`, "env"}, {`"env":["=1"]`, "env"}, {`"env":[""]`, "env"},
+	{`"env":[null]`, "env"}, {`"env":["A=\u0000"]`, "env"},
 
-	{`"user":1000`, "user"}, {`"user":"a b"`, "user"}, {`"user":":"`, "user"}, {`"user":"1:"`, "user"}, {`"user":":1"`, "user"},
-	{`"user":"1:2:3"`, "user"}, {`"user":"2147483648"`, "user"}, {`"user":"0:2147483648"`, "user"}, {`"user":"4294967296"`, "user"},
-	{`"user":"-1"`, "user"}, {`"user":"99999999999999999999"`, "user"}, {`"user":"é"`, "user"}, {`"user":"a\nb"`, "user"},
+	{`"user":1000`, "user"}, {`"user":"a b"`, "user"}, {`"user":":"`, "user"}, {`"user":"1:"`, "user"},
+	{`"user":":1"`, "user"}, {`"user":"1:2:3"`, "user"}, {`"user":"2147483648"`, "user"},
+	{`"user":"0:2147483648"`, "user"}, {`"user":"4294967296"`, "user"}, {`"user":"-1"`, "user"},
+	{`"user":"99999999999999999999"`, "user"}, {`"user":"é"`, "user"}, {`"user":"a\nb"`, "user"},
 
-	{`"working_dir":"x"`, "working_dir"}, {`"working_dir":"/proc/self/fd/8"`, "working_dir"}, {`"working_dir":"//proc"`, "working_dir"},
-	{`"working_dir":"/a/../proc/1/cwd"`, "working_dir"}, {`"working_dir":"/a\u0000"`, "working_dir"}, {`"working_dir":1`, "working_dir"},
+	{`"working_dir":"x"`, "working_dir"}, {`"working_dir":"/proc/self/fd/8"`, "working_dir"},
+	{`"working_dir":"//proc"`, "working_dir"}, {`"working_dir":"/a/../proc/1/cwd"`, "working_dir"},
+	{`"working_dir":"/a\u0000"`, "working_dir"}, {`"working_dir":1`, "working_dir"},
 
-	{`"hostname":"a_b"`, "hostname"}, {`"hostname":"-a"`, "hostname"}, {`"hostname":"a-"`, "hostname"}, {`"hostname":"a.b"`, "hostname"},
-	{`"hostname":"a b"`, "hostname"}, {`"hostname":"é"`, "hostname"}, {`"hostname":"` + strings.Repeat("a", 64) + `"`, "hostname"},
-	{`"hostname":"a\n"`, "hostname"},
+	{`"hostname":"a_b"`, "hostname"}, {`"hostname":"-a"`, "hostname"}, {`"hostname":"a-"`, "hostname"},
+	{`"hostname":"a.b"`, "hostname"}, {`"hostname":"a b"`, "hostname"}, {`"hostname":"é"`, "hostname"},
+	{`"hostname":"` + strings.Repeat("a", 64) + `"`, "hostname"}, {`"hostname":"a\n"`, "hostname"},
 
 	{`"open_stdin":"yes"`, "open_stdin"}, {`"tty":1`, "tty"}, {`"network_disabled":"true"`, "network_disabled"},
 
-	{`"max_cpu":0`, "max_cpu"}, {`"max_cpu":-1`, "max_cpu"}, {`"max_cpu":1.5`, "max_cpu"}, {`"max_cpu":"50000"`, "max_cpu"},
-	{`"max_cpu":999`, "max_cpu"}, {`"max_cpu":1e30`, "max_cpu"}, {`"max_cpu":9223372036854775807`, "max_cpu"},
-	{`"max_ram":0`, "max_ram"}, {`"max_ram":-1`, "max_ram"}, {`"max_ram":1`, "max_ram"}, {`"max_ram":6291455`, "max_ram"},
-	{`"max_ram":"1g"`, "max_ram"}, {`"max_ram":9223372036854775807`, "max_ram"}, {`"max_ram":9223372036854775808`, "max_ram"},
+	{`"max_cpu":0`, "max_cpu"}, {`"max_cpu":-1`, "max_cpu"}, {`"max_cpu":1.5`, "max_cpu"},
+	{`"max_cpu":"50000"`, "max_cpu"}, {`"max_cpu":999`, "max_cpu"}, {`"max_cpu":1e30`, "max_cpu"},
+	{`"max_cpu":9223372036854775807`, "max_cpu"}, {`"max_ram":0`, "max_ram"}, {`"max_ram":-1`, "max_ram"},
+	{`"max_ram":1`, "max_ram"}, {`"max_ram":6291455`, "max_ram"}, {`"max_ram":"1g"`, "max_ram"},
+	{`"max_ram":9223372036854775807`, "max_ram"}, {`"max_ram":9223372036854775808`, "max_ram"},
 
-	{`"port_map":[]`, "port_map"}, {`"port_map":"80"`, "port_map"}, {`"port_map":{"80":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":[]`, "port_map"}, {`"port_map":"80"`, "port_map"},
+	{`"port_map":{"80":{"HostPort":"80"}}`, "port_map"},
 	{`"port_map":{"80/":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"/tcp":{"HostPort":"80"}}`, "port_map"},
 	{`"port_map":{"":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"0/tcp":{"HostPort":"80"}}`, "port_map"},
-	{`"port_map":{"65536/tcp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"-1/tcp":{"HostPort":"80"}}`, "port_map"},
-	{`"port_map":{"080/tcp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"80/TCP":{"HostPort":"80"}}`, "port_map"},
-	{`"port_map":{"80/icmp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"80/tcp/udp":{"HostPort":"80"}}`, "port_map"},
-	{`"port_map":{"80-90/tcp":{"HostPort":"80"}}`, "port_map"}, {`"port_map":{"80/tcp ":{"HostPort":"80"}}`, "port_map"},
-	{`"port_map":{"80/tcp":null}`, "port_map"}, {`"port_map":{"80/tcp":5}`, "port_map"}, {`"port_map":{"80/tcp":"80"}`, "port_map"},
-	{`"port_map":{"80/tcp":[]}`, "port_map"}, {`"port_map":{"80/tcp":[null]}`, "port_map"}, {`"port_map":{"80/tcp":[[]]}`, "port_map"},
+	{`"port_map":{"65536/tcp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"-1/tcp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"080/tcp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/TCP":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/icmp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/tcp/udp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80-90/tcp":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/tcp ":{"HostPort":"80"}}`, "port_map"},
+	{`"port_map":{"80/tcp":null}`, "port_map"}, {`"port_map":{"80/tcp":5}`, "port_map"},
+	{`"port_map":{"80/tcp":"80"}`, "port_map"},
+	{`"port_map":{"80/tcp":[]}`, "port_map"}, {`"port_map":{"80/tcp":[null]}`, "port_map"},
+	{`"port_map":{"80/tcp":[[]]}`, "port_map"},
 	{`"port_map":{"80/tcp":{}}`, "HostPort"}, {`"port_map":{"80/tcp":{"HostPort":80}}`, "HostPort"},
-	{`"port_map":{"80/tcp":{"HostPort":""}}`, "HostPort"}, {`"port_map":{"80/tcp":{"HostPort":"65536"}}`, "HostPort"},
-	{`"port_map":{"80/tcp":{"HostPort":"-1"}}`, "HostPort"}, {`"port_map":{"80/tcp":{"HostPort":"80-90"}}`, "HostPort"},
-	{`"port_map":{"80/tcp":{"HostPort":"http"}}`, "HostPort"}, {`"port_map":{"80/tcp":[{"HostPort":"1"},{"HostPort":"x"}]}`, "HostPort"},
-	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"x"}}`, "HostIp"}, {`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"1.2.3"}}`, "HostIp"},
-	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"localhost"}}`, "HostIp"}, {`"port_map":{"80/tcp":{"HostPort":"1","HostIp":7}}`, "HostIp"},
+	{`"port_map":{"80/tcp":{"HostPort":""}}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"65536"}}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"-1"}}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"80-90"}}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"http"}}`, "HostPort"},
+	{`"port_map":{"80/tcp":[{"HostPort":"1"},{"HostPort":"x"}]}`, "HostPort"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"x"}}`, "HostIp"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"1.2.3"}}`, "HostIp"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"localhost"}}`, "HostIp"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":7}}`, "HostIp"},
 	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":"fe80::1%eth0"}}`, "HostIp"},
 
 	{`"port_map":{"80/tcp":{"HostPort":"1"}},"network_disabled":true`, "port_map"},
 
 	// Null is not the value that a field has when it is absent: a limit would be none.
-	{`"max_ram":null`, "max_ram"}, {`"max_cpu":null`, "max_cpu"}, {`"network_disabled":null`, "network_disabled"},
-	{`"open_stdin":null`, "open_stdin"}, {`"tty":null`, "tty"}, {`"user":null`, "user"}, {`"port_map":null`, "port_map"},
-	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":null}}`, "HostIp"}, {`"cmd":null`, "cmd"}, {`"cmd":["a",null]`, "cmd"},
-	{`"bind_contents":null`, "bind_contents"}, {`"hostname":null`, "hostname"}, {`"working_dir":null`, "working_dir"},
+	{`"max_ram":null`, "max_ram"}, {`"max_cpu":null`, "max_cpu"},
+	{`"network_disabled":null`, "network_disabled"}, {`"open_stdin":null`, "open_stdin"}, {`"tty":null`, "tty"},
+	{`"user":null`, "user"}, {`"port_map":null`, "port_map"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","HostIp":null}}`, "HostIp"}, {`"cmd":null`, "cmd"},
+	{`"cmd":["a",null]`, "cmd"}, {`"bind_contents":null`, "bind_contents"}, {`"hostname":null`, "hostname"},
+	{`"working_dir":null`, "working_dir"},
 
 	// A mistyped limit must not become no limit, and nothing asks for more than the seed has.
 	{`"max_memory":1`, "max_memory"}, {`"privileged":true`, "privileged"}, {`"Binds":["/:/host"]`, "Binds"},
-	{`"HostConfig":{}`, "HostConfig"}, {`"devices":[]`, "devices"}, {`"port_map":{"80/tcp":{"HostPort":"1","Host":"x"}}`, "Host"},
+	{`"HostConfig":{}`, "HostConfig"}, {`"devices":[]`, "devices"},
+	{`"port_map":{"80/tcp":{"HostPort":"1","Host":"x"}}`, "Host"},
 	{`"port_map":{"80/tcp":[{"HostPort":"1"},{"HostPort":"2","x":1}]}`, "x"},
 }
 
 func TestBadServiceLeavesNothing(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	before, callsBefore := state(t, e, d), len(e.calls())
 	bodies := map[string]string{
 		`{"params":{"id":"web","image":"img:1","bind_dir":"/data"}}`:                 "type",
@@ -278,16 +301,12 @@ func TestBadServiceLeavesNothing(t *testing.T) {
 // What only the SDK or the engine can see to be wrong is still the client's mistake.
 func TestServiceThatTheEngineRefusesLeavesNothing(t *testing.T) {
 	t.Parallel()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), nil)
+	e, d := start(t, nil)
 	imported := d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
 	var answer struct {
 		ID string `json:"image_id"`
 	}
-	if err := json.Unmarshal([]byte(imported.body), &answer); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(imported.body), &answer))
 	before := state(t, e, d)
 	for _, test := range []struct {
 		extra  string
@@ -356,16 +375,21 @@ func TestBadRequestsToAServiceChangeNothing(t *testing.T) {
 // Ids that are none, as they stand in a path and as they stand in JSON.
 var badIDs = []struct{ path, json string }{
 	{"..", `".."`}, {"%2e%2e", `"%2e%2e"`}, {".%2e", `".%2e"`}, {".", `"."`}, {"%2F", `"/"`}, {"a%2Fb", `"a/b"`},
-	{"..%2Fcontainers", `"../containers"`}, {"web%2F..%2F..%2Fimages", `"web/../../images"`}, {"%2Fetc%2Fpasswd", `"/etc/passwd"`},
-	{"web%2Fjson%3F", `"web/json?"`}, {"web%3Fforce=1", `"web?force=1"`}, {"web%23", `"web#"`}, {"web%00", `"web\u0000"`},
-	{"%00", `"\u0000"`}, {"a:b", `"a:b"`}, {"a.b", `"a.b"`}, {"web.", `"web."`}, {".web", `".web"`}, {".new.web", `".new.web"`},
-	{"duxcore.candidate.web", `"duxcore.candidate.web"`}, {"duxcore.gone.web", `"duxcore.gone.web"`}, {"-web", `"-web"`}, {"_web", `"_web"`},
-	{"w", `"w"`}, {"7", `"7"`}, {strings.Repeat("w", 64), `"` + strings.Repeat("w", 64) + `"`},
-	{strings.Repeat("0", 64), `"` + strings.Repeat("0", 64) + `"`}, {strings.Repeat("w", 4000), `"` + strings.Repeat("w", 4000) + `"`},
-	{"we%20b", `"we b"`}, {"%20web", `" web"`}, {"web%20", `"web "`}, {"web%0A", `"web\n"`}, {"%0Aweb", `"\nweb"`}, {"web%09", `"web\t"`},
-	{"w%C3%A9b", `"wéb"`}, {"%D1%80web", `"рweb"`}, {"%EF%BD%97eb", `"ｗeb"`}, {"web%E2%80%8B", `"web\u200b"`}, {"%D9%A1%D9%A2", `"١٢"`},
-	{"we%FFb", `"we\ufffdb"`}, {"web%E2%80%AE", `"web\u202e"`}, {"w%5Cb", `"w\\b"`}, {"web*", `"web*"`}, {"web;x", `"web;x"`},
-	{"web,db", `"web,db"`}, {"%25web", `"%web"`}, {"$web", `"$web"`}, {"~web", `"~web"`}, {"web@", `"web@"`}, {"%22web%22", `"\"web\""`},
+	{"..%2Fcontainers", `"../containers"`}, {"web%2F..%2F..%2Fimages", `"web/../../images"`},
+	{"%2Fetc%2Fpasswd", `"/etc/passwd"`}, {"web%2Fjson%3F", `"web/json?"`}, {"web%3Fforce=1", `"web?force=1"`},
+	{"web%23", `"web#"`}, {"web%00", `"web\u0000"`}, {"%00", `"\u0000"`}, {"a:b", `"a:b"`}, {"a.b", `"a.b"`},
+	{"web.", `"web."`}, {".web", `".web"`}, {".new.web", `".new.web"`},
+	{"duxcore.candidate.web", `"duxcore.candidate.web"`}, {"duxcore.gone.web", `"duxcore.gone.web"`},
+	{"-web", `"-web"`}, {"_web", `"_web"`}, {"w", `"w"`}, {"7", `"7"`},
+	{strings.Repeat("w", 64), `"` + strings.Repeat("w", 64) + `"`},
+	{strings.Repeat("0", 64), `"` + strings.Repeat("0", 64) + `"`},
+	{strings.Repeat("w", 4000), `"` + strings.Repeat("w", 4000) + `"`}, {"we%20b", `"we b"`},
+	{"%20web", `" web"`}, {"web%20", `"web "`}, {"web%0A", `"web\n"`}, {"%0Aweb", `"\nweb"`},
+	{"web%09", `"web\t"`}, {"w%C3%A9b", `"wéb"`}, {"%D1%80web", `"рweb"`}, {"%EF%BD%97eb", `"ｗeb"`},
+	{"web%E2%80%8B", `"web\u200b"`}, {"%D9%A1%D9%A2", `"١٢"`}, {"we%FFb", `"we\ufffdb"`},
+	{"web%E2%80%AE", `"web\u202e"`}, {"w%5Cb", `"w\\b"`}, {"web*", `"web*"`}, {"web;x", `"web;x"`},
+	{"web,db", `"web,db"`}, {"%25web", `"%web"`}, {"$web", `"$web"`}, {"~web", `"~web"`}, {"web@", `"web@"`},
+	{"%22web%22", `"\"web\""`},
 }
 
 func TestIDsThatAreNoneReachNothing(t *testing.T) {
@@ -417,7 +441,8 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
 	labels := func(id, binds string) map[string]string {
-		return map[string]string{"duxcore.service": id, "duxcore.binds": binds, "duxcore.params": createBodyJSON(id, "")}
+		return map[string]string{"duxcore.service": id, "duxcore.binds": binds,
+			"duxcore.params": createBodyJSON(id, "")}
 	}
 	ids := []string{"unlabelled", "other-daemon", "other-id", "committed", "no-service", "longer"}
 	// Each of these lacks one thing alone that a service has.
@@ -453,15 +478,11 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 	if list := d.do(t, "GET", "/service", "").want(t, 200, `"/web"`); strings.Count(list.body, `"Id"`) != 1 {
 		t.Errorf("the list is %s", list.body)
 	}
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 	for _, taken := range []string{"unlabelled", "other-daemon", "committed"} {
 		d.do(t, "POST", "/service", createBodyJSON(taken, "")).want(t, 409, taken)
 	}
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 }
 
 // A service may have an id with which the id of somebody else's container begins.
@@ -473,14 +494,13 @@ func TestServiceNamedLikeThePrefixOfAnID(t *testing.T) {
 	id := foreign[:8]
 	d.do(t, "POST", "/service", createBodyJSON(id, "")).want(t, 201)
 	for _, call := range serviceCalls {
-		if !strings.Contains(call.path, "stream") && d.do(t, call.method, "/service/"+id+call.path, call.body).status >= 300 {
+		if !strings.Contains(call.path, "stream") &&
+			d.do(t, call.method, "/service/"+id+call.path, call.body).status >= 300 {
 			t.Errorf("%s %s of %s failed", call.method, call.path, id)
 		}
 	}
 	d.do(t, "GET", "/service/"+id, "").want(t, 404)
-	if after := state(t, e, d); after != before {
-		t.Errorf("before%s\nafter%s", before, after)
-	}
+	wantState(t, e, d, before)
 }
 
 // FuzzServiceID sends any id everywhere that one is accepted. All that the engine may
@@ -489,12 +509,11 @@ func FuzzServiceID(f *testing.F) {
 	for _, id := range badIDs {
 		f.Add(id.path)
 		var decoded string
-		if err := json.Unmarshal([]byte(id.json), &decoded); err != nil {
-			f.Fatal(err)
-		}
+		must(f, json.Unmarshal([]byte(id.json), &decoded))
 		f.Add(decoded)
 	}
-	for _, good := range []string{"web", "a1", "A_b-9", strings.Repeat("z", 63), "containers", "json", "create", "service", "ctl"} {
+	for _, good := range []string{"web", "a1", "A_b-9", strings.Repeat("z", 63), "containers", "json", "create",
+		"service", "ctl"} {
 		f.Add(good)
 	}
 	e := newFakeEngine(f)
@@ -515,18 +534,19 @@ func FuzzServiceID(f *testing.F) {
 				return false // the daemon looks after all services once a minute
 			}
 			for _, name := range e.names() {
-				if name == id || name == "duxcore.new."+id || name == "duxcore.now."+id || strings.HasPrefix(name, "duxcore.next."+id+".") {
+				if name == id || name == "duxcore.new."+id || name == "duxcore.now."+id ||
+					strings.HasPrefix(name, "duxcore.next."+id+".") {
 					c, _ := e.container(name)
 					made[c.ID] = true
 				}
 			}
-			asked = append(asked, versionPrefix.ReplaceAllString(r.URL.EscapedPath(), "")+"?"+r.URL.Query().Get("name"))
+			asked = append(asked, versionPrefix.ReplaceAllString(r.URL.EscapedPath(),
+				"")+"?"+r.URL.Query().Get("name"))
 			return false
 		})
-		body, err := json.Marshal(map[string]any{"type": "raw", "params": map[string]string{"id": id, "image": "img:1", "bind_dir": "/data"}})
-		if err != nil {
-			t.Fatal(err)
-		}
+		body, err := json.Marshal(map[string]any{"type": "raw",
+			"params": map[string]string{"id": id, "image": "img:1", "bind_dir": "/data"}})
+		must(t, err)
 		if a := d.do(t, "POST", "/service", string(body)); (a.status == 201) != plainID(id) {
 			t.Errorf("create %q: %d %s", id, a.status, a.body)
 		}
@@ -579,9 +599,7 @@ const idCharacters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 // give it, a field a line, without those that are zero and so the engine's default.
 func granted(t *testing.T, change func(*config), extra string) string {
 	t.Helper()
-	e := newFakeEngine(t)
-	e.addImage("img:1")
-	d := startDaemon(t, e.host(), change)
+	e, d := start(t, change)
 	sent := make(chan []byte, 1)
 	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
 		if strings.HasSuffix(r.URL.Path, "/containers/create") {
@@ -593,14 +611,13 @@ func granted(t *testing.T, change func(*config), extra string) string {
 	})
 	d.do(t, "POST", "/service", createBodyJSON("web", extra)).want(t, 201)
 	var config map[string]any
-	if err := json.Unmarshal(<-sent, &config); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal(<-sent, &config))
 	host := config["HostConfig"].(map[string]any)
 	delete(config, "HostConfig")
 	lines := strings.ReplaceAll(fieldLines("", config)+fieldLines("HostConfig.", host), d.binds, "BINDS")
 	lines = regexp.MustCompile(`Image "sha256:[0-9a-f]{64}"`).ReplaceAllString(lines, `Image "IMAGE"`)
-	return regexp.MustCompile(`"duxcore.revision":"[A-Z2-7]{26}"`).ReplaceAllString(lines, `"duxcore.revision":"RANDOM"`)
+	return regexp.MustCompile(`"duxcore.revision":"[A-Z2-7]{26}"`).ReplaceAllString(lines,
+		`"duxcore.revision":"RANDOM"`)
 }
 
 func fieldLines(prefix string, fields map[string]any) string {
@@ -655,7 +672,9 @@ HostConfig.PidsLimit 2048
 HostConfig.RestartPolicy {"MaximumRetryCount":0,"Name":"no"}
 HostConfig.SecurityOpt ["no-new-privileges"]
 `},
-		{"maximal", func(c *config) { c.network, c.pidsLimit, c.stopTimeout = "tenants", 100, 7*time.Second }, maximal, `Cmd ["run","--all"]
+		{"maximal", func(c *config) {
+			c.network, c.pidsLimit, c.stopTimeout = "tenants", 100, 7*time.Second
+		}, maximal, `Cmd ["run","--all"]
 Env ["A=1","B=x y=z"]
 ExposedPorts {"53/udp":{},"80/tcp":{},"9/sctp":{}}
 Healthcheck {"Test":["NONE"]}
@@ -677,7 +696,9 @@ HostConfig.MemorySwap 67108864
 HostConfig.Mounts [{"Source":"BINDS/web","Target":"/x:/etc:ro","Type":"bind"}]
 HostConfig.NetworkMode "tenants"
 HostConfig.PidsLimit 100
-HostConfig.PortBindings {"53/udp":[{"HostIp":"::1","HostPort":"53"}],"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostIp":"","HostPort":"0"}],"9/sctp":[{"HostIp":"","HostPort":"9"}]}
+HostConfig.PortBindings {"53/udp":[{"HostIp":"::1","HostPort":"53"}],` +
+			`"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostIp":"","HostPort":"0"}],` +
+			`"9/sctp":[{"HostIp":"","HostPort":"9"}]}
 HostConfig.RestartPolicy {"MaximumRetryCount":0,"Name":"no"}
 HostConfig.SecurityOpt ["no-new-privileges"]
 `},
@@ -688,8 +709,10 @@ HostConfig.SecurityOpt ["no-new-privileges"]
 	}
 }
 
-const maximal = `"bind_dir":"x:/etc:ro","bind_contents":"","cmd":["run","--all"],"shell":["/bin/sh","-c"],"user":"1000:1001",` +
-
-	`"working_dir":"/srv","env":["A=1","B=x y=z"],"open_stdin":false,"tty":false,"hostname":"web-1","network_disabled":false,` +
-	`"port_map":{"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostPort":"0"}],"53/udp":{"HostIp":"::1","HostPort":"53"},` +
+const maximal = `"bind_dir":"x:/etc:ro","bind_contents":"","cmd":["run","--all"],"shell":["/bin/sh","-c"],` +
+	`"user":"1000:1001",` +
+	`"working_dir":"/srv","env":["A=1","B=x y=z"],"open_stdin":false,"tty":false,"hostname":"web-1",` +
+	`"network_disabled":false,` +
+	`"port_map":{"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostPort":"0"}],` +
+	`"53/udp":{"HostIp":"::1","HostPort":"53"},` +
 	`"9/sctp":{"HostPort":"9"}},"max_cpu":50000,"max_ram":67108864`

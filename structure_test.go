@@ -19,8 +19,8 @@ import (
 )
 
 // readingOrder is the order in which a reviewer reads the files: callers above callees.
-var readingOrder = strings.Fields("main server auth listener services console stats images lifecycle settle " +
-	"spec containers engine binds fetch archive tar wire errors")
+var readingOrder = strings.Fields("main server auth listener services console stats images lifecycle " +
+	"settle spec containers engine binds fetch archive tar wire errors")
 
 // upwards are the only references to a file that is read earlier.
 var upwards = []string{
@@ -30,12 +30,12 @@ var upwards = []string{
 }
 
 // source is the program's own files, with their types.
-func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info *types.Info, pkg *types.Package) {
+func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info *types.Info,
+	pkg *types.Package) {
 	t.Helper()
-	list, err := exec.Command("go", "list", "-export", "-deps", "-json=ImportPath,Export,DepOnly,GoFiles", ".").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
+	list, err := exec.Command("go", "list", "-export", "-deps", "-json=ImportPath,Export,DepOnly,GoFiles",
+		".").Output()
+	must(t, err)
 	fset, files = token.NewFileSet(), map[string]*ast.File{}
 	exports, parsed := map[string]string{}, []*ast.File(nil)
 	for decoder := json.NewDecoder(bytes.NewReader(list)); decoder.More(); {
@@ -44,27 +44,22 @@ func source(t *testing.T) (fset *token.FileSet, files map[string]*ast.File, info
 			DepOnly            bool
 			GoFiles            []string
 		}
-		if err := decoder.Decode(&p); err != nil {
-			t.Fatal(err)
-		}
+		must(t, decoder.Decode(&p))
 		exports[p.ImportPath] = p.Export
 		for _, name := range p.GoFiles {
 			if p.DepOnly {
 				break
 			}
 			file, err := parser.ParseFile(fset, name, nil, parser.ParseComments)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			files[strings.TrimSuffix(name, ".go")], parsed = file, append(parsed, file)
 		}
 	}
 	lookup := func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) }
 	info = &types.Info{Uses: map[*ast.Ident]types.Object{}}
-	pkg, err = (&types.Config{Importer: importer.ForCompiler(fset, "gc", lookup)}).Check("main", fset, parsed, info)
-	if err != nil {
-		t.Fatal(err)
-	}
+	pkg, err = (&types.Config{Importer: importer.ForCompiler(fset, "gc", lookup)}).Check("main", fset, parsed,
+		info)
+	must(t, err)
 	return fset, files, info, pkg
 }
 
@@ -101,6 +96,22 @@ func TestFilesReferDownwards(t *testing.T) {
 	}
 }
 
+// A line of a test has to fit on the screen too.
+func TestLinesOfTestsAreShort(t *testing.T) {
+	t.Parallel()
+	names, err := filepath.Glob("*_test.go")
+	must(t, err)
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		must(t, err)
+		for i, line := range strings.Split(string(text), "\n") {
+			if len(line) > 110 {
+				t.Errorf("%s:%d has %d columns", name, i+1, len(line))
+			}
+		}
+	}
+}
+
 // A reader has to hold a function, and a file, in mind.
 func TestFilesAndFunctionsAreShort(t *testing.T) {
 	t.Parallel()
@@ -108,9 +119,7 @@ func TestFilesAndFunctionsAreShort(t *testing.T) {
 	comment := regexp.MustCompile(`^\s*(//.*)?$`)
 	for name, file := range files {
 		text, err := os.ReadFile(name + ".go")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		code := 0
 		for i, line := range strings.Split(string(text), "\n") {
 			if len(line) > 110 {

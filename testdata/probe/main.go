@@ -28,7 +28,7 @@ const (
 
 var sysRenameat2 = map[string]uintptr{"amd64": 316, "arm64": 276}[runtime.GOARCH]
 
-// report is what the tests read; integration_test.go has its twin.
+// report is what the tests read; machine_test.go has its twin.
 type report struct {
 	Args, Env, Interfaces []string
 	UID, GID              int
