@@ -250,13 +250,13 @@ func (x *images) importArchive(ctx context.Context, archive *os.File, tempTag st
 }
 
 // cannotUnpack matches the end of the engine's errors for archives that it can never unpack; the words before
-// it differ between engines 20.10 and 29. An error that may not come again, such as for a full disk, is not
-// among them.
+// it differ between engines 20.10 and 29, and 26 writes ": unknown" behind those of containerd. An error that
+// may not come again, such as for a full disk, is not among them.
 var cannotUnpack = regexp.MustCompile(`(duplicates of file paths not supported|archive/tar: [^:]+|` +
 	`no such file or directory|file exists|file name too long|not a directory|is a directory|` +
 	`directory not empty|operation not permitted|too many levels of symbolic links|invalid argument|` +
 	`argument list too long|numerical result out of range|device or resource busy|` +
-	`cannot be mapped to a host ID|invalid (?:symlink|hardlink) .*)\W*$`)
+	`cannot be mapped to a host ID|invalid (?:symlink|hardlink) .*)(?:: unknown)?\W*$`)
 
 // dropImport removes a tag of an import, and the image if it has no other tag.
 func (x *images) dropImport(ctx context.Context, tag string) error {

@@ -597,9 +597,13 @@ func TestFailedImportLeavesNothing(t *testing.T) {
 		text   string
 	}{
 		"cannot be unpacked": {"/images/create", message(`{"error":"failed to unpack: link /b /a: no such file or directory"}`), 400, "no such file or directory): engine: failed"},
-		"does not fit":       {"/images/create", message(`{"error":"failed to unpack: write /a: no space left on device"}`), 507, "no space left"},
-		"has no id":          {"/images/create", message(`{"status":"done"}`), 502, "which image"},
-		"breaks off":         {"/images/create", func(*fakeEngine, http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, 503, "reached"},
+		"cannot be unpacked, as 26 with containerd's store says": {"/images/create", message(
+			`{"error":"failed to unpack image: failed to extract layer sha256:fed1: mount callback failed on /a: link /a/b /a/c: no such file or directory: unknown"}`),
+			400, "no such file or directory): engine: failed"},
+		"does not fit, as it says": {"/images/create", message(`{"error":"failed to unpack image: write /a: no space left on device: unknown"}`), 507, "no space left"},
+		"does not fit":             {"/images/create", message(`{"error":"failed to unpack: write /a: no space left on device"}`), 507, "no space left"},
+		"has no id":                {"/images/create", message(`{"status":"done"}`), 502, "which image"},
+		"breaks off":               {"/images/create", func(*fakeEngine, http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, 503, "reached"},
 		"cannot be tagged": {"/tag", func(_ *fakeEngine, w http.ResponseWriter, _ *http.Request) {
 			reply(w, 500, "no space")
 		}, 502, "no space"},
