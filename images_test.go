@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -638,6 +639,25 @@ func TestWholeArchiveThatTheEngineCannotUnpackLeavesNothing(t *testing.T) {
 	d.do(t, "POST", "/docker/image", archive).want(t, 400, `"archive_refused"`, "(no such file or directory): engine: ")
 	if got := e.imageTags(); len(got) > 0 {
 		t.Errorf("images %q", got)
+	}
+}
+
+func TestListOfImagesIsRepeatedWhenOneGoesMeanwhile(t *testing.T) {
+	t.Parallel()
+	for gone, want := range map[int]answer{2: {status: 200, body: "[]\n"}, math.MaxInt: {status: 502, body: "content digest"}} {
+		e := newFakeEngine(t)
+		d := startDaemon(t, e.host(), nil)
+		asked := 0
+		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if asked++; asked > gone {
+				return false
+			}
+			reply(w, 404, "failed to read config content: NotFound: content digest sha256:47e4: not found")
+			return true
+		})
+		if a := d.do(t, "GET", "/docker/image", ""); a.status != want.status || !strings.Contains(a.body, want.body) {
+			t.Errorf("after %d times: %d %s", gone, a.status, a.body)
+		}
 	}
 }
 

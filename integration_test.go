@@ -973,11 +973,7 @@ func TestImportsKeepTagsOfTheirOwn(t *testing.T) {
 // imagesWith returns the ids of the images of which layers, all that is in their layers, is true.
 func (m *machine) imagesWith(t testing.TB, layers func(string) bool) (ids []string) {
 	t.Helper()
-	all, err := m.engine.ImageList(t.Context(), image.ListOptions{All: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, found := range all {
+	for _, found := range allImages(t, m.engine) {
 		// Larger or older ones are not this test's. Others' images may go meanwhile.
 		if found.Size > 1<<20 || time.Since(time.Unix(found.Created, 0)) > time.Hour {
 			continue
@@ -993,6 +989,20 @@ func (m *machine) imagesWith(t testing.TB, layers func(string) bool) (ids []stri
 		}
 	}
 	return ids
+}
+
+// allImages lists the engine's images. With containerd's store that is a 404 while another test removes one.
+func allImages(t testing.TB, engine *client.Client) (all []image.Summary) {
+	t.Helper()
+	waitFor(t, "a list of images", func() bool {
+		var err error
+		all, err = engine.ImageList(context.Background(), image.ListOptions{All: true})
+		if err != nil && !errdefs.IsNotFound(err) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	return all
 }
 
 // inLayers returns the names and contents of all files in the layers of a saved image: archives in
