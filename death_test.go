@@ -117,9 +117,7 @@ func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
 	w.start(t)
 	release()
 	found := func() (images []image.Summary) {
-		all, err := w.engine.ImageList(context.Background(), image.ListOptions{All: true})
-		must(t, err)
-		for _, img := range all {
+		for _, img := range allImages(t, w.engine) {
 			saved, err := w.engine.ImageSave(context.Background(), []string{img.ID})
 			if err != nil { // another test's, and gone meanwhile
 				continue

@@ -123,7 +123,8 @@ func anchors(text string) map[string]bool {
 const messagesOfOthers = `Assertion failed on job for duxcore-daemon.service, read-only file system,
 listen tcp, address already in use, permission denied, client version, is too old, is too new, port is
 already allocated, cannot start a paused container, try unpause instead, certificate signed by
-unknown authority, accept, too many open files; retrying, count=, operation not permitted, no space left on device`
+unknown authority, accept, too many open files; retrying, count=, operation not
+permitted, no space left on device`
 
 // programTexts returns the strings in the program's source, those that are joined with + as one.
 func programTexts(t *testing.T) (texts []string) {

@@ -35,6 +35,7 @@ const importName = "duxcore/import"
 const (
 	maxImageConfig = 64 << 10                         // bytes of an image's configuration, as JSON
 	maxVolumes     = 32                               // of an image
+	listTries      = 10                               // of a list of images, see repository
 	containerdRoot = "/var/lib/containerd"            // of a containerd that the engine did not start
 	oTmpfile       = 0o20000000 | syscall.O_DIRECTORY // package syscall lacks it
 )
@@ -250,13 +251,13 @@ func (x *images) importArchive(ctx context.Context, archive *os.File, tempTag st
 }
 
 // cannotUnpack matches the end of the engine's errors for archives that it can never unpack; the words before
-// it differ between engines 20.10 and 29. An error that may not come again, such as for a full disk, is not
-// among them.
+// it differ between engines 20.10 and 29, and 26 writes ": unknown" after those of containerd. An error that
+// may not come again, such as for a full disk, is not among them.
 var cannotUnpack = regexp.MustCompile(`(duplicates of file paths not supported|archive/tar: [^:]+|` +
 	`no such file or directory|file exists|file name too long|not a directory|is a directory|` +
 	`directory not empty|operation not permitted|too many levels of symbolic links|invalid argument|` +
 	`argument list too long|numerical result out of range|device or resource busy|` +
-	`cannot be mapped to a host ID|invalid (?:symlink|hardlink) .*)\W*$`)
+	`cannot be mapped to a host ID|invalid (?:symlink|hardlink) .*)(?:: unknown)?\W*$`)
 
 // dropImport removes a tag of an import, and the image if it has no other tag.
 func (x *images) dropImport(ctx context.Context, tag string) error {
@@ -289,10 +290,18 @@ func (x *images) removeUnfinished(ctx context.Context) error {
 	return nil
 }
 
-// repository returns all images in the repository of imports, those with temporary tags included.
-func (x *images) repository(ctx context.Context) ([]image.Summary, error) {
+// repository returns all images in the repository of imports, those with temporary tags included. With
+// containerd's store the engine answers 404 if some image is removed while it makes the list (seen with 26.1
+// and 28.5, in one of 20 and of 100 lists): then this asks again.
+func (x *images) repository(ctx context.Context) (list []image.Summary, err error) {
 	options := image.ListOptions{Filters: filters.NewArgs(filters.Arg("reference", importName))}
-	return x.engine.api().ImageList(ctx, options)
+	for range listTries {
+		list, err = x.engine.api().ImageList(ctx, options)
+		if !errdefs.IsNotFound(err) {
+			break
+		}
+	}
+	return list, err
 }
 
 // imported returns the images of finished imports, those of other daemons on this engine included.

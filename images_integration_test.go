@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/image"
+	"github.com/docker/docker/client"
 )
 
 // What never reaches the engine, a fake engine shows. This is about what a real one makes of what reaches it.
@@ -63,9 +65,7 @@ func TestRealEngineKeepsOnlyImportsThatSucceed(t *testing.T) {
 // holding returns the ids of the images made by importing something with marker in it.
 func (m *machine) holding(t testing.TB, marker string) (ids []string) {
 	t.Helper()
-	all, err := m.engine.ImageList(t.Context(), image.ListOptions{All: true})
-	must(t, err)
-	for _, found := range all {
+	for _, found := range allImages(t, m.engine) {
 		// Larger or older ones are not this test's. Others' images may go meanwhile.
 		if found.Size > 1<<20 || time.Since(time.Unix(found.Created, 0)) > time.Hour {
 			continue
@@ -81,6 +81,20 @@ func (m *machine) holding(t testing.TB, marker string) (ids []string) {
 		}
 	}
 	return ids
+}
+
+// allImages lists the engine's images. With containerd's store that is a 404 while another test removes one.
+func allImages(t testing.TB, engine *client.Client) (all []image.Summary) {
+	t.Helper()
+	waitFor(t, "a list of images", func() bool {
+		var err error
+		all, err = engine.ImageList(context.Background(), image.ListOptions{All: true})
+		if err != nil && !errdefs.IsNotFound(err) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	return all
 }
 
 // inLayers returns the names and contents of all files in the layers of a saved image: archives in

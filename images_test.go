@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -606,6 +607,13 @@ func TestImportThatTheEngineFailsLeavesNoImage(t *testing.T) {
 		"cannot be unpacked": {"/images/create",
 			message(`{"error":"failed to unpack: link /b /a: no such file or directory"}`), 400,
 			"no such file or directory): engine: failed"},
+		"cannot be unpacked, as 26 with containerd's store says": {"/images/create",
+			message(`{"error":"failed to unpack image: failed to extract layer sha256:fed1: mount callback ` +
+				`failed on /a: link /a/b /a/c: no such file or directory: unknown"}`), 400,
+			"no such file or directory): engine: failed"},
+		"does not fit, as it says": {"/images/create",
+			message(`{"error":"failed to unpack image: write /a: no space left on device: unknown"}`), 507,
+			"no space left"},
 		"does not fit": {"/images/create",
 			message(`{"error":"failed to unpack: write /a: no space left on device"}`), 507, "no space left"},
 		"has no id": {"/images/create", message(`{"status":"done"}`), 502, "which image"},
@@ -647,6 +655,29 @@ func TestWholeArchiveThatTheEngineCannotUnpackLeavesNothing(t *testing.T) {
 	d.do(t, "POST", "/docker/image", archive).want(t, 400, `"archive_refused"`,
 		"(no such file or directory): engine: ")
 	e.wantImages(t)
+}
+
+func TestListOfImagesIsRepeatedWhenOneGoesMeanwhile(t *testing.T) {
+	t.Parallel()
+	for gone, want := range map[int]answer{
+		2:           {status: 200, body: "[]\n"},
+		math.MaxInt: {status: 502, body: "content digest"},
+	} {
+		e := newFakeEngine(t)
+		d := startDaemon(t, e.host(), nil)
+		asked := 0
+		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if asked++; asked > gone {
+				return false
+			}
+			reply(w, 404, "failed to read config content: NotFound: content digest sha256:47e4: not found")
+			return true
+		})
+		if a := d.do(t, "GET", "/docker/image", ""); a.status != want.status ||
+			!strings.Contains(a.body, want.body) {
+			t.Errorf("after %d times: %d %s", gone, a.status, a.body)
+		}
+	}
 }
 
 func TestStartRemovesImportsThatADaemonLeft(t *testing.T) {
@@ -947,8 +978,7 @@ func TestFullDiskOfTheEngineIsADiskFull(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("img:1")
 	d := startDaemon(t, e.host(), nil)
-	e.answerWith("/containers/create", 500,
-		`{"message":"mkdir /var/lib/docker/overlay2/1: no space left on device"}`)
+	e.answerWith("/containers/create", 500, `{"message":"mkdir /var/lib/docker/1: no space left on device"}`)
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 507, "disk_full", "no space left on device")
 	e.setIntercept(nil)
 	if left := bindDirs(t, d.binds); len(left) > 0 {

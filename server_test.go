@@ -721,7 +721,7 @@ func TestSlowClientsAreDropped(t *testing.T) {
 		"half a header": {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "", ""},
 		"slow header":   {"GET /health HTTP/1.1\r\nHost: h\r\nX-A: ", "a", ""},
 		"no body":       {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 100\r\n\r\n", "", "HTTP/1.1 400 "},
-		"slow body": {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 100000\r\n\r\n", " ",
+		"slow body": {"POST /service HTTP/1.1\r\n" + key + "Content-Length: 10000\r\n\r\n", " ",
 			"HTTP/1.1 400 "},
 		"slow chunks": {"PATCH /service/web/env HTTP/1.1\r\n" + key + "Transfer-Encoding: chunked\r\n\r\n",
 			"1\r\n \r\n", "HTTP/1.1 400 "},
