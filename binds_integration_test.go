@@ -57,7 +57,8 @@ func TestBindContentsArriveInTheService(t *testing.T) {
 func TestDeeplyNestedTreeIsDeleted(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
-	id := m.create(t, `"cmd":["/probe","nest","/data","60000"]`)
+	levels := map[bool]int{true: 10_000, false: 60_000}[raceDetector()]
+	id := m.create(t, fmt.Sprintf(`"cmd":["/probe","nest","/data","%d"]`, levels))
 	m.ctl(t, id, "start")
 	if code := m.waitForEnd(t, id); code != 0 {
 		t.Fatalf("the probe ended with %d", code)

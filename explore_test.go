@@ -39,7 +39,11 @@ var exploreSizes = flag.String("explore", "3 1 1 0, 3 1 0 1, 3 1 0 0 nature",
 func TestEveryHistoryKeepsItsPromises(t *testing.T) {
 	t.Parallel()
 	sizes := *exploreSizes
-	if brief() {
+	switch asked := sizes != flag.Lookup("explore").DefValue; {
+	case asked:
+	case raceDetector():
+		sizes = "2 1 1 0, 2 1 0 1, 2 1 0 0 nature"
+	case testing.Short():
 		sizes = "2 1 1 1, 3 1 0 0 nature"
 	}
 	for size := range strings.SplitSeq(sizes, ",") {

@@ -556,8 +556,10 @@ var apiFailures = map[string]struct {
 		w.reopen()
 	}},
 	"NotDone": {change: apiHaste, absent: true, setUp: func(t *testing.T, w apiWorld) {
-		healthy := func() bool { return w.do(t, "GET", "/health", "").status == 204 }
-		waitFor(t, "an engine that has answered in that haste", healthy)
+		waitFor(t, "the first round", func() bool { // which in that haste may fail
+			_, err := os.Stat(filepath.Join(w.binds, recordDir))
+			return err == nil
+		})
 		apiRecord(t, w, `{"params":{"id":"demo","bind_dir":"/data"},"revision":"1"}`)
 		apiMuteEngine(t, w)
 	}},
