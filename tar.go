@@ -133,8 +133,8 @@ type tarReader struct {
 	archive *tar.Reader  // reads from the tarReader
 }
 
-// newTarReader returns a reader of the archive in. If in does not begin like one, the error is problem, and the
-// format that it has.
+// newTarReader returns a reader of the archive in. If in does not begin like one, the error is problem, and
+// the format that it has.
 func newTarReader(in *bufio.Reader, problem string) (*tarReader, error) {
 	format, err := contentFormat(in)
 	if err == nil && format != plainTar {
