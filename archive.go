@@ -49,7 +49,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	defer func() { u.parent.Close() }()
 	unzipped := gunzip(limited(r, limits.bytes))
 	in := bufio.NewReaderSize(limited(unzipped, limits.bytes), readChunk)
-	archive, err := newTarReader(in, "the content of the gzip stream")
+	archive, err := newTarReader(in, "the content of the gzip stream is not a tar archive")
 	if err == nil {
 		err = archive.each(u.add)
 	}

@@ -50,7 +50,7 @@ func archiveError(prefix string, err error) error {
 // engine takes a truncated archive for a smaller one, and an empty body for an empty image.
 func checkTar(r io.Reader) error {
 	in := bufio.NewReaderSize(r, imageChunk)
-	archive, err := newTarReader(in, "the body")
+	archive, err := newTarReader(in, "the body is not a tar archive")
 	start, _ := in.Peek(blockSize)
 	if err == nil && compression(start) != "" { // the engine decompresses even a tar archive that begins so
 		err = refusal("the body is compressed: it must be a plain tar archive")
@@ -133,12 +133,12 @@ type tarReader struct {
 	archive *tar.Reader  // reads from the tarReader
 }
 
-// newTarReader returns a reader of the archive in. If in does not begin like one, the error says which format
-// it has; what names the input in that error.
-func newTarReader(in *bufio.Reader, what string) (*tarReader, error) {
+// newTarReader returns a reader of the archive in. If in does not begin like one, the error is problem, and
+// the format that it has.
+func newTarReader(in *bufio.Reader, problem string) (*tarReader, error) {
 	format, err := contentFormat(in)
 	if err == nil && format != plainTar {
-		err = refusal(what + " is not a tar archive: it is " + format)
+		err = refusal(problem + ": it is " + format)
 	}
 	t := &tarReader{in: in}
 	t.archive = tar.NewReader(t)
