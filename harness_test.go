@@ -594,11 +594,6 @@ func tgz(entries ...entry) []byte { return gzipped(archiveOf(entries...)) }
 // archiveOf returns a whole tar archive.
 func archiveOf(entries ...entry) []byte { return append(tarOf(entries...), tarEnd...) }
 
-// imageFile is a program of a root file system.
-func imageFile(name, content string) entry {
-	return entry{name: name, mode: 0o755, uid: 7, gid: 8, body: content}
-}
-
 func tarOf(entries ...entry) (all []byte) {
 	for _, e := range entries {
 		all = append(all, e.bytes()...)

@@ -315,3 +315,8 @@ func ask(t testing.TB, network, address string) string {
 	}
 	return line
 }
+
+// imageFile is a program of a root file system.
+func imageFile(name, content string) entry {
+	return entry{name: name, mode: 0o755, uid: 7, gid: 8, body: content}
+}
