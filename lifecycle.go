@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -387,7 +388,8 @@ func (s *services) startContainer(ctx context.Context, svc service) error {
 	if portInUse.MatchString(message) {
 		return newAPIError(kindPortTaken, "%s", message)
 	}
-	if errdefs.IsInvalidArgument(err) { // for example, a missing bind directory: not the client's fault
+	// Only a cmd that cannot be executed is the client's fault; a missing bind directory, for example, is not.
+	if errdefs.IsInvalidArgument(err) && !strings.Contains(message, `exec: "`) {
 		return newAPIError(kindEngineFailed, "%s", message)
 	}
 	return err
