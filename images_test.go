@@ -312,7 +312,40 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 	long := func(kind byte, name string) entry {
 		return entry{name: "././@LongLink", kind: kind, body: name + "\x00"}
 	}
+	at := func(block []byte, texts map[int]string) []byte {
+		for offset, text := range texts {
+			copy(block[offset:], text)
+		}
+		sealHeader(block[:512])
+		return block
+	}
+	record := func(text string) entry { return entry{name: "pax", kind: 'x', body: text} }
 	for name, archive := range map[string][]byte{
+		"a blank ahead of a path's key": tarOf(pax(" path=b"), file("n", "")),
+		"a tab ahead of a size's key":   tarOf(pax("\tsize=1024"), file("n", ""), file("evil", "EVIL")),
+		"a blank in a second record": tarOf(pax("comment=c", " size=1024"), file("n", ""),
+			file("evil", "EVIL")),
+		"a sign ahead of a record":         tarOf(record("+11 path=a\n"), file("n", "")),
+		"a long name of no length":         tarOf(entry{name: "././@LongLink", kind: 'L'}, file("n", "")),
+		"an empty long name":               tarOf(long('L', ""), file("n", "")),
+		"an empty long link":               tarOf(long('K', ""), symlink("n", "m")),
+		"a long name that starts with NUL": tarOf(long('L', "\x00a"), file("n", "")),
+		"a size of blanks":                 rawSize(strings.Repeat(" ", 12)),
+		"an old file, by an extended header": slices.Concat(pax("path=foo").bytes(),
+			oldFile),
+		"an old file, by a long name": slices.Concat(long('L', "foo").bytes(),
+			oldFile),
+		"a prefix that is cut off in star's format": at(file("n", "").bytes(),
+			map[int]string{345: strings.Repeat("p", 131) + "00000000000", 508: "tar\x00"}),
+		"a prefix in the oldest format": at(file("n", "").bytes(),
+			map[int]string{257: string(make([]byte, 8)), 345: "prefix"}),
+		"a prefix behind half a magic number": at(file("n", "").bytes(),
+			map[int]string{257: "ustar 00", 345: "prefix"}),
+		"a file with the size of a sparse one": at(file("n", "x").bytes(),
+			map[int]string{257: "ustar  \x00", 483: "00000001000"}),
+		"a file with the map of a sparse one": at(file("n", "x").bytes(),
+			map[int]string{257: "ustar  \x00", 386: "00000001000"}),
+		"a sparse file of Solaris":       tarOf(pax("SUN.holesdata= 0 4"), file("n", "EVIL")),
 		"a file with a directory's name": tarOf(file("foo/", "")),
 		"one with content":               tarOf(file("foo/", inner)),
 		"one by an extended header":      tarOf(pax("path=foo/"), file("foo", inner)),

@@ -74,7 +74,7 @@ type imageCheck struct {
 // add returns an error for an entry that an image must not have, or one too many.
 func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
 	for record := range h.PAXRecords {
-		if strings.HasPrefix(record, "GNU.sparse") || record == "SCHILY.realsize" {
+		if strings.HasPrefix(record, "GNU.sparse") || record == "SCHILY.realsize" || record == "SUN.holesdata" {
 			return errSparse
 		}
 		if h.Typeflag == tar.TypeXGlobalHeader && record != "comment" { // git archive writes one
@@ -181,7 +181,8 @@ func (t *tarReader) each(add func(h *tar.Header, content io.Reader) error) error
 // headerOrder matches the types of an entry's headers: its own, after GNU's long name and link (L, K) and
 // POSIX's extended header (x); or a global header (g) alone. Programs differ on which one counts if there are
 // two of a type, on what an x applies to if something else follows it, and on whether it applies after a g.
-var headerOrder = regexp.MustCompile(`^(g|(LK?|KL?)?x?[^gxLK])$`)
+// An entry of type NUL is a directory if its name ends in a slash, for Python by the name in its own header.
+var headerOrder = regexp.MustCompile(`^(g|\x00|(LK?|KL?)?x?[^gxLK\x00])$`)
 
 // onlyDigits matches a size in an extended header. archive/tar accepts a sign too.
 var onlyDigits = regexp.MustCompile(`^[0-9]+$`)
@@ -197,7 +198,6 @@ func (t *tarReader) next() (*tar.Header, error) {
 		return nil, err
 	}
 	own := [blockSize]byte(t.headers.Bytes()[t.headers.Len()-blockSize:]) // a copy: Next reads the buffer
-	hasTimes := string(own[257:263]) == "ustar " && own[345] != 0
 	h, err := t.archive.Next()
 	switch {
 	case err == tar.ErrHeader && own[156] == tar.TypeGNUSparse: // archive/tar cannot read every sparse file
@@ -207,8 +207,7 @@ func (t *tarReader) next() (*tar.Header, error) {
 		return nil, nil
 	case err != nil:
 		return nil, err
-	case !headerOrder.MatchString(types),
-		hasTimes && h.Format == tar.FormatUnknown: // archive/tar has taken GNU's times for a prefix
+	case !headerOrder.MatchString(types), isAmbiguous(own, h.Format):
 		return h, refusal("tar programs differ on how to read its headers")
 	}
 	for record, value := range h.PAXRecords {
@@ -226,6 +225,20 @@ func (t *tarReader) next() (*tar.Header, error) {
 	return h, nil
 }
 
+// isAmbiguous reports whether programs differ on which fields an entry's own header has after its first 257
+// bytes, and so on its name or its content.
+func isAmbiguous(own [blockSize]byte, format tar.Format) bool {
+	hasPrefix := own[345] != 0 // or GNU's times, which archive/tar can take for one
+	switch {
+	case string(own[257:263]) == "ustar\x00": // only archive/tar shortens star's prefix
+		return own[475] != 0 && string(own[508:]) == "tar\x00"
+	case string(own[257:265]) == "ustar  \x00": // for bsdtar, any type can be sparse
+		isSparse := own[386] != 0 || own[483] != 0
+		return hasPrefix && format == tar.FormatUnknown || isSparse && own[156] != tar.TypeGNUSparse
+	}
+	return hasPrefix // for Python always; for bsdtar behind "ustar", whatever follows that
+}
+
 // ambiguous is the type of a header that programs read differently. headerOrder matches no text that ends so.
 const ambiguous = "gg"
 
@@ -234,28 +247,58 @@ func (t *tarReader) readHeaders() (types string, err error) {
 	t.headers.Reset()
 	size := -t.offset & (blockSize - 1) // of the previous entry's padding
 	t.offset = 0
-	for {
+	for length := uint64(0); ; {
 		if int64(t.headers.Len())+size > maxHeaders {
 			return "", refusal("an entry has more than 4 MiB of headers")
 		}
+		start := t.headers.Len()
 		if _, err := io.CopyN(&t.headers, t.in, size+blockSize); err != nil {
 			return "", err
+		}
+		if types != "" && !isPlain(types[len(types)-1], t.headers.Bytes()[start:][:length]) {
+			return types + ambiguous, nil
 		}
 		header := t.headers.Bytes()[t.headers.Len()-blockSize:]
 		kind, number := string(header[156:157]), bytes.TrimLeft(header[124:136], " ")
 		digits := bytes.Trim(number, " \x00")
-		if !bytes.HasPrefix(number, digits) { // archive/tar ignores NULs ahead of a size; for GNU tar they end it
+		// archive/tar ignores NULs ahead of a size, and takes blanks for 0. For GNU tar NULs end a size, and
+		// a header with blanks is none.
+		if !bytes.HasPrefix(number, digits) || len(number) == 0 {
 			return types + ambiguous, nil
 		}
 		if types += kind; !strings.Contains("xLK", kind) {
 			return types, nil
 		}
-		length, err := strconv.ParseUint(string(digits), 8, 31) // of this header's content
+		length, err = strconv.ParseUint(string(digits), 8, 31) // of this header's content
 		if err != nil {
 			return types + ambiguous, nil
 		}
 		size = (int64(length) + blockSize - 1) &^ (blockSize - 1)
 	}
+}
+
+// recordStart matches the start of a record in an extended header: its length, one blank, and a key.
+// archive/tar accepts a sign, and makes more blanks a part of the key, where GNU tar skips them.
+var recordStart = regexp.MustCompile(`^[0-9]+ [^ \t]`)
+
+// isPlain reports whether programs agree on the content of a header of type x, L or K. A long name must not
+// be empty, since archive/tar then takes that of the entry's own header.
+func isPlain(kind byte, content []byte) bool {
+	if kind != tar.TypeXHeader {
+		return len(content) > 0 && content[0] != 0
+	}
+	for len(content) > 0 {
+		if !recordStart.Match(content) {
+			return false
+		}
+		number, _, _ := bytes.Cut(content, []byte(" "))
+		length, err := strconv.Atoi(string(number))
+		if err != nil || length < 1 || length > len(content) {
+			return false
+		}
+		content = content[length:]
+	}
+	return true
 }
 
 // plainTar is what contentFormat calls a tar archive.
