@@ -513,3 +513,16 @@ func TestRestartThatFailsLeavesTheServiceRunning(t *testing.T) {
 	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
 }
+
+func TestStartWhoseCommandIsMissingIsABadRequest(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	for message, want := range map[string]int{
+		`failed to create shim task: exec: \"/nope\": stat /nope: no such file or directory`:  400,
+		`invalid mount config for type \"bind\": bind source path does not exist: /srv/binds`: 502,
+	} {
+		e.answerWith("/start", 400, `{"message":"`+message+`"}`)
+		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, want)
+	}
+	e.setIntercept(nil)
+}

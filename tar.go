@@ -28,7 +28,8 @@ type refusal string
 
 func (r refusal) Error() string { return string(r) }
 
-const errSparse refusal = "it is a sparse file: write the archive without --sparse"
+const errSparse refusal = "it is a sparse file: write the archive without --sparse " +
+	"(bsdtar: with --no-read-sparse)"
 
 // archiveError returns the 400 for what is wrong with an archive, and any other error as it is.
 func archiveError(prefix string, err error) error {
