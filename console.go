@@ -164,8 +164,8 @@ func (c *console) copyStdin(ctx context.Context, id string, run containerInfo, b
 
 // writeStdin writes one chunk through one attach and returns when the engine has passed all of it on. The
 // engine interleaves concurrent attaches, so they take turns. run is the run that the chunk is meant for.
-func (c *console) writeStdin(ctx context.Context, id string, run containerInfo, chunk []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, c.timeouts.clientWrite)
+func (c *console) writeStdin(request context.Context, id string, run containerInfo, chunk []byte) error {
+	ctx, cancel := context.WithTimeout(request, c.timeouts.clientWrite)
 	defer cancel()
 	unlock, err := c.stdinLocks.lock(ctx, run.ID)
 	if err != nil {
@@ -195,7 +195,8 @@ func (c *console) writeStdin(ctx context.Context, id string, run containerInfo, 
 	err = cmp.Or(err, pipe.CloseWrite())
 	_, readErr := io.Copy(io.Discard, pipe)
 	if ctx.Err() != nil {
-		return newAPIError(kindTimeout, "the service does not read its stdin")
+		// An engine that begins to attach while the service stops keeps the connection open (seen with 28.5).
+		return cmp.Or(c.sameRun(request, id, run), newAPIError(kindTimeout, "the service does not read its stdin"))
 	}
 	// The engine also closes the connection when the service stops.
 	return cmp.Or(c.sameRun(ctx, id, run), err, readErr)

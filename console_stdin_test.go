@@ -432,8 +432,6 @@ func TestStdinWhoseClientLeaves(t *testing.T) {
 
 func TestEngineThatRefusesToAttach(t *testing.T) {
 	t.Parallel()
-	const upgraded = "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\n" +
-		"Connection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
 	for name, test := range map[string]struct {
 		status []int
 		engine func(w http.ResponseWriter, r *http.Request)
@@ -452,24 +450,14 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 		"hangs":   {[]int{504}, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }},
 		"hangs in the header": {[]int{504}, func(w http.ResponseWriter, r *http.Request) {
 			conn, _, _ := w.(http.Hijacker).Hijack()
-			io.WriteString(conn, upgraded[:40])
+			io.WriteString(conn, consoleUpgraded[:40])
 			io.Copy(io.Discard, conn)
 			conn.Close()
 		}},
 		"hangs up once attached": {[]int{409, 502, 503}, func(w http.ResponseWriter, r *http.Request) {
-			consoleRaw(w, upgraded)
+			consoleRaw(w, consoleUpgraded)
 		}},
-		"hangs once attached": {[]int{504}, func(w http.ResponseWriter, r *http.Request) {
-			conn, _, _ := w.(http.Hijacker).Hijack()
-			io.WriteString(conn, upgraded)
-			io.Copy(io.Discard, conn)            // to CloseWrite
-			conn.Read(make([]byte, 1))           // at once
-			for err := error(nil); err == nil; { // until the daemon has left
-				time.Sleep(10 * time.Millisecond) // only a write tells, and the daemon reads all of them
-				_, err = conn.Write([]byte("x"))
-			}
-			conn.Close()
-		}},
+		"hangs once attached": {[]int{504}, func(w http.ResponseWriter, r *http.Request) { consoleHang(w) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -487,6 +475,34 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 			d.do(t, "POST", "/service/web/stdin", "x").want(t, 204)
 		})
 	}
+}
+
+// consoleUpgraded is how the engine begins its answer to an attach.
+const consoleUpgraded = "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\n" +
+	"Connection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+
+// consoleHang attaches, and does nothing more until the daemon has left.
+func consoleHang(w http.ResponseWriter) {
+	conn, _, _ := w.(http.Hijacker).Hijack()
+	defer conn.Close()
+	io.WriteString(conn, consoleUpgraded)
+	io.Copy(io.Discard, conn) // to CloseWrite
+	conn.Read(make([]byte, 1))
+	for err := error(nil); err == nil; {
+		time.Sleep(10 * time.Millisecond) // only a write tells, and the daemon reads all of them
+		_, err = conn.Write([]byte("x"))
+	}
+}
+
+func TestStdinOfAServiceThatStopsWhileTheEngineBeginsToAttach(t *testing.T) {
+	t.Parallel()
+	e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = haste() })
+	over := consoleHook(e, "/attach", func(w http.ResponseWriter, r *http.Request) {
+		statsEnds["its process's end"](t, e, d)
+		consoleHang(w)
+	})
+	d.do(t, "POST", "/service/web/stdin", "x").want(t, 409, `"not_running"`)
+	<-over
 }
 
 func TestDaemonEndsWhileStdinIsOpen(t *testing.T) {
