@@ -393,8 +393,8 @@ type openLevel struct {
 }
 
 // removeContents removes everything in a directory, and closes it. It follows no links. It needs no free
-// block, because the disk may be full, and no descriptor per level, because a customer nests 60,000 levels in
-// seconds: it keeps some levels open and walks down again from those, in depth × log(depth) steps in all.
+// block, because the disk may be full, and no descriptor per level, because a customer can nest 60,000 levels
+// in seconds: it keeps some levels open and walks down again from those, in depth × log(depth) steps in all.
 func removeContents(ctx context.Context, top *os.Root) error {
 	way := []openLevel{{top, 0}}
 	defer func() {

@@ -118,7 +118,7 @@ func (c *containers) grouped(ctx context.Context, label string) (map[string]serv
 }
 
 // nameTaken reports whether any container, ours or not, has a service's name. It uses the list because the
-// engine also takes a name for a prefix of an id: to inspect it fails if several ids have that prefix.
+// engine also takes a name for a prefix of an id: inspecting it fails if several ids have that prefix.
 func (c *containers) nameTaken(ctx context.Context, id string) (bool, error) {
 	list, err := c.list(ctx, filters.Arg("name", "^/"+id+"$"))
 	return slices.ContainsFunc(list, func(e *listEntry) bool { return slices.Contains(e.Names, "/"+id) }), err

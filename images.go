@@ -183,7 +183,8 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 }
 
 // makeImage has the engine make an image of an archive, under its own tag, and returns the image's id once a
-// power cut cannot damage it. After an error no image is left.
+// power cut cannot damage it. After an error it removes the image; if the engine fails then too, an image with
+// its own tag may be left.
 func (x *images) makeImage(archive *os.File) (id string, err error) {
 	ctx, cancel := context.WithTimeout(x.ctx, x.createTimeout) // not the request's: see importImage
 	defer cancel()
@@ -278,7 +279,7 @@ func (x *images) removeUnfinished(ctx context.Context) error {
 	}
 	for _, found := range list {
 		for _, tag := range found.RepoTags {
-			// An import is in progress before its tag can be listed: one that is not has ended.
+			// A tag is in inProgress before the engine can list it, so the import of one that is not has ended.
 			if _, busy := x.inProgress.Load(tag); busy || !strings.HasPrefix(tag, x.tempPrefix) {
 				continue
 			}

@@ -150,8 +150,8 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	return serviceSpec{p, image.id, image.user}, s.binds.checkUnused(p.ID)
 }
 
-// provision makes a service. After an error its mark is left, and settle removes everything; only if the
-// removal of the mark cannot be synced, the service may exist. ctx is the request's; calls that change the
+// provision makes a service. After an error its mark is left, and settle removes everything. The exception:
+// if the removal of the mark cannot be synced, the service may exist. ctx is the request's; calls that change the
 // engine's state run under a context that is detached from it.
 func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	opCtx, cancel := detached(ctx, s.ctx, s.config.createTimeout)
@@ -165,7 +165,8 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 		return err
 	}
 	defer dir.Close()
-	// Before the download: a bad spec fails early, and from here on the image is in use.
+	// Before the download: a bad spec fails early, and from here on the engine refuses to remove the image, so
+	// that a create does not need holdImage.
 	candidate, err := s.createCandidate(opCtx, record, "")
 	if err != nil {
 		return err
@@ -183,7 +184,7 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	if err := s.binds.writeRecord(id, record); err != nil {
 		return err
 	}
-	if err := ctx.Err(); err != nil { // the client has disconnected
+	if err := ctx.Err(); err != nil { // the client has disconnected, or the time is over
 		return err
 	}
 	return s.binds.unmark(id) // the commit
@@ -349,8 +350,8 @@ func (s *services) restart(ctx context.Context, svc service) error {
 
 // applyPending applies what is pending and starts the service. If the engine refuses the new container, or
 // the disk is full, nothing is committed and the service keeps running as it was. After the commit, a failure
-// such as a taken port, or a kill of the daemon, leaves the service stopped, at the latest after the next
-// round: settle replaces the container, and never starts one.
+// such as a taken port, or a kill of the daemon, leaves the service stopped. The old container may run on until
+// the next round, in which settle stops and replaces it: settle starts nothing.
 func (s *services) applyPending(ctx context.Context, svc service) error {
 	record := svc.record.applied()
 	_, err := s.createCandidate(ctx, record, svc.containerID)
@@ -361,6 +362,9 @@ func (s *services) applyPending(ctx context.Context, svc service) error {
 	settled, settleErr := s.settle(ctx, svc.id)
 	if err := cmp.Or(err, settleErr); err != nil {
 		return err
+	}
+	if settled == nil { // somebody has removed the record
+		return noSuchService(svc.id)
 	}
 	return s.startContainer(ctx, *settled)
 }

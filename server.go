@@ -164,9 +164,10 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 func (s *server) finishRequest(w *responseWriter, r *http.Request, body io.ReadCloser, start time.Time) {
 	// In a quiet stream, the deadline of the last Write has passed: the final chunk could not be sent.
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	// net/http reads up to 256 KiB of the rest of a body (maxPostHandlerReadBytes): limit that. Without a body
-	// it is already reading the next request (connReader), whose context a deadline that expires would cancel.
-	// After a body that was read to its end, net/http clears this deadline in time (abortPendingRead).
+	// net/http reads up to 256 KiB of the rest of a body (maxPostHandlerReadBytes): limit that. Not without a
+	// body: such a request may have a long answer, and if flushing it took longer than this deadline, the
+	// background read (connReader) would fail and cancel the context of the connection's later requests. The
+	// answer to a request with a body is short: net/http clears the deadline (abortPendingRead) in time.
 	if body != http.NoBody {
 		w.ctl.SetReadDeadline(time.Now().Add(drainTimeout))
 	}
@@ -176,8 +177,8 @@ func (s *server) finishRequest(w *responseWriter, r *http.Request, body io.ReadC
 	}
 	s.logRequest(w, r, start)
 	if w.status >= 400 {
-		// With more than that unread, net/http closes the connection, the kernel sends a RST, and a client that is
-		// still sending may never see the answer. So drain the body, for drainTimeout.
+		// With more than 256 KiB unread, net/http closes the connection, the kernel sends a RST, and a client that
+		// is still sending may never see the answer. So drain the body, for drainTimeout.
 		w.ctl.Flush()
 		io.Copy(io.Discard, body)
 	}

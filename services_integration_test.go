@@ -176,8 +176,10 @@ func TestMemoryHogIsKilled(t *testing.T) {
 	id := m.create(t, `"cmd":["/probe","hog","/data"],"max_ram":33554432`)
 	m.ctl(t, id, "start")
 	m.waitForEnd(t, id)
-	if state := m.get(t, id).State; !state.OOMKilled || state.ExitCode != 137 {
-		t.Errorf("OOMKilled is %v, exit code %d, want true and 137", state.OOMKilled, state.ExitCode)
+	// The engine hears of the kill and of the exit in any order.
+	waitFor(t, "the engine knows of the kill", func() bool { return m.get(t, id).State.OOMKilled })
+	if state := m.get(t, id).State; state.ExitCode != 137 {
+		t.Errorf("exit code %d, want 137", state.ExitCode)
 	}
 }
 

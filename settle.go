@@ -25,9 +25,10 @@ import (
 //	                                             directory, the container. A container with a
 //	                                             directory is left alone and reported
 //	the container has the record's revision      remove the candidate, if there is one
-//	no container or candidate has it, something  write the record: what is pending is applied,
-//	is pending, and the engine confirms that a   with a new revision; go on
-//	container that it does not list is missing
+//	neither the container nor the candidate has  write the record: what is pending is applied,
+//	it, something is pending, and a container    with a new revision; go on
+//	is listed, or the engine confirms that none
+//	has the name
 //	another revision, or no container            make the candidate if none has the record's
 //	                                             revision, removing any other; stop and remove
 //	                                             the container; rename the candidate to <id>
@@ -57,8 +58,8 @@ func (s *services) settle(ctx context.Context, id string) (*service, error) {
 		running := found.current.State == container.StateRunning
 		return &service{id, *record, found.current.ID, running}, s.removeContainers(ctx, found.candidate)
 	}
-	// An engine that has just started may list nothing for a moment. What is pending must not be applied then,
-	// while the service may be running; and below, the rename fails.
+	// An engine that has just started may not list a container that it has, and the service may be running.
+	// What is pending must not be applied then; and the rename in replace fails, since the name is taken.
 	if !found.candidate.hasRevision(record.Revision) && record.Pending != nil &&
 		(found.current != nil || s.containers.isMissing(ctx, id)) {
 		*record = record.applied()
@@ -233,7 +234,8 @@ func (s *services) isSettled(id string, found serviceContainers) (bool, error) {
 	return found.current.hasRevision(record.Revision), nil
 }
 
-// settleOne settles one service. It skips one whose lock an operation holds, since that settles it.
+// settleOne settles one service. It skips one whose lock is held: the operation settles it, or else the next
+// round does.
 func (s *services) settleOne(ctx context.Context, id string) error {
 	try, cancel := context.WithTimeout(ctx, lockTry)
 	defer cancel()

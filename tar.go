@@ -182,7 +182,8 @@ func (t *tarReader) each(add func(h *tar.Header, content io.Reader) error) error
 // headerOrder matches the types of an entry's headers: its own, after GNU's long name and link (L, K) and
 // POSIX's extended header (x); or a global header (g) alone. Programs differ on which one counts if there are
 // two of a type, on what an x applies to if something else follows it, and on whether it applies after a g.
-// An entry of type NUL is a directory if its name ends in a slash, for Python by the name in its own header.
+// A header of type NUL must be alone: it is a directory if its name ends in a slash, and Python looks at the
+// name in that header even if an L or x before it gives another.
 var headerOrder = regexp.MustCompile(`^(g|\x00|(LK?|KL?)?x?[^gxLK\x00])$`)
 
 // onlyDigits matches a size in an extended header. archive/tar accepts a sign too.
@@ -229,9 +230,11 @@ func (t *tarReader) next() (*tar.Header, error) {
 // isAmbiguous reports whether programs differ on which fields an entry's own header has after its first 257
 // bytes, and so on its name or its content.
 func isAmbiguous(own [blockSize]byte, format tar.Format) bool {
-	hasPrefix := own[345] != 0 // or GNU's times, which archive/tar can take for one
+	hasPrefix := own[345] != 0 // GNU's format has times there, which archive/tar sometimes reads as a prefix
 	switch {
-	case string(own[257:263]) == "ustar\x00": // only archive/tar shortens star's prefix
+	case string(own[257:263]) == "ustar\x00":
+		// ustar's prefix has 155 bytes, star's 131, and only archive/tar reads star's as such: they differ if it
+		// fills all 131.
 		return own[475] != 0 && string(own[508:]) == "tar\x00"
 	case string(own[257:265]) == "ustar  \x00": // for bsdtar, any type can be sparse
 		isSparse := own[386] != 0 || own[483] != 0

@@ -24,7 +24,7 @@ type timeouts struct {
 	uploadStall    time.Duration // for the next bytes of an uploaded image
 	statsFrame     time.Duration // for the next frame of the engine's statistics
 	statsIdle      time.Duration // that a feed of statistics outlasts its latest request
-	settle         time.Duration // for settling one service in a round, and for undoing a failed create
+	settle         time.Duration // for settling one service in a round, before a create, or after a failed one
 	settleInterval time.Duration // between rounds of settling; also the most that the first delays the start
 }
 
