@@ -183,8 +183,8 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 }
 
 // makeImage has the engine make an image of an archive, under its own tag, and returns the image's id once a
-// power cut cannot damage it. After an error it removes the image; if the engine fails then too, an image with
-// its own tag may be left.
+// power cut cannot damage it. After an error it removes the image; if the engine fails then too, an image
+// with its own tag may be left.
 func (x *images) makeImage(archive *os.File) (id string, err error) {
 	ctx, cancel := context.WithTimeout(x.ctx, x.createTimeout) // not the request's: see importImage
 	defer cancel()

@@ -350,8 +350,8 @@ func (s *services) restart(ctx context.Context, svc service) error {
 
 // applyPending applies what is pending and starts the service. If the engine refuses the new container, or
 // the disk is full, nothing is committed and the service keeps running as it was. After the commit, a failure
-// such as a taken port, or a kill of the daemon, leaves the service stopped. The old container may run on until
-// the next round, in which settle stops and replaces it: settle starts nothing.
+// such as a taken port, or a kill of the daemon, leaves the service stopped. The old container may run on
+// until the next round, in which settle stops and replaces it: settle starts nothing.
 func (s *services) applyPending(ctx context.Context, svc service) error {
 	record := svc.record.applied()
 	_, err := s.createCandidate(ctx, record, svc.containerID)
