@@ -150,9 +150,9 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	return serviceSpec{p, image.id, image.user}, s.binds.checkUnused(p.ID)
 }
 
-// provision makes a service. After an error its mark is left, and settle removes everything. The exception: if
-// the removal of the mark cannot be synced, the service may exist. ctx is the request's; calls that change the
-// engine's state run under a context that is detached from it.
+// provision makes a service. After an error its mark is left, and settle removes everything. The exception:
+// if the removal of the mark cannot be synced, the service may exist. ctx is the request's; calls that change
+// the engine's state run under a context that is detached from it.
 func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 	opCtx, cancel := detached(ctx, s.ctx, s.config.createTimeout)
 	defer cancel()
