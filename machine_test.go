@@ -48,6 +48,7 @@ func newMachine(t testing.TB, change func(*config)) *machine {
 	m := &machine{daemon: startDaemon(t, "", change), engine: engine}
 	m.image = m.importImage(t, string(archiveOf(imageFile("probe", buildProbe(t)))))
 	m.cleanUp(t, m.binds, m.image)
+	t.Cleanup(func() { m.stop() }) // before that, or a round would make the containers again
 	return m
 }
 
