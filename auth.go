@@ -37,8 +37,8 @@ func (d keyDigest) authorizes(r *http.Request) bool {
 	return subtle.ConstantTimeCompare(sum[:], d[:]) == 1
 }
 
-// loadCoreKey reads the core key from path, or creates one if there is no such file. Any key
-// file that it cannot use is an error: a daemon without a good key would be open to everyone.
+// loadCoreKey reads the core key from path, or creates one if the file does not exist. If the file
+// exists and cannot be used, it returns an error: without a good key the daemon would serve anyone.
 func loadCoreKey(path string, log *slog.Logger) (keyDigest, error) {
 	key, err := readCoreKey(path, log)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -197,8 +197,8 @@ func (b *bindRoot) change(dir string, change func() error) error {
 	return f.Sync()
 }
 
-// exists reports whether a service exists: it has a record and no mark. In a root that was moved to another
-// disk every record is missing: then the error is errMoved.
+// exists reports whether a service exists: it has a record and no mark. If all records are missing, because
+// the root was moved or its disk is not mounted, it returns the error of checkRecords.
 func (b *bindRoot) exists(id string) (bool, error) {
 	marked, err := b.marked(id)
 	if err != nil || marked {

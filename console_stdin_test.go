@@ -488,9 +488,10 @@ func consoleHang(w http.ResponseWriter) {
 	io.WriteString(conn, consoleUpgraded)
 	io.Copy(io.Discard, conn) // to CloseWrite
 	conn.Read(make([]byte, 1))
-	for err := error(nil); err == nil; {
-		time.Sleep(10 * time.Millisecond) // only a write tells, and the daemon reads all of them
-		_, err = conn.Write([]byte("x"))
+	for range time.Tick(10 * time.Millisecond) { // only a write tells, and the daemon reads all of them
+		if _, err := conn.Write([]byte("x")); err != nil {
+			return
+		}
 	}
 }
 

@@ -49,7 +49,7 @@ var (
 	kindBindRootMoved    = kind{503, "bind_root_moved"}    // an administrator has to restart it or mount a disk
 	kindEngineFailed     = kind{502, "engine_failed"}      // see the engine's description
 	kindDownloadFailed   = kind{502, "download_failed"}    // fix the URL of bind_contents, or its server
-	kindUnavailable      = kind{503, "unavailable"}        // retry in a second: no engine, or shutting down
+	kindUnavailable      = kind{503, "unavailable"}        // retry in a second: see the description
 	kindHTTPVersion      = kind{505, "http_version_not_supported"}
 	kindDiskFull         = kind{507, "disk_full"} // an administrator has to free space on the machine
 	kindTimeout          = kind{504, "timeout"}   // the outcome is unknown: look at the service, or retry

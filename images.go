@@ -53,7 +53,7 @@ type images struct {
 	// with such a tag and no import in progress is removed. It was left by a killed daemon, or by an engine
 	// that keeps images it failed to unpack (containerd's store).
 	tempPrefix string
-	held       sync.RWMutex // read-locked while a record that needs an image is written; see hold
+	held       sync.RWMutex // read-locked while a PUT writes a record with another image; see hold
 	inProgress sync.Map     // temporary tags of imports in progress; none is used twice
 	notSynced  sync.Once    // logs that imports are not synced
 }
@@ -77,6 +77,7 @@ func (x *images) listImages(w http.ResponseWriter, r *http.Request) error {
 // removeImage answers DELETE /docker/image/{image}. It is a 404 for an image that was not imported.
 func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("image")
+	noteChange(w, truncate(id), "remove_image")
 	list, err := x.imported(r.Context())
 	if err != nil {
 		return err
@@ -84,7 +85,6 @@ func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 	if !slices.ContainsFunc(list, func(found image.Summary) bool { return found.ID == id }) {
 		return noSuchImage(id)
 	}
-	noteChange(w, id, "remove_image")
 	x.held.Lock()
 	defer x.held.Unlock()
 	used, err := x.binds.usesImage(id)
@@ -99,7 +99,10 @@ func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 		_, message := describe(err)
 		return newAPIError(kindImageInUse, "%s", message)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return x.syncEngine(r.Context()) // or a power cut could bring the image back
 }
 
 // hold makes sure that the image of a spec is still there, and keeps removeImage waiting until release is
@@ -125,6 +128,7 @@ func importTag(imageID string) string { return importName + ":" + imageID[len("s
 // importImage answers POST /docker/image. The engine gets nothing before the whole archive was received and
 // checked. From then on the import finishes even if the client disconnects.
 func (x *images) importImage(w http.ResponseWriter, r *http.Request) error {
+	noteChange(w, "", "import_image")
 	archive, err := x.receive(w, r)
 	if err != nil {
 		w.Header().Set("Connection", "close") // some of the body may be unread

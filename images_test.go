@@ -1006,6 +1006,20 @@ func TestImageIsSyncedBeforeItIsTagged(t *testing.T) {
 	}
 }
 
+// A power cut would bring the image back.
+func TestRemovalOfAnImageIsSynced(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	id := "sha256:" + anyID.FindString(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body)
+	before := len(e.calls())
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 204)
+	calls := e.calls()[before:]
+	if last := calls[len(calls)-1]; last != "GET /info" {
+		t.Errorf("the calls were %q", calls)
+	}
+}
+
 func TestFullDiskOfTheEngineIsADiskFull(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)

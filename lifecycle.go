@@ -16,8 +16,9 @@ import (
 )
 
 // services creates, changes and deletes services. A service's record, a file, has its parameters; settle
-// makes the engine match it. Every operation commits by a change to the bind root, which is synced before the
-// answer. The engine may lose a container at any time; settle makes it again.
+// makes the engine match it. Every operation that changes the record, or creates or deletes the service,
+// commits by a change to the bind root, which is synced before the answer. The engine may lose a container at
+// any time; settle makes it again.
 //
 //	name                       meaning                                       written by
 //	.services/<id>, a record   the service's parameters: see serviceRecord.  create, PUT, PATCH, a start that
@@ -36,7 +37,7 @@ import (
 // A late start, stop or kill changes whether the service runs, even after a later request was answered.
 //
 // An operation holds the service's lock, of a keyedMutex, from before it looks at the service's state until
-// it returns. Reads take it only if the service's container is missing (see lookup); kill does not take it.
+// it returns. Reads and kill take it only if the service's container is missing (see lookup).
 type services struct {
 	config     config
 	engine     *engine
@@ -309,13 +310,16 @@ func (s *services) record(id string) (*serviceRecord, error) {
 // An operation changes a service that exists. It runs under the service's lock, after settle.
 type operation func(context.Context, service) error
 
-// change settles a service and runs an operation on it.
+// change settles a service and runs an operation on it. ctx limits the wait for the lock; then the operation
+// has the time that a stop and a start may take, or it could end between the two.
 func (s *services) change(ctx context.Context, id string, run operation) error {
 	unlock, err := s.lock(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	ctx, cancel := detached(ctx, s.ctx, s.config.stopTimeout+s.config.timeouts.engineRead)
+	defer cancel()
 	existing, err := s.settle(ctx, id)
 	if err != nil {
 		return err
@@ -382,6 +386,7 @@ func (s *services) stopContainer(ctx context.Context, id, containerID string) er
 	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
+// startContainer starts a service's container. Its errors tell what the client can mend from what it cannot.
 func (s *services) startContainer(ctx context.Context, svc service) error {
 	s.forgetStats(svc.id)
 	err := s.engine.api().ContainerStart(ctx, svc.containerID, container.StartOptions{})
@@ -403,8 +408,8 @@ func (s *services) startContainer(ctx context.Context, svc service) error {
 // has taken.
 var portInUse = regexp.MustCompile(`address already in use|port is already allocated`)
 
-// kill kills a service if it runs. It does not take the lock, or it would wait for the stop that it is meant
-// to cut short.
+// kill kills a service if it runs. It does not take the lock of a service that has its container, or it would
+// wait for the stop that it is meant to cut short.
 func (s *services) kill(ctx context.Context, id string) error {
 	if err := s.checkRoot(ctx); err != nil {
 		return err

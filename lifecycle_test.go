@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/docker/docker/api/types/container"
 )
@@ -525,4 +526,19 @@ func TestStartWhoseCommandIsMissingIsABadRequest(t *testing.T) {
 		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, want)
 	}
 	e.setIntercept(nil)
+}
+
+// Otherwise a restart that has waited could end after its stop and before its start.
+func TestOperationHasItsWholeTimeAfterTheWaitForTheLock(t *testing.T) {
+	t.Parallel()
+	_, s := bareService(t)
+	ctx, cancel := context.WithTimeout(t.Context(), patience/2)
+	defer cancel()
+	must(t, s.services.change(ctx, "web", func(ctx context.Context, _ service) error {
+		deadline, _ := ctx.Deadline()
+		if left := time.Until(deadline); left < s.stopTimeout {
+			t.Errorf("%v are left for a stop of %v", left, s.stopTimeout)
+		}
+		return nil
+	}))
 }

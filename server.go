@@ -23,7 +23,7 @@ const (
 	drainTimeout = time.Second // for reading what a client still sends after an error
 )
 
-// A route is one line of the API. Every path needs the core key, so there is no column for access.
+// A route is one line of the API. All of them need the core key: see ServeHTTP.
 type route struct {
 	pattern  string         // as for [http.ServeMux]; also served under /v1
 	success  int            // status, if handle writes none
@@ -215,7 +215,7 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if rt.body == 0 && !rt.json && r.ContentLength != 0 { // net/http would read it before it answers
+	if rt.body == 0 && !rt.json && r.ContentLength != 0 { // or net/http would read the body before it answers
 		return newAPIError(kindTooLarge, "this request has no body")
 	}
 	maxBody := rt.body
@@ -233,6 +233,7 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), rt.limit)
 	if rt.detached {
+		cancel()
 		ctx, cancel = detached(r.Context(), s.ctx, rt.limit)
 	}
 	defer cancel()

@@ -43,6 +43,7 @@ func (s *services) handleCreate(w http.ResponseWriter, r *http.Request) error {
 
 // handlePut answers PUT /service/{id}.
 func (s *services) handlePut(w http.ResponseWriter, r *http.Request) error {
+	noteChange(w, r.PathValue("id"), "put")
 	params, err := readParams(r)
 	if err != nil {
 		return err
@@ -53,7 +54,6 @@ func (s *services) handlePut(w http.ResponseWriter, r *http.Request) error {
 	if params.BindContents != "" {
 		return badRequest("bind_contents: only a create unpacks an archive")
 	}
-	noteChange(w, params.ID, "put")
 	return s.setParams(r.Context(), params.ID, params, r.Header.Get("X-Registry-Auth"))
 }
 
@@ -103,9 +103,8 @@ func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// awaitContainers returns all, or, if some of the services have no container in it, what the engine lists
-// after the operations on those: a start may be replacing a container. It waits for a part of the time of a
-// read.
+// awaitContainers returns all if every service has a container in it. Otherwise a start may be replacing one:
+// it waits for the operations on those services, for a third of the time of a read, and lists again.
 func (s *services) awaitContainers(ctx context.Context, ids []string, all map[string]serviceContainers) (
 	map[string]serviceContainers, error) {
 	waiting, cancel := context.WithTimeout(ctx, s.config.timeouts.engineRead/3)
@@ -169,6 +168,7 @@ func (s *services) handleControl(w http.ResponseWriter, r *http.Request) error {
 
 // handleSetEnv answers PATCH /service/{id}/env.
 func (s *services) handleSetEnv(w http.ResponseWriter, r *http.Request) error {
+	noteChange(w, r.PathValue("id"), "env")
 	var body map[string]any
 	if err := readJSON(r, &body); err != nil {
 		return err
@@ -181,6 +181,5 @@ func (s *services) handleSetEnv(w http.ResponseWriter, r *http.Request) error {
 		}
 		env = append(env, name+"="+value)
 	}
-	noteChange(w, r.PathValue("id"), "env")
 	return s.setEnv(r.Context(), r.PathValue("id"), env)
 }

@@ -317,7 +317,7 @@ func contentFormat(in *bufio.Reader) (string, error) {
 	if len(start) == 0 {
 		return "empty", nil
 	}
-	// For a valid header of an entry that goes on, the error is another than ErrHeader.
+	// If the header is valid but its entry goes on after this block, the error is not ErrHeader.
 	_, err = tar.NewReader(bytes.NewReader(start)).Next()
 	if len(start) == blockSize && err != tar.ErrHeader {
 		return plainTar, nil

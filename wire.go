@@ -101,8 +101,8 @@ func findNull(v any) (field string, found bool) {
 	return "", false
 }
 
-// encodeJSON returns v, which must marshal, as one line. It does not escape <, > and &, which would make a
-// text of them six times as long.
+// encodeJSON returns v, which must marshal, as one line. It does not escape <, > and &, since that
+// makes each of them six times as long.
 func encodeJSON(v any) []byte {
 	var line bytes.Buffer
 	encoder := json.NewEncoder(&line)
