@@ -67,8 +67,10 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	chosen := false
 	flag.Visit(func(f *flag.Flag) { chosen = chosen || f.Name == "test.parallel" })
-	if !chosen {
-		flag.Set("test.parallel", "6")
+	if !chosen && raceDetector() {
+		flag.Set("test.parallel", "8")
+	} else if !chosen {
+		flag.Set("test.parallel", "20")
 	}
 	debug.SetGCPercent(400) // the collector would take a sixth of the time
 	os.Exit(m.Run())
