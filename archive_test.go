@@ -259,6 +259,8 @@ func hostileArchives(outside string) []hostile {
 		harmless("directory of a file's type, by its long name", tree{"d": "d0755", "d/a": "0644 1"},
 			pax("path=d/"), typed('0', "x", ""), file("d/a", "1")),
 		harmless("the root of a file's type", tree{"a": "0644 1"}, typed('0', "./", ""), file("a", "1")),
+		refused("file whose name ends in a dot", "a/.", file("a/.", "1")),
+		refused("link whose name ends in a dot", "a/./", symlink("a/./", "b")),
 		refused("directory of a file's type with content", "d/", typed('0', "d/", "content"), file("a", "")),
 		refused("directory of a contiguous file's type with content", "d/", typed('7', "d/", "content"),
 			file("a", "")),
