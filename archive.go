@@ -27,7 +27,7 @@ const (
 const (
 	errReplacesDir refusal = "it would replace a directory that is not empty, or the bind directory"
 	errLinkTarget  refusal = "it is a hard link to something that is not an earlier file or link"
-	errSymlink     refusal = "it is a symbolic link that leads out of the archive"
+	errSymlink     refusal = "it is a symbolic link that leads out of the archive, or has '..' after a name"
 )
 
 // unpackLimits limit what one archive may make.
@@ -239,7 +239,7 @@ func (u *unpacker) place(parent *os.Root, name string, h *tar.Header, content io
 	}
 	o := cmp.Or(u.ownedBy, &owner{h.Uid, h.Gid})
 	if min(o.uid, o.gid) < 0 || max(o.uid, o.gid) > math.MaxInt32 {
-		return refusal("its owner is out of range") // chown(2) takes 4294967295 for "unchanged"
+		return errOwner // chown(2) takes 4294967295 for "unchanged"
 	}
 	return parent.Lchown(base, o.uid, o.gid)
 }

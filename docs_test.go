@@ -124,7 +124,8 @@ const messagesOfOthers = `Assertion failed on job for duxcore-daemon.service, re
 listen tcp, address already in use, permission denied, client version, is too old, is too new, port is
 already allocated, cannot start a paused container, try unpause instead, certificate signed by
 unknown authority, accept, too many open files; retrying, count=, operation not
-permitted, no space left on device, The container name, is already in use`
+permitted, no space left on device, The container name, is already in use, bind source
+path does not exist`
 
 // programTexts returns the strings in the program's source, those that are joined with + as one.
 func programTexts(t *testing.T) (texts []string) {

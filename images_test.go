@@ -376,6 +376,14 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		"a NUL within spaces ahead of a header's size": slices.Concat(rawSize(" \x00 000002000"), []byte(inner)),
 		"a prefix in GNU's format":                     gnuPrefix,
 		"a sparse file of star":                        tarOf(pax("SCHILY.realsize=1048576"), file("n", "")),
+		"a name that leads up":                         tarOf(file("../n", "")),
+		"a name that leads up and down":                tarOf(file("d/../n", "")),
+		"no name":                                      tarOf(file("", "")),
+		"a deletion":                                   tarOf(dir("d"), file("d/.wh.n", "")),
+		"a deletion of all":                            tarOf(file(".wh..wh..opq", "")),
+		"an owner of 33 bits":                          tarOf(pax("uid=4294967296"), file("n", "")),
+		"a group of -1":                                tarOf(pax("gid=-1"), file("n", "")),
+		"an owner that means unchanged":                tarOf(pax("uid=4294967295"), file("n", "")),
 	} {
 		err := checkTar(bytes.NewReader(slices.Concat(tarOf(file("first", "x")), archive, tarEnd)))
 		if kind, _ := describeOrNone(err); kind != kindArchiveRefused {
@@ -390,6 +398,8 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		"global headers":                     tarOf(global("comment=c"), global("comment=d"), file("n", "x")),
 		"a size padded with spaces":          slices.Concat(rawSize("       2000 "), []byte(inner)),
 		"times in GNU's format":              gnuTimes,
+		"names of two dots and more":         tarOf(dir("..d"), file("..d/...", ""), file("a.wh.b", "")),
+		"the greatest owner":                 tarOf(pax("uid=4294967294"), file("n", "x")),
 		"no size":                            rawSize(strings.Repeat("\x00", 12)),
 		"a size in base 256": slices.Concat(rawSize("\x80"+strings.Repeat("\x00", 9)+"\x04\x00"),
 			[]byte(inner)),
@@ -420,6 +430,8 @@ func TestSavedImageIsRefusedWithAdvice(t *testing.T) {
 			manifest},
 		"of tar, of what docker save wrote": {dir("./"), file("./manifest.json", "[]"),
 			symlink("./0123/layer.tar", "../4567/layer.tar")},
+		"of crane":  {file("sha256:0123", "{}"), file("0123.tar.gz", ""), manifest},
+		"of skopeo": {file("version", ""), file(strings.Repeat("a", 64), ""), manifest},
 		"an OCI layout": {file("oci-layout", `{"imageLayoutVersion":"1.0.0"}`),
 			file("index.json", "{}")},
 		"an OCI layout, with absolute names": {file("/index.json", "{}"), file("/oci-layout", "{}")},

@@ -293,6 +293,9 @@ func (s serviceSpec) bindOwner() *owner {
 	if err != nil || uid < 0 {
 		return nil
 	}
-	gid, _ := strconv.ParseInt(group, 10, 32) // group 0 if it is not a number
-	return &owner{int(uid), int(max(gid, 0))}
+	gid, err := strconv.ParseInt(group, 10, 32)
+	if err != nil || gid < 0 { // a name, or none
+		gid = 0
+	}
+	return &owner{int(uid), int(gid)}
 }

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"path"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,8 +30,11 @@ type refusal string
 
 func (r refusal) Error() string { return string(r) }
 
-const errSparse refusal = "it is a sparse file: write the archive without --sparse " +
-	"(bsdtar: with --no-read-sparse)"
+const (
+	errOwner  refusal = "its owner is out of range"
+	errSparse refusal = "it is a sparse file: write the archive without --sparse " +
+		"(bsdtar: with --no-read-sparse)"
+)
 
 // archiveError returns the 400 for what is wrong with an archive, and any other error as it is.
 func archiveError(prefix string, err error) error {
@@ -69,8 +74,11 @@ func checkTar(r io.Reader) error {
 // imageCheck holds what checkTar has seen so far.
 type imageCheck struct {
 	entries          int
-	manifest, layers bool // at the top: manifest.json; blobs/, or the layer.tar of some directory
+	manifest, layers bool // manifest.json at the top; what savedLayer matches
 }
+
+// savedLayer matches where docker save, crane and skopeo put the layers of an image.
+var savedLayer = regexp.MustCompile(`^/(blobs(/.*)?|[^/]+/layer\.tar|[^/]+\.tar\.gz|[0-9a-f]{64})$`)
 
 // add returns an error for an entry that an image must not have, or one too many.
 func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
@@ -98,13 +106,20 @@ func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
 	default:
 		return refusal("it is not a file, directory, link, device or FIFO")
 	}
+	switch {
+	case h.Name == "" || outside("./"+h.Name):
+		return refusal("its path is empty or contains '..'")
+	case strings.Contains("/"+h.Name, "/.wh."): // and the engine would not store it
+		return refusal("its name begins with .wh., which stands for a deletion")
+	case min(h.Uid, h.Gid) < 0 || max(h.Uid, h.Gid) >= math.MaxUint32: // the engine takes their last 32 bits
+		return errOwner
+	}
 	if c.entries++; c.entries > maxImageEntries {
 		return refusal(fmt.Sprintf("the archive has more than %d entries", maxImageEntries))
 	}
 	name, isFile := path.Clean("/"+h.Name), h.Typeflag == tar.TypeReg
 	c.manifest = c.manifest || name == "/manifest.json" && isFile
-	c.layers = c.layers || strings.HasPrefix(name+"/", "/blobs/") ||
-		path.Base(name) == "layer.tar" && strings.Count(name, "/") == 2
+	c.layers = c.layers || savedLayer.MatchString(name)
 	if name == "/oci-layout" && isFile || c.manifest && c.layers {
 		return refusal("this is a saved image and not a root file system: load it into an engine, " +
 			"and upload what docker export writes of a container")
@@ -223,8 +238,19 @@ func (t *tarReader) next() (*tar.Header, error) {
 				return h, refusal("its headers have an empty name, or two names")
 			}
 		}
+		if strings.HasPrefix(record, "GNU.sparse.") && !isKnownSparse(h.PAXRecords) {
+			return h, refusal("it is a sparse file of an unknown version")
+		}
 	}
 	return h, nil
+}
+
+// isKnownSparse reports whether archive/tar reads the version of a sparse file in an extended header. It
+// ignores the records of any other version, which GNU tar does not.
+func isKnownSparse(records map[string]string) bool {
+	version := records["GNU.sparse.major"] + "." + records["GNU.sparse.minor"]
+	return slices.Contains([]string{"0.0", "0.1", "1.0"}, version) ||
+		version == "." && records["GNU.sparse.map"] != ""
 }
 
 // isAmbiguous reports whether programs differ on which fields an entry's own header has after its first 257
