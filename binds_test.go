@@ -188,15 +188,16 @@ func TestChangeThatCannotBeSyncedIsNotMade(t *testing.T) {
 func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	for _, name := range []string{"one", "two"} {
-		e.addForeign(name, map[string]string{labelService: name, labelBinds: "/elsewhere"}, "/elsewhere/"+name)
+	for _, name := range []string{"one", "two", candidatePrefix + "two"} { // the last is half made
+		id := strings.TrimPrefix(name, candidatePrefix)
+		e.addForeign(name, map[string]string{labelService: id, labelBinds: "/elsewhere"}, "/elsewhere/"+id)
 	}
 	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds},
 		filepath.Join(d.binds, "half"))
 	must(t, d.stop())
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
-	e.wantNames(t, "one", "two", "web")
-	if log := d.log.String(); !strings.Contains(log, "map[/elsewhere:2]") {
+	e.wantNames(t, candidatePrefix+"two", "one", "two", "web")
+	if log := d.log.String(); !strings.Contains(log, "map[/elsewhere:3]") {
 		t.Errorf("the log: %s", log)
 	}
 	d.do(t, "GET", "/service", "").want(t, 200, `"/web"`)

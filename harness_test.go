@@ -139,6 +139,16 @@ func (b *syncBuffer) String() string {
 	return b.text.String()
 }
 
+var listening = regexp.MustCompile(`msg=listening addr=(\S+)`)
+
+// url returns where the daemon that writes the log listens, or nothing if it does not yet.
+func (b *syncBuffer) url() string {
+	if found := listening.FindStringSubmatch(b.String()); found != nil {
+		return "http://" + found[1]
+	}
+	return ""
+}
+
 // startDaemon runs the daemon against the engine at dockerHost until the test ends.
 func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon {
 	t.Helper()
@@ -483,15 +493,17 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 		append(args, "-addr", "127.0.0.1:0", "-corekey", filepath.Join(dir, "corekey.bin"), "-binds", d.binds)...)
 	process.Env, process.Stderr = append(os.Environ(), "DOCKER_HOST="+engineHost), d.log
 	must(t, process.Start())
-	t.Cleanup(func() {
+	d.stop = sync.OnceValue(func() error {
 		process.Process.Signal(syscall.SIGTERM)
-		if err := process.Wait(); err != nil {
+		return process.Wait()
+	})
+	t.Cleanup(func() {
+		if err := d.stop(); err != nil {
 			t.Errorf("the daemon ended with: %v\n%s", err, d.log)
 		}
 	})
-	address := regexp.MustCompile(`msg=listening addr=(\S+)`)
-	waitFor(t, "the daemon listens", func() bool { return address.MatchString(d.log.String()) })
-	d.url = "http://" + address.FindStringSubmatch(d.log.String())[1]
+	waitFor(t, "the daemon listens", func() bool { return d.log.url() != "" })
+	d.url = d.log.url()
 	key, err := os.ReadFile(filepath.Join(dir, "corekey.bin"))
 	must(t, err)
 	d.key = base64.StdEncoding.EncodeToString(key)

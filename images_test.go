@@ -717,12 +717,15 @@ func TestStartRemovesImportsThatADaemonLeft(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
 	e.addImage("duxcore/import:0123456789ab")
+	e.addImage("duxcore/import:fedcba987654")
 	e.addImage("duxcore/import:new-0123456789ab-X") // another daemon's
 	want := strings.Join(e.imageTags(), " ")
 	var binds string
 	startDaemon(t, e.host(), func(c *config) {
 		binds = c.binds
 		e.addImage(tempPrefix(binds) + "X")
+		whole := e.findImage("duxcore/import:fedcba987654") // only its first tag is left to be removed
+		whole.tags = append(whole.tags, tempPrefix(binds)+"Y")
 	})
 	if got := strings.Join(e.imageTags(), " "); got != want {
 		t.Errorf("images %s, want %s", got, want)

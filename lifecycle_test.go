@@ -542,3 +542,70 @@ func TestOperationHasItsWholeTimeAfterTheWaitForTheLock(t *testing.T) {
 		return nil
 	}))
 }
+
+func TestCreateIsUndoneWhenItsClientLeaves(t *testing.T) {
+	t.Parallel()
+	for _, at := range []string{"GET /images/", "POST /containers/create", "the download"} {
+		downloading := make(chan struct{}, 1)
+		source := serveOn(t, "127.0.0.1", func(_ http.ResponseWriter, r *http.Request) {
+			downloading <- struct{}{}
+			<-r.Context().Done() // the daemon has given it up
+		})
+		d, e := startFetching(t, "127.0.0.0/8")
+		held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, at) })
+		ctx, leave := context.WithCancel(t.Context())
+		go func() { // ends when the request has come so far
+			select {
+			case <-held:
+			case <-downloading:
+			}
+			leave()
+			release()
+		}()
+		d.abandon(t, ctx, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"bind_contents":%q`, source.URL)))
+		wantNothing(t, d, e)
+	}
+}
+
+// abandon sends a request whose client leaves when ctx ends, and returns when the daemon is done with it.
+func (d *daemon) abandon(t *testing.T, ctx context.Context, method, path, body string) {
+	t.Helper()
+	r := d.request(t, method, path, strings.NewReader(body)).WithContext(ctx)
+	r.Header.Set("X-Request-Id", "abandoned")
+	if answer, err := d.client.Do(r); err == nil {
+		answer.Body.Close()
+		t.Errorf("%s %s was answered", method, path)
+	}
+	waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "=abandoned") })
+}
+
+func TestOtherChangesFinishWhenTheirClientLeaves(t *testing.T) {
+	t.Parallel()
+	const params = `{"id":"web","image":"img:1","bind_dir":"/data","env":["A=1"]}`
+	for _, test := range []struct {
+		method, path, body, at string
+		status                 int // of a GET of its parameters afterwards
+		text                   string
+	}{
+		{"PUT", "/service/web", createBodyJSON("web", `"env":["A=2"]`), "GET /images/", 200, `"A=2"`},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`, "GET /containers/json", 200, `"params":` + params},
+		{"POST", "/service/web/ctl", `{"op":"start"}`, "GET /containers/json", 200, `"pending":` + params},
+		{"DELETE", "/service/web", "", "GET /containers/json", 404, ""},
+	} {
+		e, d := startWithRunning(t, nil)
+		d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
+		held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, test.at) })
+		ctx, leave := context.WithCancel(t.Context())
+		go func() { // ends when the request has come so far
+			<-held
+			leave()
+			time.Sleep(100 * time.Millisecond) // for the daemon to see it
+			release()
+		}()
+		d.abandon(t, ctx, test.method, test.path, test.body)
+		d.do(t, "GET", "/service/web/params", "").want(t, test.status, test.text)
+		if crowdRuns(e, "web") != (test.status == 200) {
+			t.Errorf("after %s %s: running is %v", test.method, test.body, crowdRuns(e, "web"))
+		}
+	}
+}

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -82,6 +83,17 @@ func (m *machine) importImage(t testing.TB, archive string) (id string) {
 	}
 	decode(t, m.do(t, "POST", "/docker/image", archive).want(t, http.StatusCreated).body, &body)
 	return body.ImageID
+}
+
+// importPast has the engine make an image past the daemon, whose images have no volumes.
+func importPast(t testing.TB, engine *client.Client, ref string, changes []string, files ...entry) {
+	t.Helper()
+	source := image.ImportSource{Source: bytes.NewReader(archiveOf(files...)), SourceName: "-"}
+	progress, err := engine.ImageImport(context.Background(), source, ref, image.ImportOptions{Changes: changes})
+	must(t, err)
+	defer progress.Close()
+	_, err = lastStatus(progress)
+	must(t, err)
 }
 
 // cleanUp removes, when the test ends, the containers of the daemon with these bind

@@ -407,3 +407,49 @@ func TestArgumentsThatAreNoFlagsAreMistakes(t *testing.T) {
 		}
 	}
 }
+
+// After SIGTERM the daemon takes no connection, and finishes what is under way, unless there is a second one.
+func TestSIGTERMWaitsForAChangeAndASecondOneDoesNot(t *testing.T) {
+	t.Parallel()
+	for _, second := range []bool{false, true} {
+		e := newFakeEngine(t)
+		e.addImage("img:1")
+		d, pid := wireProcess(t, e.host())
+		consoleService(t, d, "web", "")
+		held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "/stop") })
+		answered := make(chan int, 1)
+		go func() { // ends with the daemon
+			answer, err := d.client.Do(d.request(t, "POST", "/service/web/ctl", strings.NewReader(`{"op":"stop"}`)))
+			if err != nil {
+				answered <- 0
+				return
+			}
+			answer.Body.Close()
+			answered <- answer.StatusCode
+		}()
+		<-held
+		must(t, syscall.Kill(pid, syscall.SIGTERM))
+		waitFor(t, "the end of the listener", func() bool {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+			if err == nil {
+				conn.Close()
+			}
+			return err != nil
+		})
+		want := 204
+		if second {
+			want = 0
+			// The daemon gives the signal back its default action shortly after the first one.
+			waitFor(t, "the end of the daemon", func() bool {
+				syscall.Kill(pid, syscall.SIGTERM)
+				ended, _ := syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+				return ended == pid
+			})
+			d.stop = func() error { return nil }
+		}
+		release()
+		if status := <-answered; status != want {
+			t.Errorf("a second signal: %v; the stop is answered with %d", second, status)
+		}
+	}
+}
