@@ -66,7 +66,6 @@ var (
 	deathCreate = deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE",` +
 		`"bind_dir":"/data","bind_contents":"CONTENTS","env":["A=old"]}}`}
 	deathStart   = deathRequest{"POST", "/service/ID/ctl", `{"op":"start"}`}
-	deathStop    = deathRequest{"POST", "/service/ID/ctl", `{"op":"stop"}`}
 	deathRestart = deathRequest{"POST", "/service/ID/ctl", `{"op":"restart"}`}
 	deathPut     = deathRequest{"PUT", "/service/ID",
 		`{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","env":["A=pending"]}}`}

@@ -119,6 +119,7 @@ type daemon struct {
 	log    *syncBuffer
 	client *http.Client
 	stop   func() error // stops it, once, and returns what run returned
+	quoted string       // a path of the host that clients name, and errors quote
 }
 
 // syncBuffer is a log that can be read while it is written.
@@ -289,7 +290,12 @@ func (d *daemon) send(t testing.TB, r *http.Request) answer {
 	defer response.Body.Close()
 	body, err := io.ReadAll(response.Body)
 	must(t, err)
-	return answer{response.StatusCode, response.Header, string(body)}
+	a := answer{response.StatusCode, response.Header, string(body)}
+	// The engine's words are passed on as they are.
+	if a.header.Get("Content-Type") == "application/json" && a.status >= 400 && !strings.Contains(a.body, "engine: ") {
+		errorsClean(t, d, a.body)
+	}
+	return a
 }
 
 func (d *daemon) do(t testing.TB, method, path, body string) answer {
@@ -857,14 +863,18 @@ func errorsClean(t testing.TB, d *daemon, body string) {
 	if err := json.Unmarshal([]byte(body), &text); err != nil {
 		t.Errorf("no JSON: %s", body)
 	}
-	key, _ := os.ReadFile(filepath.Join(filepath.Dir(d.binds), "corekey.bin"))
+	description := text.Error.Description
+	if d.quoted != "" {
+		description = strings.ReplaceAll(description, d.quoted, "")
+	}
+	key, _ := base64.StdEncoding.DecodeString(d.key)
 	for _, secret := range []string{d.key, strings.TrimRight(d.key, "="), string(key), d.binds,
-		filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib", "TOKEN"} {
-		if strings.Contains(text.Error.Description, secret) {
+		filepath.Dir(d.binds), os.TempDir() + "/", "/var/lib"} {
+		if secret != "" && strings.Contains(description, secret) {
 			t.Errorf("%q is in %s", secret, body)
 		}
 	}
-	if found := errorsGo.FindString(text.Error.Description); found != "" {
+	if found := errorsGo.FindString(description); found != "" {
 		t.Errorf("%q is in %s", found, body)
 	}
 }

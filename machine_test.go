@@ -209,14 +209,6 @@ func (m *machine) foreign(t testing.TB, name string, labels map[string]string, m
 	return created.ID
 }
 
-// restarted stops the daemon, has something done meanwhile, and starts one on the same bind root.
-func (m *machine) restarted(t *testing.T, meanwhile func()) {
-	t.Helper()
-	must(t, m.stop())
-	meanwhile()
-	m.daemon = startDaemon(t, "", func(c *config) { c.binds = m.binds })
-}
-
 // report is what the probe says that it sees.
 type report struct {
 	Args, Env, Interfaces []string
