@@ -18,26 +18,6 @@ import (
 	"github.com/docker/docker/api/types/container"
 )
 
-func TestCreateOfATakenIDTouchesNothingEvenIfTheEngineCannotInspectIt(t *testing.T) {
-	t.Parallel()
-	e, d := start(t, nil)
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	before, err := os.Stat(filepath.Join(d.binds, "web"))
-	must(t, err)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasSuffix(r.URL.Path, "/web/json") {
-			return false
-		}
-		http.Error(w, "driver failed", http.StatusInternalServerError)
-		return true
-	})
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409, "web")
-	after, err := os.Stat(filepath.Join(d.binds, "web"))
-	if err != nil || !os.SameFile(before, after) {
-		t.Errorf("the service has another bind directory: %v", err)
-	}
-}
-
 func TestContainersWithoutANameAreNoServices(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
@@ -47,24 +27,6 @@ func TestContainersWithoutANameAreNoServices(t *testing.T) {
 			`{"Id":"2","Labels":{"duxcore.service":"a/b"}}]`)
 	if a := d.do(t, "GET", "/service", "").want(t, 200); strings.TrimSpace(a.body) != "[]" {
 		t.Errorf("services: %s", a.body)
-	}
-}
-
-// A conflict or a 404 of the engine's is an answer, not a reason to do it again.
-func TestEnginesAnswerEndsAnOperation(t *testing.T) {
-	t.Parallel()
-	for _, status := range []int{404, 409} {
-		for _, op := range []string{"start", "restart"} {
-			e, d := startWithService(t)
-			e.answerWith("/start", status, `{"message":"cannot start a paused container, try unpause instead"}`)
-			before := len(e.calls())
-			d.do(t, "POST", "/service/web/ctl", `{"op":"`+op+`"}`).want(t, map[int]int{404: 502, 409: 409}[status],
-				"unpause")
-			calls := e.calls()[before:]
-			if starts, stops := countCalls(calls, "/start"), countCalls(calls, "/stop"); starts != 1 || stops > 1 {
-				t.Errorf("%s: the engine was asked %q", op, calls)
-			}
-		}
 	}
 }
 
@@ -459,33 +421,6 @@ func TestServiceIsNeverMissingWhileItsContainerIsReplaced(t *testing.T) {
 	}
 }
 
-func TestServiceIsFoundAtEveryMomentOfManyRestarts(t *testing.T) {
-	t.Parallel()
-	_, d := startWithService(t)
-	done := make(chan struct{})
-	var readers sync.WaitGroup
-	for _, path := range []string{"/service/web", "/service/web", "/service", "/service/web/stats"} {
-		readers.Go(func() {
-			for {
-				if a := d.do(t, "GET", path, ""); a.status != 200 || !strings.Contains(a.body, `"/web"`) {
-					t.Errorf("GET %s: %d %s", path, a.status, a.body)
-				}
-				select {
-				case <-done:
-					return
-				default:
-				}
-			}
-		})
-	}
-	for i := range 15 {
-		d.do(t, "PATCH", "/service/web/env", fmt.Sprintf(`{"A":"%d"}`, i)).want(t, 204)
-		d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
-	}
-	close(done)
-	readers.Wait()
-}
-
 func TestWaiterThatGivesUpLeavesTheQueue(t *testing.T) {
 	t.Parallel()
 	locks := newKeyedMutex()
@@ -513,19 +448,6 @@ func TestRestartThatFailsLeavesTheServiceRunning(t *testing.T) {
 	e.setIntercept(nil)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
-}
-
-func TestStartWhoseCommandIsMissingIsABadRequest(t *testing.T) {
-	t.Parallel()
-	e, d := startWithService(t)
-	for message, want := range map[string]int{
-		`failed to create shim task: exec: \"/nope\": stat /nope: no such file or directory`:  400,
-		`invalid mount config for type \"bind\": bind source path does not exist: /srv/binds`: 502,
-	} {
-		e.answerWith("/start", 400, `{"message":"`+message+`"}`)
-		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, want)
-	}
-	e.setIntercept(nil)
 }
 
 // Otherwise a restart that has waited could end after its stop and before its start.

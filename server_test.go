@@ -218,6 +218,7 @@ func TestEngineFailuresReachTheClient(t *testing.T) {
 		text         string
 	}{
 		{400, `{"message":"bad parameter: x"}`, 502, "engine: bad parameter: x"}, // a start has no parameter
+		{400, `{"message":"failed to create shim task: exec: \"/nope\": stat /nope: no such file"}`, 400, "/nope"},
 		// the service exists: 404 would deny it
 		{404, `{"message":"No such thing"}`, 502, "No such thing"},
 		{409, `{"message":"is in use"}`, 409, "engine: is in use"},
@@ -232,6 +233,9 @@ func TestEngineFailuresReachTheClient(t *testing.T) {
 		e, d := startWithService(t)
 		e.answerWith("/start", test.engineStatus, test.engineBody)
 		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, test.status, test.text)
+		if starts := countCalls(e.calls(), "/start"); starts != 1 {
+			t.Errorf("%s: it was tried %d times", test.engineBody, starts)
+		}
 	}
 }
 
