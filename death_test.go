@@ -415,7 +415,9 @@ func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
 	create := deathRequest{"POST", "/service",
 		`{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","user":"1000"}}`}
 	w.mustSend(t, create, http.StatusInternalServerError)
-	waitFor(t, "its reason in the log", func() bool { return strings.Contains(w.daemon.log.String(), "invalid argument") })
+	waitFor(t, "its reason in the log", func() bool {
+		return strings.Contains(w.daemon.log.String(), "invalid argument")
+	})
 	if got := w.look(t); got != (deathState{}) {
 		t.Errorf("left %+v, want nothing", got)
 	}

@@ -292,7 +292,8 @@ func (d *daemon) send(t testing.TB, r *http.Request) answer {
 	must(t, err)
 	a := answer{response.StatusCode, response.Header, string(body)}
 	// The engine's words are passed on as they are.
-	if a.header.Get("Content-Type") == "application/json" && a.status >= 400 && !strings.Contains(a.body, "engine: ") {
+	ours := a.header.Get("Content-Type") == "application/json" && !strings.Contains(a.body, "engine: ")
+	if ours && a.status >= 400 {
 		errorsClean(t, d, a.body)
 	}
 	return a

@@ -246,35 +246,19 @@ func TestCrowdLeavesAConsistentEnd(t *testing.T) {
 
 func crowdClient(t *testing.T, d *daemon, client int, ids []string, contents string) {
 	random := mathrand.New(mathrand.NewPCG(uint64(client), 0))
+	requests := []struct{ method, path, body string }{ // of a service named ID
+		{"POST", "/service", createBodyJSON("ID", "")}, {"POST", "/service", createBodyJSON("ID", contents)},
+		{"POST", "/service", createBodyJSON("ID", contents)}, {"POST", "/service/ID/ctl", `{"op":"start"}`},
+		{"POST", "/service/ID/ctl", `{"op":"start"}`}, {"POST", "/service/ID/ctl", `{"op":"stop"}`},
+		{"POST", "/service/ID/ctl", `{"op":"restart"}`}, {"POST", "/service/ID/ctl", `{"op":"kill"}`},
+		{"PATCH", "/service/ID/env", `{"A":"1"}`}, {"DELETE", "/service/ID", ""}, {"GET", "/service/ID", ""},
+		{"GET", "/service", ""}, {"GET", "/service/ID/stats", ""},
+	}
 	for turn := range 10 {
-		id := ids[random.IntN(len(ids))]
-		service := "/service/" + id
-		method, path, body := "GET", service, ""
-		switch (client + turn) % 12 {
-		case 0:
-			method, path, body = "POST", "/service", createBodyJSON(id, "")
-		case 1, 2:
-			method, path, body = "POST", "/service", createBodyJSON(id, contents)
-		case 3, 4:
-			method, path, body = "POST", service+"/ctl", `{"op":"start"}`
-		case 5:
-			method, path, body = "POST", service+"/ctl", `{"op":"stop"}`
-		case 6:
-			method, path, body = "POST", service+"/ctl", `{"op":"restart"}`
-		case 7:
-			method, path, body = "POST", service+"/ctl", `{"op":"kill"}`
-		case 8:
-			method, path, body = "PATCH", service+"/env", fmt.Sprintf(`{"A":"%d.%d"}`, client, turn)
-		case 9:
-			method = []string{"DELETE", "GET"}[turn%2]
-		case 10:
-			path = "/service"
-		case 11:
-			path = service + "/stats"
-		}
-		a := d.do(t, method, path, body)
+		r, fill := requests[(client+turn)%len(requests)], strings.NewReplacer("ID", ids[random.IntN(len(ids))])
+		a := d.do(t, r.method, fill.Replace(r.path), fill.Replace(r.body))
 		if !slices.Contains([]int{200, 201, 204, 404, 409}, a.status) {
-			t.Errorf("%s %s %s: %d %s", method, path, body, a.status, a.body)
+			t.Errorf("%s %s %s: %d %s", r.method, r.path, r.body, a.status, a.body)
 		}
 	}
 }

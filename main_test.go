@@ -138,6 +138,9 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		{[]string{"-privileged"}, nil, []string{"privileged"}},
 		{[]string{"-addr"}, nil, []string{"addr"}},
 		{[]string{"serve"}, nil, []string{`"serve"`}},
+		{[]string{"---"}, nil, nil},
+		{[]string{"-=x"}, nil, nil},
+		{[]string{"-pids-limit", "x", "---y", "-stop-timeout", "z"}, nil, nil},
 		{
 			[]string{"-network", "host", "-tls-cert", "a", "-max-bind-files", "0"},
 			map[string]string{"DUXCORE_FETCH_ALLOW": "y", "DUXCORE_CREATE_TIMEOUT": "z"},
@@ -268,22 +271,25 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 	}
 }
 
-func TestBadBindRootStopsTheDaemon(t *testing.T) {
+func TestWhatTheDaemonCannotUseStopsIt(t *testing.T) {
 	t.Parallel()
-	file := t.TempDir() + "/file"
-	must(t, os.WriteFile(file, nil, 0o600))
-	for _, path := range []string{file, file + "/below", "/proc/binds", "/dev/null"} {
-		if _, err := startError(t, func(c *config) { c.binds = path }); err == nil {
-			t.Errorf("runs with the bind root %s", path)
-		}
+	dir := t.TempDir()
+	must(t, os.WriteFile(dir+"/file", nil, 0o600))
+	cert, _, _ := selfSigned(t)
+	_, otherKey, _ := selfSigned(t)
+	var unusable []func(*config)
+	for _, path := range []string{dir + "/file", dir + "/file/below", "/proc/binds", "/dev/null"} {
+		unusable = append(unusable, func(c *config) { c.binds = path })
 	}
-}
-
-func TestBadEngineAddressStopsTheDaemon(t *testing.T) {
-	t.Parallel()
 	for _, host := range []string{"nonsense", "unix//x"} {
-		if _, err := startError(t, func(c *config) { c.dockerHost = host }); err == nil {
-			t.Errorf("runs with the engine at %s", host)
+		unusable = append(unusable, func(c *config) { c.dockerHost = host })
+	}
+	for _, key := range []string{otherKey, cert, dir + "/missing"} {
+		unusable = append(unusable, func(c *config) { c.tlsCert, c.tlsKey = cert, key })
+	}
+	for i, change := range unusable {
+		if _, err := startError(t, change); err == nil {
+			t.Errorf("it runs with %d", i)
 		}
 	}
 }
@@ -395,16 +401,6 @@ func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 	(<-stopped).want(t, 204)
 	if err := <-served; err == nil || !strings.Contains(err.Error(), "no memory") {
 		t.Errorf("it ended with %v", err)
-	}
-}
-
-func TestArgumentsThatAreNoFlagsAreMistakes(t *testing.T) {
-	t.Parallel()
-	for _, arguments := range []string{"---", "-=x", "-pids-limit x ---y -stop-timeout z"} {
-		_, err := parseConfig(strings.Fields(arguments), nil, io.Discard)
-		if err == nil {
-			t.Errorf("%q is accepted", arguments)
-		}
 	}
 }
 

@@ -269,26 +269,33 @@ func TestGarbageFromTheEngineIsABadGateway(t *testing.T) {
 
 func TestEngineThatHangsIsAGatewayTimeout(t *testing.T) {
 	t.Parallel()
-	e, d := start(t, func(c *config) {
-		c.createTimeout, c.timeouts.engineRead = haste(), haste()
-	})
 	for _, test := range []struct{ call, method, path, body string }{
 		{"", "POST", "/service", createBodyJSON("web", "")}, // the first of all, a ping
 		{"", "DELETE", "/service/web", ""},
 		// Calls that nothing but the route's limit ends.
 		{"/images/img:1/json", "POST", "/service", createBodyJSON("web", "")},
 		{"/containers/create", "POST", "/service", createBodyJSON("web", "")},
+		{"/other/json", "GET", "/service/other/logs", ""},
+		{"/other/json", "GET", "/service/other/logs?follow=true", ""},
+		{"/other/json", "POST", "/service/other/stdin", ""},
+		{"/other/json", "POST", "/service/other/tty", `{"rows":1,"cols":1}`},
 	} {
-		e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-			hangs := strings.HasSuffix(r.URL.Path, test.call)
-			if hangs {
-				<-r.Context().Done()
-			}
-			return hangs
+		t.Run(test.call+" "+test.path, func(t *testing.T) {
+			t.Parallel()
+			e, d := start(t, func(c *config) { c.createTimeout, c.timeouts.engineRead = haste(), haste() })
+			d.do(t, "POST", "/service", createBodyJSON("other", "")).want(t, 201)
+			e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+				hangs := strings.HasSuffix(r.URL.Path, test.call)
+				if hangs {
+					<-r.Context().Done()
+				}
+				return hangs
+			})
+			d.do(t, test.method, test.path, test.body).want(t, 504)
+			e.setIntercept(nil)
+			d.do(t, "GET", "/service", "").want(t, 200)
+			e.wantNames(t, "other")
 		})
-		d.do(t, test.method, test.path, test.body).want(t, 504)
-		e.setIntercept(nil)
-		d.do(t, "GET", "/service", "").want(t, 200, "[]")
 	}
 }
 
@@ -442,18 +449,6 @@ func TestServesTLS(t *testing.T) {
 	d.url = plain
 	if a := d.do(t, "GET", "/health", ""); a.status != 400 {
 		t.Errorf("plain HTTP to the TLS port: %d", a.status)
-	}
-}
-
-func TestBrokenCertificateStopsTheDaemon(t *testing.T) {
-	t.Parallel()
-	cert, _, _ := selfSigned(t)
-	_, otherKey, _ := selfSigned(t)
-	for _, key := range []string{otherKey, cert, filepath.Join(t.TempDir(), "missing")} {
-		_, err := startError(t, func(c *config) { c.tlsCert, c.tlsKey = cert, key })
-		if err == nil {
-			t.Errorf("runs with the key %s", key)
-		}
 	}
 }
 

@@ -153,6 +153,10 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 			if decode(t, a.body, &value); media.Examples == nil || !media.Schema.fits(value) {
 				t.Errorf("%s, %s: not as documented: %s", route, when, a.body)
 			}
+			if isStats := strings.Contains(route, "stats"); isStats && strings.Contains(a.body, zeroTime) ==
+				(when == "running") {
+				t.Errorf("%s: statistics without both samples are for what does not run: %s", when, a.body)
+			}
 		}
 	}
 	usual := operations["POST /service"].bodies()[1]

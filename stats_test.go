@@ -190,18 +190,6 @@ func TestStatsAreNeverAnEmptyAnswer(t *testing.T) {
 	}
 }
 
-func TestStreamIsTrueOrFalse(t *testing.T) {
-	t.Parallel()
-	e, d := startWithRunning(t, nil)
-	_, before := statsCalls(e)
-	for _, value := range []string{"maybe", "2", "yes", "%00", "truetrue"} {
-		d.do(t, "GET", "/service/web/stats?stream="+value, "").want(t, 400, "stream")
-	}
-	if _, after := statsCalls(e); after != before {
-		t.Errorf("the engine was asked %q", e.calls()[before:])
-	}
-}
-
 func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	t.Parallel()
 	e, d := startWithRunning(t, func(c *config) { c.timeouts.clientWrite = haste() / 4 })
