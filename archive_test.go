@@ -525,9 +525,7 @@ func description(t testing.TB, a answer) string {
 
 func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
 	t.Parallel()
-	engine := newFakeEngine(t)
-	engine.addImage("img:1")
-	d := startDaemon(t, engine.host(), func(c *config) {
+	engine, d := start(t, func(c *config) {
 		c.fetchAllow, c.maxBindBytes, c.maxBindFiles = loopback, corpusBytes, corpusEntries
 	})
 	neighbour := filepath.Join(d.binds, "neighbour")
@@ -694,9 +692,7 @@ func TestGoodArchiveArrivesAsTarLaysItOut(t *testing.T) {
 	if len(want) < 60 {
 		t.Fatalf("the archive has only %d paths", len(want))
 	}
-	engine := newFakeEngine(t)
-	engine.addImage("img:1")
-	d := startDaemon(t, engine.host(), func(c *config) { c.fetchAllow = loopback })
+	_, d := start(t, func(c *config) { c.fetchAllow = loopback })
 	contents := fmt.Sprintf(`"bind_contents":"%s/a"`, serveArchives(t, map[string][]byte{"/a": archive}))
 
 	for _, user := range []string{"", "app", "app:1000"} {
@@ -808,7 +804,6 @@ func TestWhatIsNotATarGzIsNamed(t *testing.T) {
 	}
 }
 
-// The archive's owners do not matter where all belongs to a numeric user.
 func TestOwnersOutOfRangeMatterOnlyWhereTheyAreUsed(t *testing.T) {
 	t.Parallel()
 	nobody := int64(1<<32 - 2) // of NFS and macOS

@@ -137,9 +137,7 @@ func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
 	s := bareServer(t, e, nil).services
 	for _, id := range []string{"aa", "bb"} {
 		err := s.create(t.Context(), serviceParams{ID: id, Image: "img:1", BindDir: "/data"}, "")
-		if err = errors.Join(err, s.binds.mark(id)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, s.binds.mark(id)))
 	}
 	moved := s.binds.path + "-moved"
 	t.Cleanup(func() { os.RemoveAll(moved) })
@@ -315,9 +313,7 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 		}
 		err = errors.Join(err, below.Mkdir("deeper", 0o700))
 		deeper, openErr := openBelow(below, "deeper")
-		if err = errors.Join(err, openErr); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, openErr))
 		below.Close()
 		below = deeper
 	}

@@ -177,9 +177,7 @@ func TestConsoleOfTheDocumentsOnNode(t *testing.T) {
 	var out, complaints syncBuffer
 	console.Stdout, console.Stderr = &out, &complaints
 	keys, err := console.StdinPipe()
-	if err = cmp.Or(err, console.Start()); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmp.Or(err, console.Start()))
 	ended := make(chan error, 1)
 	go func() { ended <- console.Wait() }()
 	select {

@@ -454,6 +454,11 @@ func countCalls(calls []string, text string) (count int) {
 	return count
 }
 
+// head returns a request line and the header that every request needs, without its end.
+func (d *daemon) head(methodAndPath string) string {
+	return methodAndPath + " HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: " + d.key + "\r\n"
+}
+
 func wireDial(t testing.TB, d *daemon) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
@@ -908,13 +913,10 @@ func selfSigned(t *testing.T) (cert, key string, trusted *x509.CertPool) {
 // the daemon closes the connection after it.
 func sendRaw(t testing.TB, d *daemon, text string) (a answer, closed bool) {
 	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	must(t, err)
+	conn := wireDial(t, d)
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(patience))
-	if _, err := io.WriteString(conn, text); err != nil {
-		t.Fatal(err)
-	}
+	_, err := io.WriteString(conn, text)
+	must(t, err)
 	method, _, _ := strings.Cut(text, " ")
 	reader := bufio.NewReader(conn)
 	response, err := http.ReadResponse(reader, &http.Request{Method: method})

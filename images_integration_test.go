@@ -12,7 +12,6 @@ import (
 	"encoding/base64"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -130,11 +129,9 @@ func (m *machine) breakOff(t testing.TB, archive string, bytes int) {
 	t.Helper()
 	const line = `route="POST /docker/image"`
 	before := strings.Count(m.log.String(), line)
-	conn, err := net.Dial("tcp", strings.TrimPrefix(m.url, "http://"))
-	must(t, err)
-	fmt.Fprintf(conn,
-		"POST /docker/image HTTP/1.1\r\nHost: daemon\r\nX-Duxcore-CoreKey: %s\r\nContent-Length: %d\r\n\r\n%s",
-		m.key, len(archive), archive[:bytes])
+	conn := wireDial(t, m.daemon)
+	head := m.head("POST /docker/image") + fmt.Sprintf("Content-Length: %d\r\n\r\n", len(archive))
+	io.WriteString(conn, head+archive[:bytes])
 	must(t, conn.Close())
 	waitFor(t, "the end of the upload", func() bool { return strings.Count(m.log.String(), line) > before })
 }

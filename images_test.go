@@ -3,24 +3,20 @@ package main
 import (
 	"archive/tar"
 	"bytes"
-	"cmp"
 	"compress/bzip2"
 	"compress/gzip"
 	"encoding/json"
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -88,7 +84,7 @@ func TestUploadThatIsTooLargeLeavesNoImage(t *testing.T) {
 // After an upload, whatever became of it, its connection is good for more, or closed.
 func TestRequestAfterAnUpload(t *testing.T) {
 	t.Parallel()
-	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	_, d := start(t, nil)
 	for range 20 { // it depends on what net/http is at
 		for upload, status := range map[string]int{wholeTar(): 201, "": 400, strings.Repeat("x", 512): 400,
 			wholeTar()[:700]: 400} {
@@ -160,7 +156,6 @@ func TestFailedPullLeavesNothing(t *testing.T) {
 	}
 }
 
-// A pull fails before the engine's answer begins, or within it.
 func TestPullThatFindsNothingOrOnlyAPartLeavesNothing(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
@@ -346,7 +341,7 @@ func describeOrNone(err error) (kind, string) {
 
 func TestSavedImageIsRefusedWithAdvice(t *testing.T) {
 	t.Parallel()
-	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	_, d := start(t, nil)
 	manifest := file("manifest.json", `[{"Config":"c.json","Layers":["0123/layer.tar"]}]`)
 	for name, entries := range map[string][]entry{
 		"of docker save": {dir("0123/"), file("0123/layer.tar", ""), file("c.json", "{}"),
@@ -440,11 +435,8 @@ func TestCheckOfALargeUploadTakesLittleMemory(t *testing.T) {
 		1000*(512+16<<10)),
 		bytes.NewReader(tarOf(pax("comment="+strings.Repeat("c", 500_000)), file("b", ""))),
 		bytes.NewReader(tarEnd))
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	err := checkTar(archive)
-	runtime.ReadMemStats(&after)
-	if got := (after.TotalAlloc - before.TotalAlloc) >> 20; err != nil || got > 64 {
+	var err error
+	if got := allocatedBy(func() { err = checkTar(archive) }) >> 20; err != nil || got > 64 {
 		t.Errorf("it allocated %d MiB; %v", got, err)
 	}
 }
@@ -459,15 +451,8 @@ func uploadsIn(t *testing.T, binds string) (left []string) {
 			left = append(left, e.Name())
 		}
 	}
-	open, err := os.ReadDir("/proc/self/fd")
-	must(t, err)
-	for _, fd := range open {
-		to, _ := os.Readlink("/proc/self/fd/" + fd.Name()) // one that is closed meanwhile has none
-		if strings.HasPrefix(to, binds+"/") && strings.HasSuffix(to, "(deleted)") {
-			left = append(left, to)
-		}
-	}
-	return left
+	named := func(path string) bool { return !strings.HasSuffix(path, "(deleted)") }
+	return append(left, slices.DeleteFunc(openFiles(binds), named)...)
 }
 
 func TestUploadLeavesNoFile(t *testing.T) {
@@ -480,11 +465,8 @@ func TestUploadLeavesNoFile(t *testing.T) {
 		wholeTar() + strings.Repeat("\x00", 1<<20): 413} {
 		d.do(t, "POST", "/docker/image", upload).want(t, status)
 	}
-	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	must(t, err)
-	io.WriteString(conn,
-		"POST /docker/image HTTP/1.1\r\nHost: h\r\nContent-Length: 99999\r\nX-Duxcore-CoreKey: "+d.key+
-			"\r\n\r\n"+wholeTar())
+	conn := wireDial(t, d)
+	io.WriteString(conn, d.head("POST /docker/image")+"Content-Length: 99999\r\n\r\n"+wholeTar())
 	waitFor(t, "the upload's file", func() bool { return len(uploadsIn(t, d.binds)) == 1 })
 	if names := uploadsIn(t, d.binds); !strings.HasSuffix(names[0], "(deleted)") {
 		t.Errorf("during an upload the bind root has %q", names)
@@ -503,18 +485,12 @@ func TestUploadOnAFullDisk(t *testing.T) {
 	}
 	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), func(c *config) {
-		if err := cmp.Or(os.MkdirAll(c.binds, 0o700),
-			syscall.Mount("tmpfs", c.binds, "tmpfs", 0, "size=1m")); err != nil {
-			t.Fatal("this test needs CAP_SYS_ADMIN too: ", err)
-		}
-		t.Cleanup(func() { syscall.Unmount(c.binds, syscall.MNT_DETACH) })
+		mountTmpfs(t, c.binds, "size=1m")
 	})
 	large := string(archiveOf(file("large", strings.Repeat("x", 2<<20))))
 	d.do(t, "POST", "/docker/image", large).want(t, 507, `"disk_full"`, "the disk is full")
-	for _, call := range e.calls() {
-		if strings.Contains(call, "fromSrc") {
-			t.Errorf("the engine was asked %s", call)
-		}
+	if countCalls(e.calls(), "fromSrc") > 0 {
+		t.Errorf("the engine was asked %q", e.calls())
 	}
 	for range 3 { // there is room again
 		d.do(t, "POST", "/docker/image", string(archiveOf(file("most", strings.Repeat("x", 900<<10))))).want(t, 201)
@@ -869,8 +845,7 @@ func TestStalledUploadIsABadRequest(t *testing.T) {
 	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), func(c *config) { c.timeouts.uploadStall = 50 * time.Millisecond })
 	conn := wireDial(t, d)
-	fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n"+
-		"Content-Length: 99999\r\n\r\n%s", d.key, wholeTar())
+	io.WriteString(conn, d.head("POST /docker/image")+"Content-Length: 99999\r\n\r\n"+wholeTar())
 	answer, err := io.ReadAll(conn)
 	if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 400 ") ||
 		!strings.Contains(string(answer), "the body came too slowly") {
@@ -883,8 +858,7 @@ func TestUploadThatAnnouncesTooMuchIsRefusedUnread(t *testing.T) {
 	e := newFakeEngine(t)
 	d := startDaemon(t, e.host(), func(c *config) { c.maxImageBytes = 4 << 20 })
 	conn := wireDial(t, d)
-	fmt.Fprintf(conn, "POST /docker/image HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n"+
-		"Content-Length: 4194305\r\n\r\n", d.key)
+	io.WriteString(conn, d.head("POST /docker/image")+"Content-Length: 4194305\r\n\r\n")
 	if status := wireStatus(t, conn); status != 413 {
 		t.Errorf("answered %d", status)
 	}

@@ -127,7 +127,6 @@ func TestPutLosesNoImage(t *testing.T) {
 	(<-put).want(t, 404, "no_such_image")
 }
 
-// A PUT with another image repairs a service whose image and container are gone.
 func TestPutRepairsAServiceWhoseImageIsGone(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -166,9 +165,7 @@ func TestDamagedRecordIsAnErrorAndCostsNothing(t *testing.T) {
 		before := state(t, e, d)
 		name := filepath.Join(d.binds, recordDir, "web")
 		good, err := os.ReadFile(name)
-		if err = errors.Join(err, os.WriteFile(name, []byte(text), 0o600)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, os.WriteFile(name, []byte(text), 0o600)))
 		for _, request := range []struct{ method, path, body string }{
 			{"POST", "/service/web/ctl", `{"op":"start"}`}, {"PATCH", "/service/web/env", "{}"},
 			{"POST", "/service", createBodyJSON("web", "")}, {"GET", "/service/web/params", ""},
@@ -482,7 +479,9 @@ func (d *daemon) abandon(t *testing.T, ctx context.Context, method, path, body s
 		answer.Body.Close()
 		t.Errorf("%s %s was answered", method, path)
 	}
-	waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "=abandoned") })
+	if !pollFor(patience/2, func() bool { return strings.Contains(d.log.String(), "=abandoned") }) {
+		t.Fatalf("the daemon goes on with %s %s", method, path)
+	}
 }
 
 func TestOtherChangesFinishWhenTheirClientLeaves(t *testing.T) {

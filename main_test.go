@@ -245,7 +245,7 @@ func TestPlainHTTPBeyondLoopbackIsOneWarning(t *testing.T) {
 		{":0", "", "", 1}, {"0.0.0.0:0", "", "", 1}, {"127.0.0.1:0", "", "", 0}, {"[::1]:0", "", "", 0},
 		{":0", cert, key, 0},
 	} {
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
+		_, d := start(t, func(c *config) {
 			c.addr, c.tlsCert, c.tlsKey = test.addr, test.cert, test.key
 		})
 		if got := strings.Count(d.log.String(), warning); got != test.want {
@@ -296,7 +296,7 @@ func TestWhatTheDaemonCannotUseStopsIt(t *testing.T) {
 
 func TestAddressInUseStopsTheDaemonBeforeItCreatesAnything(t *testing.T) {
 	t.Parallel()
-	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	_, d := start(t, nil)
 	var cfg config
 	_, err := startError(t, func(c *config) { c.addr = strings.TrimPrefix(d.url, "http://"); cfg = *c })
 	if err == nil {

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -208,11 +207,8 @@ func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 		}
 	}()
 	defer close(done)
-	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	must(t, err)
-	defer idle.Close()
-	io.WriteString(idle,
-		"GET /service/web/stats?stream=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+	idle := wireDial(t, d)
+	io.WriteString(idle, d.head("GET /service/web/stats?stream=true")+"\r\n")
 	stream := statsOpen(t, d, "web")
 	dropped := func() bool { return strings.Contains(d.log.String(), "remote="+idle.LocalAddr().String()) }
 	for !dropped() {
