@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -302,6 +303,21 @@ func newProcess(b *testing.B, args ...string) (m *machine, pid int) {
 	m.image = m.importImage(b, string(archiveOf(imageFile("probe", buildProbe(b)))))
 	m.cleanUp(b, m.binds, m.image)
 	return m, pid
+}
+
+// wireMemory returns what the process has in memory, and the most it ever had, in bytes.
+func wireMemory(t testing.TB, pid int) (now, peak int) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	must(t, err)
+	for field, value := range map[string]*int{"VmRSS": &now, "VmHWM": &peak} {
+		found := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
+		if *value, err = strconv.Atoi(string(found[1])); err != nil {
+			t.Fatal(err)
+		}
+		*value <<= 10
+	}
+	return now, peak
 }
 
 // peak reports the most memory that the daemon ever had.

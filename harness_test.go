@@ -522,21 +522,6 @@ func wireProcess(t testing.TB, engineHost string, args ...string) (*daemon, int)
 	return d, process.Process.Pid
 }
 
-// wireMemory returns what the process has in memory, and the most it ever had, in bytes.
-func wireMemory(t testing.TB, pid int) (now, peak int) {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	must(t, err)
-	for field, value := range map[string]*int{"VmRSS": &now, "VmHWM": &peak} {
-		found := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
-		if *value, err = strconv.Atoi(string(found[1])); err != nil {
-			t.Fatal(err)
-		}
-		*value <<= 10
-	}
-	return now, peak
-}
-
 // allocatedBy returns how many bytes the process allocates, freed or not, while f runs.
 func allocatedBy(f func()) uint64 {
 	var before, after runtime.MemStats
