@@ -531,12 +531,11 @@ func description(t testing.TB, a answer) string {
 
 func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
 	t.Parallel()
-	engine := newFakeEngine(t)
-	engine.addImage("img:1")
-	d := startDaemon(t, engine.host(), func(c *config) {
+	engine, d := start(t, func(c *config) {
 		c.fetchAllow, c.maxBindBytes, c.maxBindFiles = loopback, corpusBytes, corpusEntries
 	})
 	neighbour := filepath.Join(d.binds, "neighbour")
+	d.quoted = neighbour // by some archives
 	d.do(t, "POST", "/service", createBodyJSON("neighbour", "")).want(t, 201)
 	makeCanary(t, neighbour)
 	rows := hostileArchives(neighbour)
@@ -582,9 +581,6 @@ func TestHostileArchivesLeaveNothingBehind(t *testing.T) {
 				if quoted := strconv.Quote(row.entry); row.entry != "" &&
 					!strings.Contains(text, "entry "+quoted[:len(quoted)-1]) {
 					t.Errorf("the error is %.200q, want the entry %s in it", text, quoted)
-				}
-				if strings.Contains(text, d.binds) && !strings.Contains(row.entry, d.binds) {
-					t.Errorf("the error shows a path of the host: %.200q", text)
 				}
 			}
 			wantSameTree(t, "the host", everything(), before)
@@ -702,9 +698,7 @@ func TestGoodArchiveArrivesAsTarLaysItOut(t *testing.T) {
 	if len(want) < 60 {
 		t.Fatalf("the archive has only %d paths", len(want))
 	}
-	engine := newFakeEngine(t)
-	engine.addImage("img:1")
-	d := startDaemon(t, engine.host(), func(c *config) { c.fetchAllow = loopback })
+	_, d := start(t, func(c *config) { c.fetchAllow = loopback })
 	contents := fmt.Sprintf(`"bind_contents":"%s/a"`, serveArchives(t, map[string][]byte{"/a": archive}))
 
 	for _, user := range []string{"", "app", "app:1000"} {
@@ -816,7 +810,6 @@ func TestWhatIsNotATarGzIsNamed(t *testing.T) {
 	}
 }
 
-// The archive's owners do not matter where all belongs to a numeric user.
 func TestOwnersOutOfRangeMatterOnlyWhereTheyAreUsed(t *testing.T) {
 	t.Parallel()
 	nobody := int64(1<<32 - 2) // of NFS and macOS

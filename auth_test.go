@@ -168,9 +168,7 @@ func TestCoreKeyWhoseDirectoryCannotBeSyncedIsNotCreated(t *testing.T) {
 	dir := t.TempDir()
 	t.Cleanup(func() { os.Chmod(dir, 0o700) })
 	// it can be written, not opened
-	if err := cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmp.Or(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o300)))
 	created := make(chan error)
 	go func() {
 		if os.Geteuid() == 0 { // root may open every directory
@@ -250,7 +248,7 @@ func TestCoreKeyThatOthersCanReadIsAWarning(t *testing.T) {
 		0o644: true} {
 		path := filepath.Join(t.TempDir(), "corekey.bin")
 		must(t, errors.Join(os.WriteFile(path, plusSlashKey, 0o600), os.Chmod(path, mode)))
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.coreKeyPath = path })
+		_, d := start(t, func(c *config) { c.coreKeyPath = path })
 		if got := strings.Contains(d.log.String(), "others can read the core key"); got != warned {
 			t.Errorf("mode %v: warned is %v", mode, got)
 		}

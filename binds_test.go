@@ -137,9 +137,7 @@ func TestRootThatMovesDuringARoundIsNotWorkedWith(t *testing.T) {
 	s := bareServer(t, e, nil).services
 	for _, id := range []string{"aa", "bb"} {
 		err := s.create(t.Context(), serviceParams{ID: id, Image: "img:1", BindDir: "/data"}, "")
-		if err = errors.Join(err, s.binds.mark(id)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, s.binds.mark(id)))
 	}
 	moved := s.binds.path + "-moved"
 	t.Cleanup(func() { os.RemoveAll(moved) })
@@ -188,15 +186,16 @@ func TestChangeThatCannotBeSyncedIsNotMade(t *testing.T) {
 func TestServicesOfOtherBindRootsAreOneWarning(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
-	for _, name := range []string{"one", "two"} {
-		e.addForeign(name, map[string]string{labelService: name, labelBinds: "/elsewhere"}, "/elsewhere/"+name)
+	for _, name := range []string{"one", "two", candidatePrefix + "two"} { // the last is half made
+		id := strings.TrimPrefix(name, candidatePrefix)
+		e.addForeign(name, map[string]string{labelService: id, labelBinds: "/elsewhere"}, "/elsewhere/"+id)
 	}
 	e.addForeign(candidatePrefix+"half", map[string]string{labelService: "half", labelBinds: d.binds},
 		filepath.Join(d.binds, "half"))
 	must(t, d.stop())
 	d = startDaemon(t, e.host(), func(c *config) { c.binds = d.binds })
-	e.wantNames(t, "one", "two", "web")
-	if log := d.log.String(); !strings.Contains(log, "map[/elsewhere:2]") {
+	e.wantNames(t, candidatePrefix+"two", "one", "two", "web")
+	if log := d.log.String(); !strings.Contains(log, "map[/elsewhere:3]") {
 		t.Errorf("the log: %s", log)
 	}
 	d.do(t, "GET", "/service", "").want(t, 200, `"/web"`)
@@ -314,9 +313,7 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 		}
 		err = errors.Join(err, below.Mkdir("deeper", 0o700))
 		deeper, openErr := openBelow(below, "deeper")
-		if err = errors.Join(err, openErr); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, openErr))
 		below.Close()
 		below = deeper
 	}

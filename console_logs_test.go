@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -166,8 +165,7 @@ func TestBadLogsQueriesAreNamedAndReachNothing(t *testing.T) {
 	e, d := consoleStart(t, "", nil)
 	before := len(e.calls())
 	for query, named := range badLogsQueries {
-		a, _ := sendRaw(t, d,
-			"GET /service/web/logs?"+query+" HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+		a, _ := sendRaw(t, d, d.head("GET /service/web/logs?"+query)+"\r\n")
 		a.want(t, 400, named)
 	}
 	long := d.do(t, "GET", "/service/web/logs?"+strings.Repeat("x", 8000)+"=1", "").want(t, 400)
@@ -337,11 +335,8 @@ func TestEngineThatRefusesLogs(t *testing.T) {
 func TestManyFollowersGetAllAndEachSlowOneIsDropped(t *testing.T) {
 	t.Parallel()
 	e, d := consoleStart(t, `"tty":false`, func(c *config) { c.timeouts.clientWrite = haste() })
-	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	must(t, err)
-	defer idle.Close()
-	io.WriteString(idle,
-		"GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+	idle := wireDial(t, d)
+	io.WriteString(idle, d.head("GET /service/web/logs?follow=true")+"\r\n")
 	const followers, size = 30, 64_000
 	var sizes [followers]byteCount // of all: to keep that many bytes would slow them down
 	ended := make(chan error, followers)
@@ -398,8 +393,7 @@ func TestFollowEndsWhenItsClientLeaves(t *testing.T) {
 				c.timeouts.clientWrite, c.timeouts.jsonBody = haste(), haste()
 			})
 			conn := wireDial(t, d)
-			go io.WriteString(conn,
-				"GET /service/web/logs?follow=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+rest)
+			go io.WriteString(conn, d.head("GET /service/web/logs?follow=true")+rest)
 			answered := make(chan error, 1)
 			go func() {
 				response, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -427,15 +421,14 @@ func TestHeadOfLogsDoesNotHang(t *testing.T) {
 	e.print("web", stdcopy.Stdout, "text")
 	for _, query := range []string{"", "?follow=true"} {
 		conn := wireDial(t, d)
-		fmt.Fprintf(conn, "HEAD /service/web/logs%s HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n\r\n", query,
-			d.key)
+		io.WriteString(conn, d.head("HEAD /service/web/logs"+query)+"\r\n")
 		reader := bufio.NewReader(conn)
 		head := &http.Request{Method: "HEAD"}
 		response, err := http.ReadResponse(reader, head)
 		if err != nil || response.StatusCode != 200 {
 			t.Fatalf("HEAD logs%s: %v %v", query, response, err)
 		}
-		fmt.Fprintf(conn, "GET /health HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: %s\r\n\r\n", d.key)
+		io.WriteString(conn, d.head("GET /health")+"\r\n")
 		if response, err := http.ReadResponse(reader, nil); err != nil || response.StatusCode != 204 {
 			t.Errorf("after HEAD logs%s the connection answers %v, %v", query, response, err)
 		}

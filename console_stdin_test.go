@@ -157,17 +157,6 @@ func TestKeysThatDetachDoNotBeginAsAChunkEnds(t *testing.T) {
 	}
 }
 
-func TestMegabytesOfStdin(t *testing.T) {
-	t.Parallel()
-	e, d := consoleStart(t, `"tty":false`, nil)
-	text := make([]byte, map[bool]int{true: 1 << 20, false: 10 << 20}[brief()])
-	mathrand.NewChaCha8([32]byte{2}).Read(text)
-	d.do(t, "POST", "/service/web/stdin", string(text)).want(t, 204)
-	if all := e.input("web"); all != string(text) {
-		t.Errorf("%d bytes arrived otherwise", len(all))
-	}
-}
-
 // consoleRecord is text that tells whose it is: a header, and bytes made from that.
 func consoleRecord(writer, number, size int) string {
 	record := make([]byte, 12+size)
@@ -245,34 +234,6 @@ func consoleWhole(t *testing.T, e *fakeEngine, want int) {
 	if got != want {
 		t.Errorf("%d bytes, want %d", got, want)
 	}
-}
-
-func TestWritersWithOpenRequestsKeepTheirOrder(t *testing.T) {
-	t.Parallel()
-	e, d := consoleStart(t, "", nil)
-	var all sync.WaitGroup
-	for writer := range 10 {
-		r := stdinOpen(t, d, "web")
-		all.Go(func() {
-			for number := range 10 {
-				if _, err := io.WriteString(r, consoleRecord(writer, number, 20)); err != nil {
-					t.Error(err)
-				}
-				waitFor(t, "the record", func() bool {
-					all := e.input("web")
-					return strings.Contains(all, consoleRecord(writer, number, 20))
-				})
-			}
-			r.Close()
-			r.answer(t).want(t, 204)
-		})
-	}
-	all.Wait()
-	got := e.input("web")
-	if records := consoleRecords(t, got); records != 100 {
-		t.Errorf("%d records", records)
-	}
-	consoleWhole(t, e, 100*32)
 }
 
 // Who writes much leaves room between its chunks for who writes little.
@@ -369,7 +330,12 @@ func TestStdinOfAServiceThatStopsWithinAChunk(t *testing.T) {
 func TestEachConnectionForStdinGetsAtMost32KiB(t *testing.T) {
 	t.Parallel()
 	e, d := consoleStart(t, "", nil)
-	d.do(t, "POST", "/service/web/stdin", strings.Repeat("x", 1<<20)).want(t, 204)
+	text := make([]byte, 1<<20)
+	mathrand.NewChaCha8([32]byte{2}).Read(text)
+	d.do(t, "POST", "/service/web/stdin", string(text)).want(t, 204)
+	if all := e.input("web"); all != string(text) {
+		t.Errorf("%d bytes arrived otherwise", len(all))
+	}
 	c, _ := e.container("web")
 	sizes := map[int]int{}
 	for _, in := range c.stdin {
@@ -416,8 +382,7 @@ func TestStdinWhoseClientLeaves(t *testing.T) {
 			t.Parallel()
 			e, d := consoleStart(t, "", nil)
 			conn := wireDial(t, d)
-			io.WriteString(conn,
-				"POST /service/web/stdin HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n"+head)
+			io.WriteString(conn, d.head("POST /service/web/stdin")+head)
 			waitFor(t, "the part", func() bool { all := e.input("web"); return all == "hello" })
 			conn.Close()
 			waitFor(t, "the end of the request", func() bool { return strings.Contains(d.log.String(), "/stdin\"") })

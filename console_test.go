@@ -5,7 +5,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/docker/docker/pkg/stdcopy"
 )
@@ -83,27 +82,6 @@ func consoleRaw(w http.ResponseWriter, text string) {
 	io.WriteString(conn, text)
 }
 
-func TestEngineThatHangsAtInspectForTheConsole(t *testing.T) {
-	t.Parallel()
-	for path, method := range map[string]string{"logs": "GET", "logs?follow=true": "GET", "stdin": "POST",
-		"tty": "POST"} {
-		t.Run(path, func(t *testing.T) {
-			t.Parallel()
-			e, d := consoleStart(t, "", func(c *config) { engineImpatient(c); c.timeouts.clientWrite = haste() })
-			consoleHook(e, "/json", func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-			select {
-			case a := <-crowdSend(t, d, method, "/service/web/"+path,
-				map[bool]string{true: `{"rows":1,"cols":1}`}[method == "POST"]):
-				a.want(t, 504)
-			case <-time.After(patience):
-				t.Error("no answer in", patience)
-				e.setIntercept(nil)
-				e.close()
-			}
-		})
-	}
-}
-
 func TestSizeOfTheTTY(t *testing.T) {
 	t.Parallel()
 	e, d := consoleStart(t, "", nil)
@@ -114,16 +92,6 @@ func TestSizeOfTheTTY(t *testing.T) {
 			t.Errorf("%s set %s", body, c.tty)
 		}
 	}
-	before := len(e.calls())
-	for _, body := range []string{"", "{}", "null", "[]", `"24x80"`, `{"rows":24}`, `{"cols":80}`,
-		`{"rows":0,"cols":80}`, `{"rows":24,"cols":0}`,
-		`{"rows":-1,"cols":80}`, `{"rows":65536,"cols":80}`, `{"rows":24,"cols":65536}`, `{"rows":1.5,"cols":80}`,
-		`{"rows":"24","cols":80}`, `{"rows":24,"cols":80,"x":1}`, `{"rows":24,"cols":null}`,
-		`{"rows":[24],"cols":80}`, `{"rows":true,"cols":80}`, `{"rows":1e99,"cols":80}`,
-		`{"rows":24,"cols":80}{}`, `{"rows":24,"cols":80`, `{"rows":18446744073709551640,"cols":80}`} {
-		d.do(t, "POST", "/service/web/tty", body).want(t, 400)
-	}
-	e.wantAskedNothing(t, before)
 }
 
 func TestSizeOfATTYThatIsNotThere(t *testing.T) {

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	mathrand "math/rand/v2"
-	"net"
 	"net/http"
 	"net/http/httptrace"
 	"regexp"
@@ -18,12 +17,8 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
-
-	"github.com/docker/docker/api/types/container"
-	"github.com/docker/docker/api/types/image"
 )
 
 var (
@@ -74,139 +69,6 @@ func TestServicesSurviveDeathOfTheDaemon(t *testing.T) {
 	}
 	workers.Wait()
 	t.Log(tally)
-}
-
-// importCalls are the engine calls of an import.
-var importCalls = []string{"import", "question before the sync of the image", "tag",
-	"question before the sync of the tag", "removal of the import's name"}
-
-const importTagCall = 2
-
-// TestImportsSurviveDeathOfTheDaemon kills the daemon before, in and after each engine call of an
-// import, and at random moments. When its successor has settled, the engine has the image with its own
-// tag and no other, or nothing of it.
-func TestImportsSurviveDeathOfTheDaemon(t *testing.T) {
-	t.Parallel()
-	t.Logf("-death-seed %d", *deathSeed)
-	rng := mathrand.New(mathrand.NewPCG(*deathSeed, 1))
-	var deaths []plannedDeath
-	for call, name := range importCalls {
-		for _, side := range []string{dieBefore, dieAfter, dieDuring, dieLate} {
-			deaths = append(deaths, plannedDeath{call: call, name: name, side: side,
-				delay: randomDelay(rng, 20*time.Millisecond)})
-		}
-	}
-	for range *deathRandom {
-		deaths = append(deaths, plannedDeath{call: -1, side: dieAtRandom,
-			delay: randomDelay(rng, 300*time.Millisecond)})
-	}
-	var all sync.WaitGroup
-	for _, d := range deaths { // these mostly wait, so they do it all at once
-		all.Go(func() {
-			t.Run(fmt.Sprintf("%s %s %v", d.side, d.name, d.delay), func(t *testing.T) {
-				newDeathWorld(t).dieInImport(t, d)
-			})
-		})
-	}
-	all.Wait()
-}
-
-func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
-	upload := deathRequest{"POST", "/docker/image",
-		string(archiveOf(imageFile(w.marker+"-import", strings.Repeat("x", 1<<20))))}
-	release := w.plan(d)
-	w.send(context.Background(), upload)
-	w.daemon.kill() // one at random may have been too late
-	w.daemon.wait(20 * time.Second)
-	w.proxy.setHook(nil)
-	w.start(t)
-	release()
-	found := func() (images []image.Summary) {
-		for _, img := range allImages(t, w.engine) {
-			saved, err := w.engine.ImageSave(context.Background(), []string{img.ID})
-			if err != nil { // another test's, and gone meanwhile
-				continue
-			}
-			text, err := inLayers(saved)
-			saved.Close()
-			if err == nil && strings.Contains(text, w.marker+"-import") {
-				images = append(images, img)
-			}
-		}
-		return images
-	}
-	tagged := d.call > importTagCall || d.call == importTagCall && d.side == dieAfter
-	good := func(images []image.Summary) bool {
-		return len(images) == 0 && !tagged || len(images) == 1 && slices.Equal(images[0].RepoTags,
-			[]string{"duxcore/import:" + images[0].ID[len("sha256:"):][:12]})
-	}
-	// What the engine was at when the daemon died may be there only when the successor has looked: it
-	// looks again after a minute.
-	looked := make(chan struct{}, 10)
-	w.proxy.setHook(func(r *http.Request) (*http.Response, error) {
-		if strings.HasSuffix(r.URL.Path, "/images/json") {
-			looked <- struct{}{}
-		}
-		return w.proxy.transport.RoundTrip(r)
-	})
-	deadline := time.After(settleWait)
-	select {
-	case <-looked:
-	case <-deadline:
-		t.Fatalf("the successor does not look\n%s", w.daemon.log)
-	}
-	images := found()
-	for deadline = time.After(settleWait); !good(images); images = found() {
-		select {
-		case <-time.After(100 * time.Millisecond):
-		case <-deadline:
-			t.Fatalf("the engine has the images %+v\n%s", images, w.daemon.log)
-		}
-	}
-	for _, img := range images {
-		if _, err := w.engine.ImageRemove(context.Background(), img.ID,
-			image.RemoveOptions{Force: true}); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// The file of an upload has no name, so that the kernel removes it with the process.
-func TestDeathInTheMiddleOfAnUploadLeavesNothing(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	w.daemon.kill()
-	mountTmpfs(t, w.binds, "size=16m")
-	t.Cleanup(func() { w.daemon.kill() })
-	free := func() (blocks, inodes uint64) {
-		var found syscall.Statfs_t
-		must(t, syscall.Statfs(w.binds, &found))
-		return found.Bfree * uint64(found.Bsize), found.Ffree
-	}
-	w.start(t)
-	blocks, inodes := free()
-	body, upload := io.Pipe()
-	sent := make(chan struct{})
-	go func() { // ends with the pipe
-		defer close(sent)
-		upload.Write(archiveOf(imageFile("large", strings.Repeat("x", 8<<20)))[:4<<20])
-	}()
-	r, err := http.NewRequest("POST", w.daemon.url+"/docker/image", body)
-	must(t, err)
-	r.Header.Set("X-Duxcore-CoreKey", w.key)
-	answered := make(chan error, 1)
-	go func() { // ends with the daemon
-		_, err := http.DefaultClient.Do(r)
-		answered <- err
-	}()
-	waitFor(t, "the upload's file to grow", func() bool { now, _ := free(); return now < blocks-2<<20 })
-	w.daemon.kill()
-	body.Close()
-	<-sent
-	if err := <-answered; err == nil {
-		t.Error("a dead daemon answered")
-	}
-	waitFor(t, "the file to go", func() bool { b, i := free(); return b == blocks && i == inodes })
 }
 
 // plannedDeath is a moment at which the daemon dies. All its random parts are chosen
@@ -338,10 +200,6 @@ var deathOps = []*deathOp{
 		old: deathState{current: "old", next: "new", files: "all"}},
 }
 
-func deathOpNamed(name string) *deathOp {
-	return deathOps[slices.IndexFunc(deathOps, func(op *deathOp) bool { return op.name == name })]
-}
-
 // die prepares a service, has the daemon killed while it works on op's request, starts
 // another one, and checks what that made of it.
 func (w *deathWorld) die(t *testing.T, d plannedDeath, tally *deathTally) {
@@ -417,10 +275,7 @@ func (w *deathWorld) plan(d plannedDeath) (release func()) {
 func (w *deathWorld) dieWhileSettling(t *testing.T, d plannedDeath) {
 	w.spawn(t)
 	w.proxy.dieAt(w.daemon, d)
-	select {
-	case <-w.daemon.log.url:
-	case <-w.daemon.exited:
-	}
+	poll(func() bool { return w.daemon.log.url() != "" || w.daemon.wait(0) })
 	w.daemon.kill()
 	w.proxy.setHook(nil)
 }
@@ -550,206 +405,6 @@ func (w *deathWorld) begin(t *testing.T, op *deathOp) {
 	}
 }
 
-// leaveAt has the client of the next request leave at one of the engine calls that the
-// daemon makes for it. The call goes on when the daemon has given it up, or, if it does
-// not do that, at once.
-func (w *deathWorld) leaveAt(call int, leave func(), givenUp bool) {
-	var calls atomic.Int64
-	w.proxy.setHook(func(r *http.Request) (*http.Response, error) {
-		if calls.Add(1)-1 == int64(call) {
-			leave()
-			if givenUp {
-				<-r.Context().Done()
-			}
-		}
-		return w.proxy.transport.RoundTrip(r)
-	})
-}
-
-// sendAndLeave sends a request and waits until the daemon is done with it, though nobody
-// waits for the answer.
-func (w *deathWorld) sendAndLeave(t *testing.T, ctx context.Context, r deathRequest) {
-	t.Helper()
-	w.send(ctx, r)
-	logged := regexp.MustCompile(fmt.Sprintf(`remote=%s\s`, w.lastFrom.Load()))
-	if !poll(func() bool { return logged.MatchString(w.daemon.log.String()) }) {
-		t.Fatalf("the daemon goes on with a request whose client has left\n%s", w.daemon.log)
-	}
-	w.proxy.setHook(nil)
-	w.onDownload.Store(nil)
-	if ctx.Err() == nil {
-		t.Fatal("the client did not leave")
-	}
-}
-
-func TestCreateIsUndoneWhenItsClientLeaves(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	create := deathOps[0]
-	calls, _ := w.rehearse(t, create)
-	for i, call := range append(calls, deathCall{name: "download"}) {
-		t.Run(call.name, func(t *testing.T) {
-			w.begin(t, create)
-			ctx, leave := context.WithCancel(t.Context())
-			// Where the call does not end with the client, the download after it does.
-			w.leaveAt(i, leave, strings.HasPrefix(call.name, "GET /images/"))
-			download := func(r *http.Request) { leave(); <-r.Context().Done() }
-			want := []deathState{{}}
-			if strings.HasSuffix(call.name, "/rename") {
-				want = append(want, create.new) // the daemon may learn of it too late
-			} else {
-				w.onDownload.Store(&download)
-			}
-			w.sendAndLeave(t, ctx, create.request)
-			got := w.look(t)
-			if !got.isOneOf(want, "") {
-				t.Errorf("left %+v, want %+v\n%s", got, want, w.daemon.log)
-			}
-			if got == (deathState{}) {
-				w.mustSend(t, create.request, http.StatusCreated)
-			}
-			w.mustSend(t, deathDelete, http.StatusNoContent)
-		})
-	}
-}
-
-func TestOtherChangesFinishWhenTheirClientLeaves(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	for _, name := range []string{"PUT", "restart", "start", "DELETE"} { // a PATCH makes no engine call
-		op := deathOpNamed(name)
-		t.Run(op.name, func(t *testing.T) {
-			w.begin(t, op)
-			volumes := w.look(t).volumes
-			ctx, leave := context.WithCancel(t.Context())
-			w.leaveAt(0, leave, false)
-			w.sendAndLeave(t, ctx, op.request)
-			if got := w.look(t); !got.isOneOf([]deathState{op.new}, volumes) {
-				t.Errorf("left %+v, want %+v\n%s", got, op.new, w.daemon.log)
-			}
-			if op.new != (deathState{}) {
-				w.mustSend(t, deathDelete, http.StatusNoContent)
-			}
-		})
-	}
-}
-
-// stopUnderWay sends a stop, and SIGTERM when the engine call for it is under way. The
-// engine sees that call when release is closed. It returns when the daemon accepts no
-// connection any more.
-func (w *deathWorld) stopUnderWay(t *testing.T, release <-chan struct{}) (answered chan deathAnswer) {
-	t.Helper()
-	w.begin(t, &deathOp{prepare: []deathRequest{deathCreate, deathStart}})
-	stopping := make(chan struct{})
-	w.proxy.setHook(func(r *http.Request) (*http.Response, error) {
-		if strings.HasSuffix(r.URL.Path, "/stop") {
-			close(stopping)
-			select {
-			case <-release:
-			case <-r.Context().Done():
-				return nil, r.Context().Err()
-			}
-		}
-		return w.proxy.transport.RoundTrip(r)
-	})
-	answered = make(chan deathAnswer, 1)
-	go func() {
-		answered <- w.send(context.Background(), deathStop)
-	}()
-	<-stopping
-	w.daemon.cmd.Process.Signal(syscall.SIGTERM)
-	if !poll(func() bool {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(w.daemon.url, "http://"))
-		if err == nil {
-			conn.Close()
-		}
-		return err != nil
-	}) {
-		t.Fatalf("the daemon accepts connections after SIGTERM\n%s", w.daemon.log)
-	}
-	return answered
-}
-
-func TestStopUnderWayFinishesAfterSIGTERM(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	release := make(chan struct{})
-	answered := w.stopUnderWay(t, release)
-	close(release)
-	if answer := <-answered; answer.status != http.StatusNoContent {
-		t.Errorf("stop: %+v, want 204", answer)
-	}
-	if !w.daemon.wait(10 * time.Second) {
-		t.Fatalf("the daemon did not end\n%s", w.daemon.log)
-	}
-	if code := w.daemon.cmd.ProcessState.ExitCode(); code != 0 {
-		t.Errorf("exit status %d, want 0\n%s", code, w.daemon.log)
-	}
-	if w.running(t) {
-		t.Error("the service still runs")
-	}
-}
-
-func TestSecondSIGTERMExitsAtOnce(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	answered := w.stopUnderWay(t, nil)
-	// The daemon gives the signal back its default action shortly after the first one.
-	if !poll(func() bool {
-		w.daemon.cmd.Process.Signal(syscall.SIGTERM)
-		return w.daemon.wait(0)
-	}) {
-		t.Fatalf("the daemon did not end\n%s", w.daemon.log)
-	}
-	if answer := <-answered; answer.err == nil {
-		t.Errorf("stop: %+v, want a broken connection", answer)
-	}
-	w.proxy.setHook(nil)
-	w.start(t)
-	w.mustSend(t, deathDelete, http.StatusNoContent)
-	if got := w.look(t); got != (deathState{}) {
-		t.Errorf("left %+v, want nothing", got)
-	}
-}
-
-func TestDaemonsOnOneEngineLeaveEachOthersHalfMadeServicesAlone(t *testing.T) {
-	t.Parallel()
-	w, other := newDeathWorld(t), newDeathWorld(t)
-	for _, half := range []struct{ op, lastCall string }{
-		{"create", "POST /containers/create"},
-		{"start", "POST /containers/create"},
-		{"restart", "DELETE /containers/*"},
-		{"DELETE", "DELETE /containers/*"},
-	} {
-		t.Run(half.op, func(t *testing.T) {
-			op := deathOpNamed(half.op)
-			calls, _ := w.rehearse(t, op)
-			last := slices.IndexFunc(calls, func(c deathCall) bool { return c.name == half.lastCall })
-			w.begin(t, op)
-			volumes := w.look(t).volumes
-			w.proxy.dieAt(w.daemon, plannedDeath{call: last, side: dieAfter})
-			w.send(t.Context(), op.request)
-			if !w.daemon.wait(20 * time.Second) {
-				t.Fatal("the daemon did not die")
-			}
-			w.proxy.setHook(nil)
-			halfMade := w.look(t)
-			if halfMade.isOneOf([]deathState{op.old, op.new}, volumes) {
-				t.Fatalf("nothing is half made: %+v", halfMade)
-			}
-			other.daemon.kill()
-			other.start(t)
-			if got := w.look(t); got != halfMade {
-				t.Errorf("another daemon made %+v of %+v\n%s", got, halfMade, other.daemon.log)
-			}
-			w.start(t)
-			w.wantState(t, "after its own daemon started", volumes, op.old, op.new)
-			w.send(t.Context(), deathDelete)
-			w.wantState(t, "after it was deleted", "", deathState{})
-		})
-	}
-}
-
 func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
 	t.Parallel()
 	w := newDeathWorld(t)
@@ -760,41 +415,10 @@ func TestCreateThatCannotGiveItsDirectoryAwayLeavesNothing(t *testing.T) {
 	create := deathRequest{"POST", "/service",
 		`{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","user":"1000"}}`}
 	w.mustSend(t, create, http.StatusInternalServerError)
-	waitFor(t, "its reason in the log", func() bool { return w.daemon.log.contains("invalid argument") })
+	waitFor(t, "its reason in the log", func() bool {
+		return strings.Contains(w.daemon.log.String(), "invalid argument")
+	})
 	if got := w.look(t); got != (deathState{}) {
 		t.Errorf("left %+v, want nothing", got)
-	}
-}
-
-// After a reboot an administrator starts everything: docker start $(docker ps -aq).
-func TestContainersThatAllWereStartedByHandAfterADeath(t *testing.T) {
-	t.Parallel()
-	w := newDeathWorld(t)
-	op := deathOpNamed("restart")
-	calls, _ := w.rehearse(t, op)
-	for i, call := range calls {
-		t.Run(fmt.Sprintf("%d %s", i, call.name), func(t *testing.T) {
-			w.begin(t, op)
-			w.proxy.dieAt(w.daemon, plannedDeath{call: i, side: dieAfter})
-			w.send(t.Context(), op.request)
-			if !w.daemon.wait(20 * time.Second) {
-				t.Fatal("the daemon did not die")
-			}
-			w.proxy.setHook(nil)
-			for _, c := range w.containers(t) {
-				must(t, w.engine.ContainerStart(t.Context(), c.ID, container.StartOptions{}))
-			}
-			w.start(t)
-			w.mustSend(t, deathStart, http.StatusNoContent)
-			if all := w.containers(t); len(all) != 1 || all[0].State != "running" {
-				t.Errorf("after a start there are %+v", all)
-			}
-			w.mustSend(t, deathStop, http.StatusNoContent)
-			if w.running(t) {
-				t.Error("it runs after a stop")
-			}
-			w.mustSend(t, deathDelete, http.StatusNoContent)
-			w.wantState(t, "after it was deleted", "", deathState{})
-		})
 	}
 }

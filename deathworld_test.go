@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -15,12 +14,10 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httptrace"
 	"net/http/httputil"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -69,7 +66,6 @@ var (
 	deathCreate = deathRequest{"POST", "/service", `{"type":"raw","params":{"id":"ID","image":"IMAGE",` +
 		`"bind_dir":"/data","bind_contents":"CONTENTS","env":["A=old"]}}`}
 	deathStart   = deathRequest{"POST", "/service/ID/ctl", `{"op":"start"}`}
-	deathStop    = deathRequest{"POST", "/service/ID/ctl", `{"op":"stop"}`}
 	deathRestart = deathRequest{"POST", "/service/ID/ctl", `{"op":"restart"}`}
 	deathPut     = deathRequest{"PUT", "/service/ID",
 		`{"type":"raw","params":{"id":"ID","image":"IMAGE","bind_dir":"/data","env":["A=pending"]}}`}
@@ -140,7 +136,6 @@ func (p *deathProxy) finish(r *http.Request) {
 // deathWorld is one bind root with the real daemon as a process of its own, the real
 // engine behind a proxy, an image with a volume, and a server of bind_contents.
 type deathWorld struct {
-	lastFrom                 atomic.Value // the address that the last request came from
 	dir, binds, keyFile, key string
 	engine                   *client.Client // past the proxy
 	proxy                    *deathProxy
@@ -211,18 +206,9 @@ func (w *deathWorld) destroy(t *testing.T) {
 // importImage makes the image with the engine's own API: the daemon's has no VOLUME.
 func (w *deathWorld) importImage(t *testing.T) {
 	t.Helper()
-	program, err := deathService()
-	must(t, err)
-	root := bytes.NewReader(archiveOf(imageFile("service", string(program)), file("vol/"+w.marker, "here")))
 	name := "duxcore-test/" + w.marker
-	answer, err := w.engine.ImageImport(context.Background(), image.ImportSource{Source: root, SourceName: "-"},
-		name,
-		image.ImportOptions{Changes: []string{"VOLUME /vol", `CMD ["/service"]`}})
-	must(t, err)
-	defer answer.Close()
-	if _, err := lastStatus(answer); err != nil {
-		t.Fatal(err)
-	}
+	importPast(t, w.engine, name, []string{"VOLUME /vol", `CMD ["/probe", "deaf", "/data"]`},
+		imageFile("probe", buildProbe(t)), file("vol/"+w.marker, "here"))
 	w.image = name + ":latest"
 }
 
@@ -280,8 +266,6 @@ func (w *deathWorld) send(ctx context.Context, r deathRequest) deathAnswer {
 	if err != nil {
 		return deathAnswer{err: err}
 	}
-	request = request.WithContext(httptrace.WithClientTrace(request.Context(), &httptrace.ClientTrace{
-		GotConn: func(c httptrace.GotConnInfo) { w.lastFrom.Store(c.Conn.LocalAddr().String()) }}))
 	once := http.Transport{DisableKeepAlives: true} // on a kept connection it would send some requests again
 	answer, err := once.RoundTrip(request)
 	if err != nil {
@@ -432,34 +416,30 @@ func (w *deathWorld) running(t *testing.T) bool {
 
 // deathDaemon is one process of the daemon.
 type deathDaemon struct {
-	cmd     *exec.Cmd
-	url     string
-	log     *deathLog
-	exited  chan struct{}
-	waitErr error // after exited
+	cmd    *exec.Cmd
+	url    string
+	log    *syncBuffer
+	exited chan struct{}
 }
 
 // start starts a daemon on the world's bind root and waits until it listens.
 func (w *deathWorld) start(t *testing.T) {
 	t.Helper()
 	w.spawn(t)
-	select {
-	case w.daemon.url = <-w.daemon.log.url:
-	case <-w.daemon.exited:
-		t.Fatalf("the daemon does not start: %v\n%s", w.daemon.waitErr, w.daemon.log)
-	case <-time.After(30 * time.Second):
+	pollFor(30*time.Second, func() bool { return w.daemon.log.url() != "" || w.daemon.wait(0) })
+	if w.daemon.url = w.daemon.log.url(); w.daemon.url == "" {
 		t.Fatalf("the daemon does not listen\n%s", w.daemon.log)
 	}
 }
 
 func (w *deathWorld) spawn(t *testing.T) {
 	t.Helper()
-	if w.daemon != nil && w.daemon.log.contains("DATA RACE") {
+	if w.daemon != nil && strings.Contains(w.daemon.log.String(), "DATA RACE") {
 		t.Errorf("the daemon has a data race:\n%s", w.daemon.log)
 	}
 	binary, err := deathBinary()
 	must(t, err)
-	d := &deathDaemon{log: &deathLog{url: make(chan string, 1)}, exited: make(chan struct{})}
+	d := &deathDaemon{log: &syncBuffer{}, exited: make(chan struct{})}
 	d.cmd = exec.Command("/proc/self/fd/3", // which is the binary, for the process itself
 		"-addr", "127.0.0.1:0", "-binds", w.binds, "-corekey", w.keyFile, "-fetch-allow", "127.0.0.0/8",
 		"-stop-timeout", "5s")
@@ -478,7 +458,7 @@ func (w *deathWorld) spawn(t *testing.T) {
 	}
 	must(t, d.cmd.Start())
 	go func() { // ends with the process
-		d.waitErr = d.cmd.Wait()
+		d.cmd.Wait()
 		close(d.exited)
 	}()
 	w.daemon = d
@@ -500,86 +480,17 @@ func (d *deathDaemon) wait(limit time.Duration) bool {
 	}
 }
 
-// deathLog is what a daemon writes to stderr.
-type deathLog struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-	url  chan string // takes the daemon's address, once
-}
-
-var deathListening = regexp.MustCompile(`msg=listening addr=(\S+)`)
-
-func (l *deathLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.text.Write(p)
-	if found := deathListening.FindSubmatch(p); found != nil {
-		l.url <- "http://" + string(found[1])
-	}
-	return len(p), nil
-}
-
-func (l *deathLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
-func (l *deathLog) contains(text string) bool { return strings.Contains(l.String(), text) }
-
-// deathBinary builds the daemon once. The file is open and has no name any more, so that
-// nothing has to remove it.
-var deathBinary = sync.OnceValues(func() (*os.File, error) { return buildDeath("-race", ".") })
-
-// deathService builds a static program that waits for SIGTERM.
-var deathService = sync.OnceValues(func() ([]byte, error) {
+// deathBinary builds the daemon once, with the race detector. The file is open and has no name any more, so
+// that nothing has to remove it.
+var deathBinary = sync.OnceValues(func() (*os.File, error) {
 	dir, err := os.MkdirTemp("", "duxcore-death-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	source := filepath.Join(dir, "service.go")
-	const text = `package main
-
-import (
-	"os"
-	"os/signal"
-	"syscall"
-)
-
-func main() {
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, syscall.SIGTERM)
-	<-c
-}
-
-`
-	if err := os.WriteFile(source, []byte(text), 0o600); err != nil {
-		return nil, err
+	build := exec.Command("go", "build", "-race", "-buildvcs=false", "-o", dir+"/daemon", ".")
+	if out, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("cannot build the daemon: %w\n%s", err, out)
 	}
-	program, err := buildDeath("-ldflags=-s -w", source)
-	if err != nil {
-		return nil, err
-	}
-	defer program.Close()
-	return io.ReadAll(program)
+	return os.Open(dir + "/daemon")
 })
-
-// buildDeath builds a program: with cgo if that is for the race detector, else static.
-func buildDeath(option, source string) (*os.File, error) {
-	dir, err := os.MkdirTemp("", "duxcore-death-")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(dir)
-	target := filepath.Join(dir, "program")
-	cmd := exec.Command("go", "build", option, "-buildvcs=false", "-o", target, source)
-	cmd.Env = os.Environ()
-	if option != "-race" {
-		cmd.Env = append(cmd.Env, "CGO_ENABLED=0")
-	}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("cannot build %s: %w\n%s", source, err, out)
-	}
-	return os.Open(target)
-}

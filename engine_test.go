@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -91,23 +90,15 @@ var engineRequests = []struct{ method, path, body string }{
 	{"POST", "/service/web/ctl", `{"op":"stop"}`},
 	{"POST", "/service/web/ctl", `{"op":"restart"}`},
 	{"POST", "/service/web/ctl", `{"op":"kill"}`},
+	{"PUT", "/service/web", createBodyJSON("web", "")},
 	{"DELETE", "/service/web", ""},
-	{"POST", "/docker/image", wholeTar()},
-}
-
-// eachKindOfRequest are requests that all need the engine.
-var eachKindOfRequest = []struct{ method, path, body string }{
-	{"GET", "/health", ""}, {"GET", "/service", ""}, {"GET", "/service/web", ""},
-	{"GET", "/service/web/stats", ""}, {"POST", "/service", createBodyJSON("new", "")},
-	{"POST", "/service/web/ctl", `{"op":"start"}`}, {"POST", "/service/web/ctl", `{"op":"kill"}`},
-	{"PUT", "/service/web", createBodyJSON("web", "")}, {"DELETE", "/service/web", ""},
 	{"POST", "/docker/image", wholeTar()},
 }
 
 // allAre sends all of them, and wants each to be refused with a status and a text.
 func (d *daemon) allAre(t *testing.T, status int, text string) {
 	t.Helper()
-	for _, r := range eachKindOfRequest {
+	for _, r := range engineRequests {
 		if a := d.do(t, r.method, r.path, r.body).want(t, status,
 			text); (a.header.Get("Retry-After") == "1") != (status == 503) {
 			t.Errorf("%s %s: Retry-After is %q", r.method, r.path, a.header.Get("Retry-After"))
@@ -138,7 +129,7 @@ func TestEngineThatIsGoneAndComesBack(t *testing.T) {
 // Of an engine that was exchanged while nobody asked for anything the daemon learns by the first answer.
 func TestEngineThatIsExchangedBetweenTwoRequests(t *testing.T) {
 	t.Parallel()
-	for _, r := range eachKindOfRequest {
+	for _, r := range engineRequests {
 		e, d := startWithService(t)
 		for _, other := range []string{"29", "20.10", "29"} {
 			e.close()
@@ -275,29 +266,6 @@ func TestEngineThatDoesNotWork(t *testing.T) {
 	}
 }
 
-func TestTwentyClientsWhileTheEngineHangs(t *testing.T) {
-	t.Parallel()
-	e, d := startWithRunning(t, engineImpatient)
-	connections, restore := engineReplace(t, e, engineSays(""))
-	var clients sync.WaitGroup
-	for i := range 20 {
-		r := engineRequests[i%len(engineRequests)]
-		clients.Go(func() {
-			// 503: on a connection that was open when the engine went away
-			if a := d.do(t, r.method, r.path, r.body); a.status != 503 {
-				a.want(t, 504)
-			}
-		})
-	}
-	clients.Wait()
-	if n := connections.Load(); n > 100 {
-		t.Errorf("%d connections to the engine", n)
-	}
-	restore()
-	d.do(t, "GET", "/service/web", "").want(t, 200)
-	d.do(t, "GET", "/service/web/stats", "").want(t, 200)
-}
-
 func TestEngineThatRestartsUnderAStream(t *testing.T) {
 	t.Parallel()
 	e, d := startWithRunning(t, nil)
@@ -315,108 +283,6 @@ func TestEngineThatRestartsUnderAStream(t *testing.T) {
 			t.Errorf("the engine was asked %q", calls)
 		}
 	}
-}
-
-func TestEngineThatRestartsUnderAnImport(t *testing.T) {
-	t.Parallel()
-	e := newFakeEngine(t)
-	d := startDaemon(t, e.host(), nil)
-	arrived := make(chan struct{})
-	e.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool {
-		if r.URL.Query().Has("fromSrc") {
-			close(arrived)
-			io.Copy(io.Discard, r.Body)
-			<-r.Context().Done()
-			return true
-		}
-		return false
-	})
-	answered := make(chan answer, 1)
-	go func() {
-		defer close(answered)
-		answered <- d.do(t, "POST", "/docker/image", wholeTar())
-	}()
-	<-arrived
-	e.close()
-	(<-answered).want(t, 503)
-	e.setIntercept(nil)
-	e.reopen()
-	e.wantImages(t)
-	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201)
-}
-
-// The engine dies at the n-th call of each change, before or after it has done what was
-// asked. When it is back the same request succeeds, and nothing half done is left.
-func TestEngineThatDiesInTheMiddleOfAChange(t *testing.T) {
-	t.Parallel()
-	for _, op := range []struct {
-		method, path, body string
-		again              []int // status of the same request afterwards
-		left               []string
-	}{
-		{"POST", "/service", createBodyJSON("new", ""), []int{201, 409}, []string{"new", "web"}},
-		{"POST", "/service/web/ctl", `{"op":"restart"}`, []int{204}, []string{"web"}},
-		{"PATCH", "/service/web/env", `{"A":"2"}`, []int{204}, []string{"web"}},
-		{"DELETE", "/service/web", "", []int{204, 404}, []string{}},
-	} {
-		for _, done := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s %s %v", op.method, op.path, done), func(t *testing.T) {
-				t.Parallel()
-				for dies := 0; engineDies(t, dies, done, op.method, op.path, op.body, op.again, op.left); dies++ {
-				}
-			})
-		}
-	}
-}
-
-// engineDies reports whether the change had so many calls that the engine died.
-func engineDies(t *testing.T, at int, done bool, method, path, body string, again []int, left []string) bool {
-	t.Helper()
-	e, d := startWithRunning(t, nil)
-	d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
-	var calls atomic.Int64
-	var died atomic.Bool
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if calls.Add(1) != int64(at)+1 {
-			return false
-		}
-		if done {
-			e.answer(httptest.NewRecorder(), r, versionPrefix.ReplaceAllString(r.URL.EscapedPath(), ""))
-		}
-		died.Store(true)
-		e.close()
-		return true
-	})
-	a := d.do(t, method, path, body)
-	e.setIntercept(nil)
-	if !died.Load() {
-		if a.status > 204 {
-			t.Errorf("without a death: %d %s", a.status, a.body)
-		}
-		return false
-	}
-	if a.status > 204 { // else the last call's answer is not what it depends on
-		a.want(t, 503)
-	}
-	e.reopen()
-	if a := d.do(t, method, path, body); !slices.Contains(again, a.status) {
-		t.Errorf("the engine died at call %d, and then: %d %s", at, a.status, a.body)
-	}
-	names := e.names()
-	for i, name := range names { // whichever number it has
-		names[i] = strings.TrimRight(name, "0123456789")
-	}
-	if path == "/service" {
-		names = slices.DeleteFunc(names, func(name string) bool { return name == "duxcore.next.web." })
-	}
-	if !slices.Equal(names, left) {
-		t.Errorf("the engine died at call %d, and then there are %q, want %q", at, names, left)
-	}
-	if method != "DELETE" && !strings.Contains(state(t, e, d), "dir:web") || method == "DELETE" &&
-		strings.Contains(state(t, e, d), "dir:") {
-		t.Errorf("the engine died at call %d, and then there is%s", at, state(t, e, d))
-	}
-	return true
 }
 
 // An engine on another machine, that wants to know who asks.

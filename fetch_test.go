@@ -297,12 +297,16 @@ func TestDownloadsGiveNothingAway(t *testing.T) {
 
 	d.do(t, "DELETE", "/service/svc", "").want(t, 204)
 	broken := serveOn(t, "127.0.0.1", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Location", "http://[::1:x/")
-		w.WriteHeader(map[string]int{"/missing": 404, "/moved": 302, "/archive": 200}[r.URL.Path])
+		w.Header().Set("Location", map[string]string{"/moved": "http://[::1:x/",
+			"/private": "http://10.0.0.1/?t0ken", "/closed": "http://127.0.0.1:1/?t0ken"}[r.URL.Path])
+		w.WriteHeader(map[string]int{"/missing": 404, "/archive": 200, "/moved": 302, "/private": 302,
+			"/closed": 302}[r.URL.Path])
 	})
 	for address, status := range map[string]int{
 		withSecrets(broken.URL, "/missing"):               502,
 		withSecrets(broken.URL, "/moved"):                 502,
+		withSecrets(broken.URL, "/private"):               400,
+		withSecrets(broken.URL, "/closed"):                502,
 		withSecrets(broken.URL, "/archive"):               400,
 		withSecrets("http://10.0.0.1", "/"):               400,
 		withSecrets("http://127.0.0.1:1", "/"):            502,

@@ -18,26 +18,6 @@ import (
 	"github.com/docker/docker/api/types/container"
 )
 
-func TestCreateOfATakenIDTouchesNothingEvenIfTheEngineCannotInspectIt(t *testing.T) {
-	t.Parallel()
-	e, d := start(t, nil)
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
-	before, err := os.Stat(filepath.Join(d.binds, "web"))
-	must(t, err)
-	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasSuffix(r.URL.Path, "/web/json") {
-			return false
-		}
-		http.Error(w, "driver failed", http.StatusInternalServerError)
-		return true
-	})
-	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 409, "web")
-	after, err := os.Stat(filepath.Join(d.binds, "web"))
-	if err != nil || !os.SameFile(before, after) {
-		t.Errorf("the service has another bind directory: %v", err)
-	}
-}
-
 func TestContainersWithoutANameAreNoServices(t *testing.T) {
 	t.Parallel()
 	e := newFakeEngine(t)
@@ -47,24 +27,6 @@ func TestContainersWithoutANameAreNoServices(t *testing.T) {
 			`{"Id":"2","Labels":{"duxcore.service":"a/b"}}]`)
 	if a := d.do(t, "GET", "/service", "").want(t, 200); strings.TrimSpace(a.body) != "[]" {
 		t.Errorf("services: %s", a.body)
-	}
-}
-
-// A conflict or a 404 of the engine's is an answer, not a reason to do it again.
-func TestEnginesAnswerEndsAnOperation(t *testing.T) {
-	t.Parallel()
-	for _, status := range []int{404, 409} {
-		for _, op := range []string{"start", "restart"} {
-			e, d := startWithService(t)
-			e.answerWith("/start", status, `{"message":"cannot start a paused container, try unpause instead"}`)
-			before := len(e.calls())
-			d.do(t, "POST", "/service/web/ctl", `{"op":"`+op+`"}`).want(t, map[int]int{404: 502, 409: 409}[status],
-				"unpause")
-			calls := e.calls()[before:]
-			if starts, stops := countCalls(calls, "/start"), countCalls(calls, "/stop"); starts != 1 || stops > 1 {
-				t.Errorf("%s: the engine was asked %q", op, calls)
-			}
-		}
 	}
 }
 
@@ -165,7 +127,6 @@ func TestPutLosesNoImage(t *testing.T) {
 	(<-put).want(t, 404, "no_such_image")
 }
 
-// A PUT with another image repairs a service whose image and container are gone.
 func TestPutRepairsAServiceWhoseImageIsGone(t *testing.T) {
 	t.Parallel()
 	e, d := startWithService(t)
@@ -204,9 +165,7 @@ func TestDamagedRecordIsAnErrorAndCostsNothing(t *testing.T) {
 		before := state(t, e, d)
 		name := filepath.Join(d.binds, recordDir, "web")
 		good, err := os.ReadFile(name)
-		if err = errors.Join(err, os.WriteFile(name, []byte(text), 0o600)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, os.WriteFile(name, []byte(text), 0o600)))
 		for _, request := range []struct{ method, path, body string }{
 			{"POST", "/service/web/ctl", `{"op":"start"}`}, {"PATCH", "/service/web/env", "{}"},
 			{"POST", "/service", createBodyJSON("web", "")}, {"GET", "/service/web/params", ""},
@@ -284,35 +243,19 @@ func TestCrowdLeavesAConsistentEnd(t *testing.T) {
 
 func crowdClient(t *testing.T, d *daemon, client int, ids []string, contents string) {
 	random := mathrand.New(mathrand.NewPCG(uint64(client), 0))
+	requests := []struct{ method, path, body string }{ // of a service named ID
+		{"POST", "/service", createBodyJSON("ID", "")}, {"POST", "/service", createBodyJSON("ID", contents)},
+		{"POST", "/service", createBodyJSON("ID", contents)}, {"POST", "/service/ID/ctl", `{"op":"start"}`},
+		{"POST", "/service/ID/ctl", `{"op":"start"}`}, {"POST", "/service/ID/ctl", `{"op":"stop"}`},
+		{"POST", "/service/ID/ctl", `{"op":"restart"}`}, {"POST", "/service/ID/ctl", `{"op":"kill"}`},
+		{"PATCH", "/service/ID/env", `{"A":"1"}`}, {"DELETE", "/service/ID", ""}, {"GET", "/service/ID", ""},
+		{"GET", "/service", ""}, {"GET", "/service/ID/stats", ""},
+	}
 	for turn := range 10 {
-		id := ids[random.IntN(len(ids))]
-		service := "/service/" + id
-		method, path, body := "GET", service, ""
-		switch (client + turn) % 12 {
-		case 0:
-			method, path, body = "POST", "/service", createBodyJSON(id, "")
-		case 1, 2:
-			method, path, body = "POST", "/service", createBodyJSON(id, contents)
-		case 3, 4:
-			method, path, body = "POST", service+"/ctl", `{"op":"start"}`
-		case 5:
-			method, path, body = "POST", service+"/ctl", `{"op":"stop"}`
-		case 6:
-			method, path, body = "POST", service+"/ctl", `{"op":"restart"}`
-		case 7:
-			method, path, body = "POST", service+"/ctl", `{"op":"kill"}`
-		case 8:
-			method, path, body = "PATCH", service+"/env", fmt.Sprintf(`{"A":"%d.%d"}`, client, turn)
-		case 9:
-			method = []string{"DELETE", "GET"}[turn%2]
-		case 10:
-			path = "/service"
-		case 11:
-			path = service + "/stats"
-		}
-		a := d.do(t, method, path, body)
+		r, fill := requests[(client+turn)%len(requests)], strings.NewReplacer("ID", ids[random.IntN(len(ids))])
+		a := d.do(t, r.method, fill.Replace(r.path), fill.Replace(r.body))
 		if !slices.Contains([]int{200, 201, 204, 404, 409}, a.status) {
-			t.Errorf("%s %s %s: %d %s", method, path, body, a.status, a.body)
+			t.Errorf("%s %s %s: %d %s", r.method, r.path, r.body, a.status, a.body)
 		}
 	}
 }
@@ -459,33 +402,6 @@ func TestServiceIsNeverMissingWhileItsContainerIsReplaced(t *testing.T) {
 	}
 }
 
-func TestServiceIsFoundAtEveryMomentOfManyRestarts(t *testing.T) {
-	t.Parallel()
-	_, d := startWithService(t)
-	done := make(chan struct{})
-	var readers sync.WaitGroup
-	for _, path := range []string{"/service/web", "/service/web", "/service", "/service/web/stats"} {
-		readers.Go(func() {
-			for {
-				if a := d.do(t, "GET", path, ""); a.status != 200 || !strings.Contains(a.body, `"/web"`) {
-					t.Errorf("GET %s: %d %s", path, a.status, a.body)
-				}
-				select {
-				case <-done:
-					return
-				default:
-				}
-			}
-		})
-	}
-	for i := range 15 {
-		d.do(t, "PATCH", "/service/web/env", fmt.Sprintf(`{"A":"%d"}`, i)).want(t, 204)
-		d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
-	}
-	close(done)
-	readers.Wait()
-}
-
 func TestWaiterThatGivesUpLeavesTheQueue(t *testing.T) {
 	t.Parallel()
 	locks := newKeyedMutex()
@@ -515,19 +431,6 @@ func TestRestartThatFailsLeavesTheServiceRunning(t *testing.T) {
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
 }
 
-func TestStartWhoseCommandIsMissingIsABadRequest(t *testing.T) {
-	t.Parallel()
-	e, d := startWithService(t)
-	for message, want := range map[string]int{
-		`failed to create shim task: exec: \"/nope\": stat /nope: no such file or directory`:  400,
-		`invalid mount config for type \"bind\": bind source path does not exist: /srv/binds`: 502,
-	} {
-		e.answerWith("/start", 400, `{"message":"`+message+`"}`)
-		d.do(t, "POST", "/service/web/ctl", `{"op":"start"}`).want(t, want)
-	}
-	e.setIntercept(nil)
-}
-
 // Otherwise a restart that has waited could end after its stop and before its start.
 func TestOperationHasItsWholeTimeAfterTheWaitForTheLock(t *testing.T) {
 	t.Parallel()
@@ -541,4 +444,73 @@ func TestOperationHasItsWholeTimeAfterTheWaitForTheLock(t *testing.T) {
 		}
 		return nil
 	}))
+}
+
+func TestCreateIsUndoneWhenItsClientLeaves(t *testing.T) {
+	t.Parallel()
+	for _, at := range []string{"GET /images/", "POST /containers/create", "the download"} {
+		downloading := make(chan struct{}, 1)
+		source := serveOn(t, "127.0.0.1", func(_ http.ResponseWriter, r *http.Request) {
+			downloading <- struct{}{}
+			<-r.Context().Done() // the daemon has given it up
+		})
+		d, e := startFetching(t, "127.0.0.0/8")
+		held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, at) })
+		ctx, leave := context.WithCancel(t.Context())
+		go func() { // ends when the request has come so far
+			select {
+			case <-held:
+			case <-downloading:
+			}
+			leave()
+			release()
+		}()
+		d.abandon(t, ctx, "POST", "/service", createBodyJSON("web", fmt.Sprintf(`"bind_contents":%q`, source.URL)))
+		wantNothing(t, d, e)
+	}
+}
+
+// abandon sends a request whose client leaves when ctx ends, and returns when the daemon is done with it.
+func (d *daemon) abandon(t *testing.T, ctx context.Context, method, path, body string) {
+	t.Helper()
+	r := d.request(t, method, path, strings.NewReader(body)).WithContext(ctx)
+	r.Header.Set("X-Request-Id", "abandoned")
+	if answer, err := d.client.Do(r); err == nil {
+		answer.Body.Close()
+		t.Errorf("%s %s was answered", method, path)
+	}
+	if !pollFor(patience/2, func() bool { return strings.Contains(d.log.String(), "=abandoned") }) {
+		t.Fatalf("the daemon goes on with %s %s", method, path)
+	}
+}
+
+func TestOtherChangesFinishWhenTheirClientLeaves(t *testing.T) {
+	t.Parallel()
+	const params = `{"id":"web","image":"img:1","bind_dir":"/data","env":["A=1"]}`
+	for _, test := range []struct {
+		method, path, body, at string
+		status                 int // of a GET of its parameters afterwards
+		text                   string
+	}{
+		{"PUT", "/service/web", createBodyJSON("web", `"env":["A=2"]`), "GET /images/", 200, `"A=2"`},
+		{"POST", "/service/web/ctl", `{"op":"restart"}`, "GET /containers/json", 200, `"params":` + params},
+		{"POST", "/service/web/ctl", `{"op":"start"}`, "GET /containers/json", 200, `"pending":` + params},
+		{"DELETE", "/service/web", "", "GET /containers/json", 404, ""},
+	} {
+		e, d := startWithRunning(t, nil)
+		d.do(t, "PATCH", "/service/web/env", `{"A":"1"}`).want(t, 204)
+		held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, test.at) })
+		ctx, leave := context.WithCancel(t.Context())
+		go func() { // ends when the request has come so far
+			<-held
+			leave()
+			time.Sleep(100 * time.Millisecond) // for the daemon to see it
+			release()
+		}()
+		d.abandon(t, ctx, test.method, test.path, test.body)
+		d.do(t, "GET", "/service/web/params", "").want(t, test.status, test.text)
+		if crowdRuns(e, "web") != (test.status == 200) {
+			t.Errorf("after %s %s: running is %v", test.method, test.body, crowdRuns(e, "web"))
+		}
+	}
 }

@@ -85,9 +85,7 @@ func TestReplacedTLSConnectionIsNotWaitedFor(t *testing.T) {
 	shaken := make(chan error, 1)
 	go func() { shaken <- conn.Handshake() }()
 	err = tls.Client(client, &tls.Config{RootCAs: trusted, ServerName: "127.0.0.1"}).Handshake()
-	if err = cmp.Or(err, <-shaken); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmp.Or(err, <-shaken))
 	p := newPreauthConns(1, &rejectedLog{log: slog.New(slog.DiscardHandler)})
 	p.add(conn)
 	go p.add(&closeRecorder{})
@@ -100,7 +98,7 @@ func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
 	t.Parallel()
 	cert, key, trusted := selfSigned(t)
 	for _, encrypted := range []bool{false, true} {
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
+		_, d := start(t, func(c *config) {
 			c.preauthSlots = 2
 			if encrypted {
 				c.tlsCert, c.tlsKey = cert, key
@@ -115,7 +113,7 @@ func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
 		}
 		healthy := func(conn net.Conn) {
 			t.Helper()
-			io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+			io.WriteString(conn, d.head("GET /health")+"\r\n")
 			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil || answer.StatusCode != 204 {
 				t.Fatalf("TLS %v: %v, %v", encrypted, answer, err)
@@ -150,7 +148,7 @@ func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
 func TestCrowdWithoutTheKeyNeitherHoldsUpTheCoreNorFillsTheLog(t *testing.T) {
 	t.Parallel()
 	const slots, crowd, refused = 10, 50, 300
-	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.preauthSlots = slots })
+	_, d := start(t, func(c *config) { c.preauthSlots = slots })
 	for range crowd {
 		io.WriteString(wireDial(t, d), "GET / HTTP/1.1\r\nHost: h\r\nX-") // and no more
 	}
@@ -190,7 +188,7 @@ func TestCrowdWithoutTheKeyNeitherHoldsUpTheCoreNorFillsTheLog(t *testing.T) {
 func TestFailedHandshakesAreCounted(t *testing.T) {
 	t.Parallel()
 	cert, key, _ := selfSigned(t)
-	d := startDaemon(t, newFakeEngine(t).host(), func(c *config) { c.tlsCert, c.tlsKey = cert, key })
+	_, d := start(t, func(c *config) { c.tlsCert, c.tlsKey = cert, key })
 	for range 50 {
 		conn := wireDial(t, d)
 		io.WriteString(conn, "no TLS\r\n\r\n")

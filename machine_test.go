@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -82,6 +83,17 @@ func (m *machine) importImage(t testing.TB, archive string) (id string) {
 	}
 	decode(t, m.do(t, "POST", "/docker/image", archive).want(t, http.StatusCreated).body, &body)
 	return body.ImageID
+}
+
+// importPast has the engine make an image past the daemon, whose images have no volumes.
+func importPast(t testing.TB, engine *client.Client, ref string, changes []string, files ...entry) {
+	t.Helper()
+	source := image.ImportSource{Source: bytes.NewReader(archiveOf(files...)), SourceName: "-"}
+	progress, err := engine.ImageImport(context.Background(), source, ref, image.ImportOptions{Changes: changes})
+	must(t, err)
+	defer progress.Close()
+	_, err = lastStatus(progress)
+	must(t, err)
 }
 
 // cleanUp removes, when the test ends, the containers of the daemon with these bind
@@ -195,14 +207,6 @@ func (m *machine) foreign(t testing.TB, name string, labels map[string]string, m
 	})
 	must(t, m.engine.ContainerStart(t.Context(), created.ID, container.StartOptions{}))
 	return created.ID
-}
-
-// restarted stops the daemon, has something done meanwhile, and starts one on the same bind root.
-func (m *machine) restarted(t *testing.T, meanwhile func()) {
-	t.Helper()
-	must(t, m.stop())
-	meanwhile()
-	m.daemon = startDaemon(t, "", func(c *config) { c.binds = m.binds })
 }
 
 // report is what the probe says that it sees.

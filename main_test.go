@@ -138,6 +138,9 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		{[]string{"-privileged"}, nil, []string{"privileged"}},
 		{[]string{"-addr"}, nil, []string{"addr"}},
 		{[]string{"serve"}, nil, []string{`"serve"`}},
+		{[]string{"---"}, nil, nil},
+		{[]string{"-=x"}, nil, nil},
+		{[]string{"-pids-limit", "x", "---y", "-stop-timeout", "z"}, nil, nil},
 		{
 			[]string{"-network", "host", "-tls-cert", "a", "-max-bind-files", "0"},
 			map[string]string{"DUXCORE_FETCH_ALLOW": "y", "DUXCORE_CREATE_TIMEOUT": "z"},
@@ -242,7 +245,7 @@ func TestPlainHTTPBeyondLoopbackIsOneWarning(t *testing.T) {
 		{":0", "", "", 1}, {"0.0.0.0:0", "", "", 1}, {"127.0.0.1:0", "", "", 0}, {"[::1]:0", "", "", 0},
 		{":0", cert, key, 0},
 	} {
-		d := startDaemon(t, newFakeEngine(t).host(), func(c *config) {
+		_, d := start(t, func(c *config) {
 			c.addr, c.tlsCert, c.tlsKey = test.addr, test.cert, test.key
 		})
 		if got := strings.Count(d.log.String(), warning); got != test.want {
@@ -268,29 +271,32 @@ func TestBindRootIsPrivateAndMayBeALink(t *testing.T) {
 	}
 }
 
-func TestBadBindRootStopsTheDaemon(t *testing.T) {
+func TestWhatTheDaemonCannotUseStopsIt(t *testing.T) {
 	t.Parallel()
-	file := t.TempDir() + "/file"
-	must(t, os.WriteFile(file, nil, 0o600))
-	for _, path := range []string{file, file + "/below", "/proc/binds", "/dev/null"} {
-		if _, err := startError(t, func(c *config) { c.binds = path }); err == nil {
-			t.Errorf("runs with the bind root %s", path)
-		}
+	dir := t.TempDir()
+	must(t, os.WriteFile(dir+"/file", nil, 0o600))
+	cert, _, _ := selfSigned(t)
+	_, otherKey, _ := selfSigned(t)
+	var unusable []func(*config)
+	for _, path := range []string{dir + "/file", dir + "/file/below", "/proc/binds", "/dev/null"} {
+		unusable = append(unusable, func(c *config) { c.binds = path })
 	}
-}
-
-func TestBadEngineAddressStopsTheDaemon(t *testing.T) {
-	t.Parallel()
 	for _, host := range []string{"nonsense", "unix//x"} {
-		if _, err := startError(t, func(c *config) { c.dockerHost = host }); err == nil {
-			t.Errorf("runs with the engine at %s", host)
+		unusable = append(unusable, func(c *config) { c.dockerHost = host })
+	}
+	for _, key := range []string{otherKey, cert, dir + "/missing"} {
+		unusable = append(unusable, func(c *config) { c.tlsCert, c.tlsKey = cert, key })
+	}
+	for i, change := range unusable {
+		if _, err := startError(t, change); err == nil {
+			t.Errorf("it runs with %d", i)
 		}
 	}
 }
 
 func TestAddressInUseStopsTheDaemonBeforeItCreatesAnything(t *testing.T) {
 	t.Parallel()
-	d := startDaemon(t, newFakeEngine(t).host(), nil)
+	_, d := start(t, nil)
 	var cfg config
 	_, err := startError(t, func(c *config) { c.addr = strings.TrimPrefix(d.url, "http://"); cfg = *c })
 	if err == nil {
@@ -398,12 +404,48 @@ func TestListenerThatFailsLetsChangesFinish(t *testing.T) {
 	}
 }
 
-func TestArgumentsThatAreNoFlagsAreMistakes(t *testing.T) {
+// After SIGTERM the daemon takes no connection, and finishes what is under way, unless there is a second one.
+func TestSIGTERMWaitsForAChangeAndASecondOneDoesNot(t *testing.T) {
 	t.Parallel()
-	for _, arguments := range []string{"---", "-=x", "-pids-limit x ---y -stop-timeout z"} {
-		_, err := parseConfig(strings.Fields(arguments), nil, io.Discard)
-		if err == nil {
-			t.Errorf("%q is accepted", arguments)
+	for _, second := range []bool{false, true} {
+		e := newFakeEngine(t)
+		e.addImage("img:1")
+		d, pid := wireProcess(t, e.host())
+		consoleService(t, d, "web", "")
+		held, release := crowdHold(e, func(call string) bool { return strings.Contains(call, "/stop") })
+		answered := make(chan int, 1)
+		go func() { // ends with the daemon
+			answer, err := d.client.Do(d.request(t, "POST", "/service/web/ctl", strings.NewReader(`{"op":"stop"}`)))
+			if err != nil {
+				answered <- 0
+				return
+			}
+			answer.Body.Close()
+			answered <- answer.StatusCode
+		}()
+		<-held
+		must(t, syscall.Kill(pid, syscall.SIGTERM))
+		waitFor(t, "the end of the listener", func() bool {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
+			if err == nil {
+				conn.Close()
+			}
+			return err != nil
+		})
+		want := 204
+		if second {
+			want = 0
+			// The daemon gives the signal back its default action shortly after the first one.
+			waitFor(t, "the end of the daemon", func() bool {
+				syscall.Kill(pid, syscall.SIGTERM)
+				ended, _ := syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+				return ended == pid
+			})
+			d.stop = func() error { return nil }
+		}
+		release()
+		if status := <-answered; status != want {
+			t.Errorf("a second signal: %v; the stop is answered with %d", second, status)
 		}
 	}
 }

@@ -89,9 +89,7 @@ func readAPI(t testing.TB) (operations map[string]apiOperation, named apiCompone
 	text, err := os.ReadFile("docs/openapi.json")
 	err = cmp.Or(err, json.Unmarshal(text, &root))
 	text, _ = json.Marshal(apiInline(root, root))
-	if err = cmp.Or(err, json.Unmarshal(text, &doc)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmp.Or(err, json.Unmarshal(text, &doc)))
 	operations = map[string]apiOperation{}
 	for path, methods := range doc.Paths {
 		for method, op := range methods {
@@ -643,8 +641,8 @@ var apiFailures = map[string]struct {
 	"NoStdin":          {setUp: func(_ *testing.T, w apiWorld) { w.byName("demo").Config.OpenStdin = false }},
 	"NoTTY":            {setUp: func(_ *testing.T, w apiWorld) { w.byName("demo").Config.Tty = false }},
 	"CutOff": {ask: func(t *testing.T, w apiWorld) answer {
-		a, _ := sendRaw(t, w.daemon, "POST /service/demo/stdin HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+w.key+
-			"\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")
+		a, _ := sendRaw(t, w.daemon,
+			w.head("POST /service/demo/stdin")+"Transfer-Encoding: chunked\r\n\r\nno size\r\n")
 		return a
 	}},
 }

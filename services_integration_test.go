@@ -5,14 +5,11 @@ package main
 import (
 	"cmp"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"slices"
 	"strings"
 	"testing"
 
-	"github.com/docker/docker/api/types/container"
 	"github.com/docker/go-connections/nat"
 )
 
@@ -94,40 +91,6 @@ func TestServiceThatAsksForNothingIsConfined(t *testing.T) {
 	}
 }
 
-func TestStdinIsOpenOrClosed(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t, nil)
-	for _, test := range []struct {
-		extra string
-		send  string
-		want  string
-	}{
-		{`"tty":true`, "over the terminal\n", "over the terminal\n"},
-		{`"tty":false,"open_stdin":true`, "over a pipe\n", "over a pipe\n"},
-		{`"tty":false,"open_stdin":false`, "", "EOF"},
-	} {
-		t.Run(test.extra, func(t *testing.T) {
-			t.Parallel()
-			id := m.create(t, `"cmd":["/probe","stdin","/data"],`+test.extra)
-			if test.send != "" {
-				attached, err := m.engine.ContainerAttach(t.Context(), id,
-					container.AttachOptions{Stream: true, Stdin: true})
-				must(t, err)
-				defer attached.Close()
-				m.ctl(t, id, "start")
-				if _, err := io.WriteString(attached.Conn, test.send); err != nil {
-					t.Fatal(err)
-				}
-			} else {
-				m.ctl(t, id, "start")
-			}
-			if got := m.report(t, id).Stdin; got != test.want {
-				t.Errorf("the service read %q, want %q", got, test.want)
-			}
-		})
-	}
-}
-
 func TestPublishedPortsAnswerFromTheHost(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, nil)
@@ -170,101 +133,6 @@ func TestPublishedPortsAnswerFromTheHost(t *testing.T) {
 	}
 }
 
-func TestMemoryHogIsKilled(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t, nil)
-	id := m.create(t, `"cmd":["/probe","hog","/data"],"max_ram":33554432`)
-	m.ctl(t, id, "start")
-	m.waitForEnd(t, id)
-	// The engine hears of the kill and of the exit in any order.
-	waitFor(t, "the engine knows of the kill", func() bool { return m.get(t, id).State.OOMKilled })
-	if state := m.get(t, id).State; state.ExitCode != 137 {
-		t.Errorf("exit code %d, want 137", state.ExitCode)
-	}
-}
-
-func TestForkBombStopsAtThePidsLimit(t *testing.T) {
-	t.Parallel()
-	const limit = 60
-	m := newMachine(t, func(c *config) { c.pidsLimit = limit })
-	id := m.create(t, `"cmd":["/probe","forks","/data"]`)
-	m.ctl(t, id, "start")
-	// The probe has threads of its own: a few, not half of the limit.
-	if forks := m.report(t, id).Forks; forks < limit/2 || forks >= limit {
-		t.Errorf("the service could fork %d times, want fewer than %d", forks, limit)
-	}
-}
-
-func TestStatsAreCompleteAndAnswerForStoppedServices(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t, nil)
-	id := m.create(t, "")
-	stats := func() (s container.StatsResponse) {
-		decode(t, m.do(t, "GET", "/service/"+id+"/stats", "").want(t, http.StatusOK).body, &s)
-		return s
-	}
-	if s := stats(); s.Name != "/"+id || !s.Read.IsZero() {
-		t.Errorf("stats of a service that does not run: %+v", s)
-	}
-	m.ctl(t, id, "start")
-	if s := stats(); s.Name != "/"+id || s.PreRead.IsZero() || !s.Read.After(s.PreRead) ||
-		s.PreCPUStats.SystemUsage == 0 ||
-		s.MemoryStats.Usage == 0 || s.PidsStats.Current == 0 || len(s.Networks) == 0 {
-		t.Errorf("stats of a running service are not complete: %+v", s)
-	}
-	m.ctl(t, id, "stop")
-	if s := stats(); s.Name != "/"+id || !s.Read.IsZero() {
-		t.Errorf("stats of a stopped service: %+v", s)
-	}
-}
-
-func TestForeignContainersAreNotFoundAndUntouched(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t, nil)
-	byName, forged, misnamed := newID(), newID(), newID()
-	byPrefix := m.foreign(t, newID(), nil)
-	targets := map[string]string{ // ids of containers by what a request calls them
-		byName: m.foreign(t, byName, nil),
-		forged: m.foreign(t, forged, map[string]string{labelService: forged, labelBinds: m.binds +
-			"/other"}),
-		misnamed:      m.foreign(t, misnamed, map[string]string{labelService: "it-another", labelBinds: m.binds}),
-		byPrefix[:12]: byPrefix,
-		byPrefix[:63]: byPrefix,
-	}
-	inspect := func(containerID string) string {
-		_, raw, err := m.engine.ContainerInspectWithRaw(t.Context(), containerID, false)
-		if err != nil {
-			t.Error(err)
-		}
-		return string(raw)
-	}
-	before := map[string]string{}
-	for _, containerID := range targets {
-		before[containerID] = inspect(containerID)
-	}
-	for name, containerID := range targets {
-		for _, request := range []struct{ method, path, body string }{
-			{"GET", "", ""}, {"GET", "/stats", ""}, {"PATCH", "/env", `{"A":"1"}`},
-			{"POST", "/ctl", `{"op":"start"}`}, {"POST", "/ctl", `{"op":"stop"}`},
-			{"POST", "/ctl", `{"op":"restart"}`}, {"POST", "/ctl", `{"op":"kill"}`}, {"DELETE", "", ""},
-		} {
-			m.do(t, request.method, "/service/"+name+request.path, request.body).want(t, http.StatusNotFound,
-				"no service")
-		}
-		if after := inspect(containerID); after != before[containerID] {
-			t.Errorf("container %s was touched:\n%s\n%s", name, before[containerID], after)
-		}
-	}
-	m.do(t, "GET", "/service", "").want(t, http.StatusOK, "[]")
-	m.createAs(t, byName, "").want(t, http.StatusConflict)
-	if after := inspect(targets[byName]); after != before[targets[byName]] {
-		t.Error("a create of its name touched a container")
-	}
-	if left := bindDirs(t, m.binds); len(left) != 0 {
-		t.Errorf("there are bind directories: %q", left)
-	}
-}
-
 // What the daemon passes on is as docs/openapi.json says, whatever the service does.
 func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 	t.Parallel()
@@ -284,6 +152,10 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 			var value any
 			if decode(t, a.body, &value); media.Examples == nil || !media.Schema.fits(value) {
 				t.Errorf("%s, %s: not as documented: %s", route, when, a.body)
+			}
+			if isStats := strings.Contains(route, "stats"); isStats && strings.Contains(a.body, zeroTime) ==
+				(when == "running") {
+				t.Errorf("%s: statistics without both samples are for what does not run: %s", when, a.body)
 			}
 		}
 	}

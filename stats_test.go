@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -190,18 +189,6 @@ func TestStatsAreNeverAnEmptyAnswer(t *testing.T) {
 	}
 }
 
-func TestStreamIsTrueOrFalse(t *testing.T) {
-	t.Parallel()
-	e, d := startWithRunning(t, nil)
-	_, before := statsCalls(e)
-	for _, value := range []string{"maybe", "2", "yes", "%00", "truetrue"} {
-		d.do(t, "GET", "/service/web/stats?stream="+value, "").want(t, 400, "stream")
-	}
-	if _, after := statsCalls(e); after != before {
-		t.Errorf("the engine was asked %q", e.calls()[before:])
-	}
-}
-
 func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 	t.Parallel()
 	e, d := startWithRunning(t, func(c *config) { c.timeouts.clientWrite = haste() / 4 })
@@ -220,11 +207,8 @@ func TestWatcherThatDoesNotReadIsDroppedAndSlowsNobody(t *testing.T) {
 		}
 	}()
 	defer close(done)
-	idle, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
-	must(t, err)
-	defer idle.Close()
-	io.WriteString(idle,
-		"GET /service/web/stats?stream=true HTTP/1.1\r\nHost: h\r\nX-Duxcore-CoreKey: "+d.key+"\r\n\r\n")
+	idle := wireDial(t, d)
+	io.WriteString(idle, d.head("GET /service/web/stats?stream=true")+"\r\n")
 	stream := statsOpen(t, d, "web")
 	dropped := func() bool { return strings.Contains(d.log.String(), "remote="+idle.LocalAddr().String()) }
 	for !dropped() {
