@@ -193,11 +193,6 @@ func entryError(err error) error {
 	return err
 }
 
-// outside reports whether name is empty, absolute or contains "..".
-func outside(name string) bool {
-	return name == "" || path.IsAbs(name) || slices.Contains(strings.Split(name, "/"), "..")
-}
-
 // staysInside reports whether a symbolic link in dir with this target stays below the root, whatever other
 // symbolic links it passes. So ".." is allowed only at the start of target, where it is resolved from dir,
 // which contains no symbolic link. In a/b:

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/http"
@@ -75,6 +76,58 @@ func TestDeleteNeverFollowsALinkThatACustomerSwapsIn(t *testing.T) {
 			for name, content := range inside {
 				wantFile(t, filepath.Join(canary, name), content)
 			}
+		})
+	}
+}
+
+// A deleted customer's data must not appear in the next customer's service.
+func TestMovedBindRootGivesNobodyAnothersData(t *testing.T) {
+	t.Parallel()
+	for name, move := range map[string]func(t *testing.T, binds string){
+		"to another file system, with a link left": func(t *testing.T, binds string) {
+			disk := t.TempDir()
+			mountTmpfs(t, disk, "size=1m")
+			command(t, "cp", "-a", binds, disk+"/binds")
+			must(t, cmp.Or(os.RemoveAll(binds), os.Symlink(disk+"/binds", binds)))
+		},
+		"under a disk that is mounted over it": func(t *testing.T, binds string) {
+			disk := t.TempDir()
+			command(t, "cp", "-a", binds, disk+"/binds")
+			mountTmpfs(t, binds, "size=1m")
+			command(t, "cp", "-a", disk+"/binds/.", binds)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t, nil)
+			id := m.create(t, "")
+			writeFile(t, filepath.Join(m.binds, id, "secret"), "the first customer's")
+			move(t, m.binds)
+			for _, request := range []struct{ method, path, body string }{
+				{"DELETE", "/service/" + id, ""}, {"POST", "/service", createBodyJSON(newID(), "")},
+				{"PUT", "/service/" + id, createBodyJSON(id, fmt.Sprintf(`"image":%q`, m.image))},
+				{"PATCH", "/service/" + id + "/env", "{}"},
+				{"POST", "/service/" + id + "/ctl", `{"op":"start"}`},
+				{"POST", "/service/" + id + "/ctl", `{"op":"stop"}`},
+				{"POST", "/service/" + id + "/ctl", `{"op":"restart"}`},
+				{"POST", "/service/" + id + "/ctl", `{"op":"kill"}`}, {"GET", "/health", ""},
+			} {
+				m.do(t, request.method, request.path, request.body).want(t, http.StatusServiceUnavailable,
+					"bind_root_moved")
+			}
+			must(t, m.stop())
+			m.daemon = startDaemon(t, "", func(c *config) { c.binds = m.binds })
+			m.ctl(t, id, "start")
+			if files := m.report(t, id).Files; !strings.HasSuffix(files["secret"], "the first customer's") {
+				t.Errorf("the service has lost its data: %q", files)
+			}
+			m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
+			m.createAs(t, id, "").want(t, http.StatusCreated)
+			m.ctl(t, id, "start")
+			if files := m.report(t, id).Files; files["secret"] != "" {
+				t.Errorf("the next service reads %q", files)
+			}
+			m.do(t, "DELETE", "/service/"+id, "").want(t, http.StatusNoContent)
 		})
 	}
 }

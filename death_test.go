@@ -19,6 +19,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/docker/docker/api/types/image"
 )
 
 var (
@@ -69,6 +71,101 @@ func TestServicesSurviveDeathOfTheDaemon(t *testing.T) {
 	}
 	workers.Wait()
 	t.Log(tally)
+}
+
+// importCalls are the engine calls of an import.
+var importCalls = []string{"import", "question before the sync of the image", "tag",
+	"question before the sync of the tag", "removal of the import's name"}
+
+const importTagCall = 2
+
+// TestImportsSurviveDeathOfTheDaemon kills the daemon before, in and after each engine call of an
+// import, and at random moments. When its successor has settled, the engine has the image with its own
+// tag and no other, or nothing of it.
+func TestImportsSurviveDeathOfTheDaemon(t *testing.T) {
+	t.Parallel()
+	t.Logf("-death-seed %d", *deathSeed)
+	rng := mathrand.New(mathrand.NewPCG(*deathSeed, 1))
+	var deaths []plannedDeath
+	for call, name := range importCalls {
+		for _, side := range []string{dieBefore, dieAfter, dieDuring, dieLate} {
+			deaths = append(deaths, plannedDeath{call: call, name: name, side: side,
+				delay: randomDelay(rng, 20*time.Millisecond)})
+		}
+	}
+	for range *deathRandom {
+		deaths = append(deaths, plannedDeath{call: -1, side: dieAtRandom,
+			delay: randomDelay(rng, 300*time.Millisecond)})
+	}
+	var all sync.WaitGroup
+	for _, d := range deaths { // these mostly wait, so they do it all at once
+		all.Go(func() {
+			t.Run(fmt.Sprintf("%s %s %v", d.side, d.name, d.delay), func(t *testing.T) {
+				newDeathWorld(t).dieInImport(t, d)
+			})
+		})
+	}
+	all.Wait()
+}
+
+func (w *deathWorld) dieInImport(t *testing.T, d plannedDeath) {
+	upload := deathRequest{"POST", "/docker/image",
+		string(archiveOf(imageFile(w.marker+"-import", strings.Repeat("x", 1<<20))))}
+	release := w.plan(d)
+	w.send(context.Background(), upload)
+	w.daemon.kill() // one at random may have been too late
+	w.daemon.wait(20 * time.Second)
+	w.proxy.setHook(nil)
+	w.start(t)
+	release()
+	found := func() (images []image.Summary) {
+		for _, img := range allImages(t, w.engine) {
+			saved, err := w.engine.ImageSave(context.Background(), []string{img.ID})
+			if err != nil { // another test's, and gone meanwhile
+				continue
+			}
+			text, err := inLayers(saved)
+			saved.Close()
+			if err == nil && strings.Contains(text, w.marker+"-import") {
+				images = append(images, img)
+			}
+		}
+		return images
+	}
+	tagged := d.call > importTagCall || d.call == importTagCall && d.side == dieAfter
+	good := func(images []image.Summary) bool {
+		return len(images) == 0 && !tagged || len(images) == 1 && slices.Equal(images[0].RepoTags,
+			[]string{"duxcore/import:" + images[0].ID[len("sha256:"):][:12]})
+	}
+	// What the engine was at when the daemon died may be there only when the successor has looked: it
+	// looks again after a minute.
+	looked := make(chan struct{}, 10)
+	w.proxy.setHook(func(r *http.Request) (*http.Response, error) {
+		if strings.HasSuffix(r.URL.Path, "/images/json") {
+			looked <- struct{}{}
+		}
+		return w.proxy.transport.RoundTrip(r)
+	})
+	deadline := time.After(settleWait)
+	select {
+	case <-looked:
+	case <-deadline:
+		t.Fatalf("the successor does not look\n%s", w.daemon.log)
+	}
+	images := found()
+	for deadline = time.After(settleWait); !good(images); images = found() {
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-deadline:
+			t.Fatalf("the engine has the images %+v\n%s", images, w.daemon.log)
+		}
+	}
+	for _, img := range images {
+		if _, err := w.engine.ImageRemove(context.Background(), img.ID,
+			image.RemoveOptions{Force: true}); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // plannedDeath is a moment at which the daemon dies. All its random parts are chosen

@@ -127,6 +127,11 @@ func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
 	return nil
 }
 
+// outside reports whether name is empty, absolute or contains "..".
+func outside(name string) bool {
+	return name == "" || path.IsAbs(name) || slices.Contains(strings.Split(name, "/"), "..")
+}
+
 // end returns an error if anything but padding follows the end marker: the engine stores it, and other
 // programs may find another archive there.
 func (c *imageCheck) end(in io.Reader) error {
