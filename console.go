@@ -39,8 +39,8 @@ type console struct {
 }
 
 // serviceLogs answers GET /service/{id}/logs with what the service has printed and, with follow, what it
-// prints from now on. A followed stream ends with a final chunk only if the service stopped; anything else
-// aborts the connection.
+// prints from now on. A followed stream ends with a final chunk only if the service stopped, or at until;
+// anything else aborts the connection.
 func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	options, err := logsOptions(r)
 	if err != nil {
@@ -64,7 +64,7 @@ func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	} else {
 		err = demultiplex(w, logs)
 	}
-	if err != nil || !options.Follow {
+	if err != nil || !options.Follow || options.Until != "" { // the engine ends the logs at until
 		return err
 	}
 	return c.checkStopped(ctx, r.PathValue("id"), run)

@@ -216,6 +216,17 @@ func TestFollowEndsOrderlyWithTheRun(t *testing.T) {
 	}
 }
 
+// The engine ends a follow with until at that time, although the service runs.
+func TestFollowEndsAtUntil(t *testing.T) {
+	t.Parallel()
+	e, d := consoleStart(t, "", nil)
+	consoleHook(e, "/logs", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") })
+	a := d.do(t, "GET", "/service/web/logs?follow=true&until=9999999999", "").want(t, 200)
+	if a.body != "hello" {
+		t.Errorf("the logs are %q", a.body)
+	}
+}
+
 // Whatever else ends a follow is an error to the client, not the end of the run.
 func TestFollowThatIsBrokenOffIsAnError(t *testing.T) {
 	t.Parallel()

@@ -3,14 +3,14 @@
 //
 // It uses node:http and not fetch. Node's fetch sends nothing, not even a header, before the first byte of a body
 // that is a stream, and the daemon waits ten seconds for a header: a console at which nobody types would end. And
-// fetch gives up any answer that is silent for 300 seconds.
+// fetch gives up on any answer that is silent for 300 seconds.
 const [daemon, id] = process.argv.slice(2);
 const { request } = await import(daemon.startsWith("https:") ? "node:https" : "node:http");
 const headers = { "X-Duxcore-CoreKey": process.env.COREKEY ?? "" };
 
 function call(method, path, failed, succeeded) {
   const sent = request(`${daemon}/service/${encodeURIComponent(id)}/${path}`, { method, headers }, async (answer) => {
-    answer.on("error", failed); // it was broken off
+    answer.on("error", failed); // it was cut off
     if (answer.statusCode < 400) return succeeded(answer);
     answer.setEncoding("utf8");
     let text = "";
