@@ -924,3 +924,36 @@ func FuzzUnpack(f *testing.F) {
 		wantSameTree(t, "the host", outside(t), before)
 	})
 }
+
+// Headers before an entry may claim gigabytes; they are kept in memory.
+func TestHeadersOfAnEntryAreBounded(t *testing.T) {
+	t.Parallel()
+	for _, kind := range []byte{'x', 'L', 'K'} {
+		head := entry{name: "h", kind: kind, size: 1 << 30}.bytes()
+		for name, check := range map[string]func(io.Reader) error{
+			"an image": checkTar,
+			"an archive": func(r io.Reader) error {
+				text, err := io.ReadAll(r)
+				must(t, err)
+				return unpack(bytes.NewReader(gzipped(text)), openTree(t, t.TempDir()), unpackLimits{1 << 40, 10}, nil)
+			},
+		} {
+			err := check(bytes.NewReader(append(head, make([]byte, 5<<20)...)))
+			if err == nil || !strings.Contains(err.Error(), "more than 4 MiB of headers") {
+				t.Errorf("%s with a header of type %c: %v", name, kind, err)
+			}
+		}
+	}
+}
+
+func TestArchiveOfExactlyTheLimitIsUnpacked(t *testing.T) {
+	t.Parallel()
+	plain := archiveOf(file("a", strings.Repeat("x", 4096)))
+	for limit, whole := range map[int]bool{len(plain): true, len(plain) - 1: false} {
+		limits := unpackLimits{int64(limit), 10}
+		err := unpack(bytes.NewReader(gzipped(plain)), openTree(t, t.TempDir()), limits, nil)
+		if (err == nil) != whole {
+			t.Errorf("%d of %d bytes: %v", limit, len(plain), err)
+		}
+	}
+}

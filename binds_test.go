@@ -65,7 +65,9 @@ func TestMovedBindRootIsNotWorkedWith(t *testing.T) {
 	e, d := startWithService(t)
 	before := state(t, e, d)
 	moved := d.binds + "-moved"
-	must(t, errors.Join(os.Rename(d.binds, moved), os.Mkdir(d.binds, 0o700)))
+	must(t, os.Rename(d.binds, moved))
+	d.do(t, "GET", "/health", "").want(t, 503, "bind_root_moved") // with nothing in its place
+	must(t, os.Mkdir(d.binds, 0o700))
 	asked := len(e.calls())
 	for _, request := range []struct{ method, path, body string }{
 		{"DELETE", "/service/web", ""}, {"POST", "/service", createBodyJSON("new", "")},
@@ -260,6 +262,7 @@ func TestErrorOfTheFileSystemIsNotAnAbsence(t *testing.T) {
 		"unused": func() error { return s.binds.checkUnused("web") },
 		"erase":  func() error { return s.binds.erase(t.Context(), "web") },
 		"record": func() error { return s.binds.removeRecord("web") },
+		"params": func() error { _, err := s.binds.record("web"); return err },
 		"unmark": func() error { return s.binds.unmark("web") },
 		"list":   func() error { _, err := s.binds.existing(); return err },
 		"adopt":  func() error { return s.binds.adopt() },

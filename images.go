@@ -177,7 +177,8 @@ func (x *images) receive(w http.ResponseWriter, r *http.Request) (*os.File, erro
 		return n, err
 	})
 	err = checkTar(io.TeeReader(body, file))
-	// An expired one would cancel the request's context: net/http reads on after the body (connReader).
+	// net/http reads on in the background from the body's end (connReader). A deadline that was set after that
+	// would cancel the contexts of this request and of later ones on the connection.
 	ctl.SetReadDeadline(time.Time{})
 	if err != nil {
 		file.Close()

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -616,7 +617,7 @@ func TestStartRemovesImportsThatADaemonLeft(t *testing.T) {
 	e := newFakeEngine(t)
 	e.addImage("duxcore/import:0123456789ab")
 	e.addImage("duxcore/import:fedcba987654")
-	e.addImage("duxcore/import:new-0123456789ab-X") // another daemon's
+	e.addImage(tempPrefix("/another/root") + "X")
 	want := strings.Join(e.imageTags(), " ")
 	var binds string
 	startDaemon(t, e.host(), func(c *config) {
@@ -840,9 +841,7 @@ func TestUploadDoesNotHoldUpTheShutdown(t *testing.T) {
 	sent := make(chan struct{})
 	go func() { // ends with the daemon
 		defer close(sent)
-		if answer, err := d.client.Do(d.request(t, "POST", "/docker/image", in)); err == nil {
-			answer.Body.Close()
-		}
+		d.send(t, d.request(t, "POST", "/docker/image", in)).want(t, 503, "unavailable", "shutting down")
 	}()
 	io.WriteString(out, wholeTar()[:512])
 	waitFor(t, "the upload's file", func() bool { return len(uploadsIn(t, d.binds)) > 0 })
@@ -897,4 +896,67 @@ func TestImagesAreSynced(t *testing.T) {
 			t.Errorf("%s %s: %d, by\n%s", step.method, step.path, a.status, calls)
 		}
 	}
+}
+
+// A record that cannot be read may be of a service that uses the image.
+func TestImageIsNotRemovedWhileARecordIsDamaged(t *testing.T) {
+	t.Parallel()
+	_, d := startWithService(t)
+	id := "sha256:" + anyID.FindString(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body)
+	must(t, os.WriteFile(filepath.Join(d.binds, recordDir, "web"), []byte("{"), 0o600))
+	d.do(t, "DELETE", "/docker/image/"+id, "").want(t, 500, "internal")
+	d.do(t, "GET", "/docker/image", "").want(t, 200, id)
+}
+
+// A PUT whose image is being removed either comes first, and the image stays, or finds no image.
+func TestImageIsNotRemovedWhileAPutTakesIt(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	id := "sha256:" + anyID.FindString(d.do(t, "POST", "/docker/image", wholeTar()).want(t, 201).body)
+	held, release := crowdHold(e, func(call string) bool { return strings.HasPrefix(call, "DELETE /images/") })
+	defer release()
+	deleted := crowdSend(t, d, "DELETE", "/docker/image/"+id, "")
+	<-held
+	put := crowdSend(t, d, "PUT", "/service/web", createBodyJSON("web",
+		fmt.Sprintf(`"image":%q,"cmd":["x"]`, id)))
+	select {
+	case a := <-put:
+		t.Fatalf("a PUT took an image that was being removed: %d %s", a.status, a.body)
+	case <-time.After(200 * time.Millisecond):
+	}
+	release()
+	(<-deleted).want(t, 204)
+	(<-put).want(t, 404, "no_such_image")
+}
+
+// From its look at the image until it has written the record, a PUT keeps DELETE waiting.
+func TestImageIsHeldUntilItIsReleased(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	x := bareServer(t, e, nil).images
+	release, err := x.hold(t.Context(), serviceSpec{ImageID: e.addImage("img:1")})
+	must(t, err)
+	if x.held.TryLock() {
+		t.Fatal("a DELETE does not wait")
+	}
+	release()
+	if !x.held.TryLock() {
+		t.Error("a DELETE waits for ever")
+	}
+}
+
+func TestImportThatCannotBeSyncedAfterItsTagLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	d := startDaemon(t, e.host(), nil)
+	var syncs atomic.Int32
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/info") || syncs.Add(1) != 2 {
+			return false
+		}
+		reply(w, 500, "it cannot be synced")
+		return true
+	})
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 502, "it cannot be synced")
+	e.wantImages(t)
 }

@@ -55,11 +55,11 @@ func TestPutReplacesAllParametersAtTheNextStart(t *testing.T) {
 	calls := len(e.calls())
 	d.do(t, "PUT", "/service/web", createBodyJSON("web",
 		`"image":"img:2","max_ram":67108864,"env":["A=1"]`)).want(t, 204)
-	// The image is looked at twice: before and after the wait for the lock.
+	d.do(t, "PATCH", "/service/web/env", `{"B":"2"}`).want(t, 204) // of what is pending
+	// The PUT has looked at its image twice, before and after the wait for the lock; the PATCH asks for nothing.
 	if asked := e.calls()[calls:]; len(asked) != 2 || countCalls(asked, "GET /images/") != 2 {
 		t.Errorf("the engine was asked %q", asked)
 	}
-	d.do(t, "PATCH", "/service/web/env", `{"B":"2"}`).want(t, 204) // of what is pending
 	d.do(t, "GET", "/service/web/params", "").want(t, 200,
 		`{"params":{"id":"web","image":"img:1","bind_dir":"/data"},`,
 		`"pending":{"id":"web","image":"img:2","bind_dir":"/data","env":["B=2"],"max_ram":67108864}}`)
@@ -160,7 +160,8 @@ func TestListRepeatsLittleOfARequest(t *testing.T) {
 
 func TestDamagedRecordIsAnErrorAndCostsNothing(t *testing.T) {
 	t.Parallel()
-	for _, text := range []string{"", "{", `{"params":{"id":"other"},"revision":"x"}`, "null"} {
+	for _, text := range []string{"", "{", `{"params":{"id":"other"},"revision":"x"}`, "null",
+		`{"params":{"id":"web"}}`, `{"params":{"id":"other"},"revision":"x","pending":{"params":{"id":"web"}}}`} {
 		e, d := startWithService(t)
 		before := state(t, e, d)
 		name := filepath.Join(d.binds, recordDir, "web")
@@ -426,6 +427,7 @@ func TestRestartThatFailsLeavesTheServiceRunning(t *testing.T) {
 	e.answerWith("/containers/create", 500, `{"message":"no space left"}`)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 502)
 	wantState(t, e, d, before)
+	d.do(t, "GET", "/service/web/params", "").want(t, 200, `"pending":`) // nothing was committed
 	e.setIntercept(nil)
 	d.do(t, "POST", "/service/web/ctl", `{"op":"restart"}`).want(t, 204)
 	d.do(t, "GET", "/service/web", "").want(t, 200, "A=1")
@@ -512,5 +514,24 @@ func TestOtherChangesFinishWhenTheirClientLeaves(t *testing.T) {
 		if crowdRuns(e, "web") != (test.status == 200) {
 			t.Errorf("after %s %s: running is %v", test.method, test.body, crowdRuns(e, "web"))
 		}
+	}
+}
+
+func TestCreateWhoseClientLeavesBeforeTheCommitIsUndone(t *testing.T) {
+	t.Parallel()
+	e, s := bareService(t)
+	ctx, leave := context.WithCancel(t.Context())
+	e.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, "/rename") {
+			leave()
+		}
+		return false
+	})
+	err := s.services.create(ctx, serviceParams{ID: "new", Image: "img:1", BindDir: "/data"}, "")
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("the error is %v", err)
+	}
+	if names, dirs := e.names(), bindDirs(t, s.binds.path); len(names) != 1 || len(dirs) != 1 {
+		t.Errorf("there are %q and %q", names, dirs)
 	}
 }

@@ -301,7 +301,6 @@ func (s *server) writeError(rw http.ResponseWriter, r *http.Request, err error) 
 func (s *server) readBody(w *responseWriter, r *http.Request) error {
 	w.ctl.SetReadDeadline(time.Now().Add(s.timeouts.jsonBody))
 	text, err := io.ReadAll(r.Body)
-	w.ctl.SetReadDeadline(time.Time{}) // an expired one would cancel the request's context (connReader)
 	if isType[*http.MaxBytesError](err) {
 		return err
 	}

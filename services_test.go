@@ -660,3 +660,54 @@ const maximal = `"bind_dir":"x:/etc:ro","bind_contents":"","cmd":["run","--all"]
 	`"port_map":{"80/tcp":[{"HostIp":"127.0.0.1","HostPort":"8080"},{"HostPort":"0"}],` +
 	`"53/udp":{"HostIp":"::1","HostPort":"53"},` +
 	`"9/sctp":{"HostPort":"9"}},"max_cpu":50000,"max_ram":67108864`
+
+// The container of a service is gone, and somebody else's has its name. Each of these lacks one thing alone
+// that the service's has: the mount, the bind root's label, or the service's.
+func TestContainerInThePlaceOfAServicesIsNotTaken(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(labels map[string]string, dir string) (mounts []string){
+		"no mount": func(map[string]string, string) []string { return nil },
+		"mounts":   func(_ map[string]string, dir string) []string { return []string{dir + "2", "/srv"} },
+		"root":     func(l map[string]string, dir string) []string { l[labelBinds] += "2"; return []string{dir} },
+		"service": func(l map[string]string, dir string) []string {
+			l[labelService] = "other"
+			return []string{dir, filepath.Join(filepath.Dir(dir), "other")}
+		},
+	} {
+		e, d := startWithService(t)
+		own, _ := e.container("web")
+		labels := maps.Clone(own.Labels)
+		mounts := change(labels, filepath.Join(d.binds, "web"))
+		e.drop("web")
+		foreign := e.addForeign("web", labels, mounts...)
+		before := state(t, e, d)
+		for _, call := range serviceCalls {
+			if call.method == "PATCH" || strings.Contains(call.path, "stats") { // the record alone; may hang
+				continue
+			}
+			a := d.do(t, call.method, "/service/web"+call.path, call.body)
+			if a.status < 400 {
+				t.Errorf("%s: %s %s: %d %s", name, call.method, call.path, a.status, a.body)
+			}
+		}
+		if list := d.do(t, "GET", "/service", "").want(t, 200).body; strings.Contains(list, foreign) {
+			t.Errorf("%s: the list is %s", name, list)
+		}
+		d.do(t, "DELETE", "/service/web", "").want(t, 409, "id_taken")
+		e.drop(candidatePrefix + "web") // of the service: a start has made it
+		wantState(t, e, d, before)
+	}
+}
+
+// A service that is being deleted does not exist, whatever is left of it.
+func TestListLeavesOutWhatIsBeingDeleted(t *testing.T) {
+	t.Parallel()
+	e, d := startWithService(t)
+	c, _ := e.container("web")
+	e.answerWith("/containers/"+c.ID, 500, `{"message":"not now"}`)
+	d.do(t, "DELETE", "/service/web", "").want(t, 502, "not now")
+	d.do(t, "GET", "/service/web", "").want(t, 404)
+	if list := d.do(t, "GET", "/service", "").want(t, 200).body; list != "[]\n" {
+		t.Errorf("the list is %s", list)
+	}
+}
