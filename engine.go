@@ -16,12 +16,14 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types"
 	"github.com/docker/docker/client"
 )
 
 const (
 	pingTime    = 5 * time.Second
-	engineConns = 64 // idle connections kept: the SDK's transport would keep two
+	engineConns = 64       // idle connections kept: the SDK's transport would keep two
+	pingPath    = "/_ping" // the only call without a version
 )
 
 // engine is a connection to the Docker Engine. The SDK's client is replaced, never changed: its own version
@@ -63,15 +65,20 @@ func newSDK(host string) (*client.Client, error) {
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
-// send calls the engine's API without the SDK: for the reads of containers.get, and for attaching to stdin,
-// since the SDK's attach ignores the deadline while it waits for an engine that hangs. An answer with another
-// status than the given one, redirects included, is an error. The caller closes the body.
+// send calls the engine's API without the SDK: for the reads of containers.get; for attaching to stdin, since
+// the SDK's attach ignores the deadline while it waits for an engine that hangs; and for a ping, since the
+// SDK's changes a request that its transport may still be reading. An answer with another status than the
+// given one, redirects included, is an error. The caller closes the body.
 func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (
 	*http.Response, error) {
 	sdk := e.api()
 	transport := sdk.HTTPClient().Transport
 	at, _ := client.ParseHostURL(sdk.DaemonHost()) // cannot fail: newSDK has parsed it too
-	call.Scheme, call.Host, call.Path = "http", at.Host, path.Join(at.Path, "/v"+sdk.ClientVersion(), call.Path)
+	version := "/v" + sdk.ClientVersion()
+	if call.Path == pingPath {
+		version = ""
+	}
+	call.Scheme, call.Host, call.Path = "http", at.Host, path.Join(at.Path, version, call.Path)
 	if own, ok := transport.(*http.Transport); ok && own.TLSClientConfig != nil {
 		call.Scheme = "https"
 	}
@@ -124,15 +131,16 @@ func (e *engine) negotiate(ctx context.Context) (err error) {
 	}()
 	ctx, cancel := context.WithTimeout(ctx, pingTime)
 	defer cancel()
-	answer, err := e.api().Ping(ctx)
+	answer, err := e.send(ctx, http.MethodGet, url.URL{Path: pingPath}, http.Header{}, http.StatusOK)
 	if err != nil {
 		return err
 	}
+	answer.Body.Close()
 	sdk, err := newSDK(e.api().DaemonHost())
 	if err != nil {
 		return err
 	}
-	sdk.NegotiateAPIVersionPing(answer)
+	sdk.NegotiateAPIVersionPing(types.Ping{APIVersion: answer.Header.Get("API-Version")})
 	if sdk.ClientVersion() != e.api().ClientVersion() {
 		e.sdk.Swap(sdk).Close()
 	}
