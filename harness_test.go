@@ -39,6 +39,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	stdlog "log"
 	"log/slog"
 	"math/big"
 	"net"
@@ -72,7 +73,12 @@ func TestMain(m *testing.M) {
 	} else if !chosen {
 		flag.Set("test.parallel", "20")
 	}
-	debug.SetGCPercent(400) // the collector would take a sixth of the time
+	if _, ok := dialects[*dialectName]; !ok {
+		fmt.Fprintln(os.Stderr, "-dialect: there is no such dialect")
+		os.Exit(2)
+	}
+	stdlog.SetOutput(io.Discard) // on which net/http says what engines that break HTTP have sent
+	debug.SetGCPercent(400)      // the collector would take a sixth of the time
 	os.Exit(m.Run())
 }
 
@@ -736,7 +742,7 @@ func openTree(t *testing.T, dir string) *os.Root {
 // engineImpatient makes every deadline short.
 func engineImpatient(c *config) {
 	c.createTimeout, c.stopTimeout, c.timeouts.engineRead = haste(), haste(), haste()
-	c.timeouts.statsFrame = haste() / 4
+	c.timeouts.statsFrame = haste() / 2
 }
 
 // start starts a daemon on a fake engine that has the image img:1.
