@@ -409,7 +409,7 @@ func TestContainersOfOthersAreNotServices(t *testing.T) {
 	e.addForeign("committed", labels("committed", d.binds)) // of an image that a docker commit of a service made
 	e.addForeign("no-service", map[string]string{"duxcore.binds": d.binds}, d.binds+"/no-service")
 	e.addForeign("longer", labels("longe", d.binds), d.binds+"/longer")
-	e.addForeign("duxcore.new.half", labels("half", d.binds+"2"))
+	e.addForeign(candidatePrefix+"half", labels("half", d.binds+"2"))
 	e.addForeign("duxcore.gone.dead", nil)
 	// The engine answers to this one's id, and its labels speak of that.
 	renamed := labels("", d.binds)
@@ -476,6 +476,7 @@ func FuzzServiceID(f *testing.F) {
 	e.addImage("img:1")
 	e.addForeign("foreign", nil)
 	d := startDaemon(f, e.host(), nil)
+	d.fuzzed = true
 	before := state(f, e, d)
 	f.Fuzz(func(t *testing.T, id string) {
 		// As it stands in a path, an id ends where that goes on.
@@ -490,8 +491,7 @@ func FuzzServiceID(f *testing.F) {
 				return false // the daemon looks after all services once a minute
 			}
 			for _, name := range e.names() {
-				if name == id || name == "duxcore.new."+id || name == "duxcore.now."+id ||
-					strings.HasPrefix(name, "duxcore.next."+id+".") {
+				if name == id || name == candidatePrefix+id {
 					c, _ := e.container(name)
 					made[c.ID] = true
 				}
@@ -524,15 +524,14 @@ func FuzzServiceID(f *testing.F) {
 			path, name, _ := strings.Cut(call, "?")
 			kind, rest, _ := strings.Cut(path[1:], "/")
 			about, _, _ := strings.Cut(rest, "/")
-			_, renamed, _ := strings.Cut(strings.TrimPrefix(name, "duxcore."), ".")
-			renamed, _, _ = strings.Cut(renamed, ".")
+			candidate := strings.TrimPrefix(name, candidatePrefix)
 			switch {
 			case plainID(inPath) && (path == "/containers/json" || path == "/containers/"+inPath+"/json"):
 			case !plainID(id):
 				t.Errorf("id %q made the daemon ask the engine %s", id, call)
 			case path == "/containers/json" || path == "/images/img:1/json":
-			case path == "/containers/create" && renamed == id:
-			case kind == "containers" && (about == id || made[about]) && (name == "" || name == id || renamed == id):
+			case path == "/containers/create" && candidate == id:
+			case kind == "containers" && (about == id || made[about]) && (name == "" || name == id || candidate == id):
 			default:
 				t.Errorf("id %q made the daemon ask the engine %s", id, call)
 			}
