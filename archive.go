@@ -157,8 +157,8 @@ func (u *unpacker) add(h *tar.Header, content io.Reader) error {
 		return refusal(fmt.Sprintf("its path has more than %d bytes or %d directories", maxEntryPath, maxDepth))
 	case h.Typeflag == tar.TypeDir && size > 0: // programs differ on whether content follows
 		return refusal("it is a directory, but it has a size")
-	case h.Typeflag != tar.TypeDir && path.Base(h.Name) == ".": // GNU tar cannot create it
-		return errReplacesDir
+	case h.Typeflag != tar.TypeDir && path.Base(h.Name) == ".":
+		return refusal("its name is that of a directory")
 	}
 	return u.put(name, h, content)
 }

@@ -301,6 +301,8 @@ func hostileArchives(outside string) []hostile {
 		refused("size of a directory with a sign", "d", pax("size=+512"), dir("d")),
 		refused("size of a global header with a sign", "pax", global("size=+3"), file("a", "123")),
 		refused("sparse size with a sign", "s", sparse("+3")...),
+		refused("sparse file of Solaris", "f", pax("SUN.holesdata= 0 4", "SCHILY.realsize=4"), file("f", "abc")),
+		refused("sparse file of star", "f", pax("SCHILY.realsize=4"), file("f", "abc")),
 		refused("name of a sparse file alone", "f", pax("GNU.sparse.name=s"), file("f", "abc")),
 		refused("size of a sparse file alone", "f", pax("GNU.sparse.realsize=3"), file("f", "abcde")),
 		refused("sparse file of an unknown version", "f", pax("GNU.sparse.major=01", "GNU.sparse.minor=0",

@@ -39,8 +39,8 @@ type console struct {
 }
 
 // serviceLogs answers GET /service/{id}/logs with what the service has printed and, with follow, what it
-// prints from now on. A followed stream ends with a final chunk only if the service stopped, or at until;
-// anything else aborts the connection.
+// prints from now on. A followed stream ends with a final chunk only if the service stopped; anything else
+// aborts the connection.
 func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	options, err := logsOptions(r)
 	if err != nil {
@@ -64,7 +64,7 @@ func (c *console) serviceLogs(w http.ResponseWriter, r *http.Request) error {
 	} else {
 		err = demultiplex(w, logs)
 	}
-	if err != nil || !options.Follow || options.Until != "" { // the engine ends the logs at until
+	if err != nil || !options.Follow {
 		return err
 	}
 	return c.checkStopped(ctx, r.PathValue("id"), run)
@@ -110,8 +110,12 @@ func logsOptions(r *http.Request) (container.LogsOptions, error) {
 			return container.LogsOptions{}, badRequest("%s=%s: not a date and time", name, text)
 		}
 	}
+	follow := on("follow", "false")
+	if follow && query.Has("until") { // the engine would end the answer at the first line after it
+		return container.LogsOptions{}, badRequest("until: not with follow")
+	}
 	return container.LogsOptions{
-		Follow:     on("follow", "false") && r.Method == http.MethodGet, // a HEAD would hang
+		Follow:     follow && r.Method == http.MethodGet, // a HEAD would hang
 		Timestamps: on("timestamps", "false"),
 		ShowStdout: on("stdout", "true"),
 		ShowStderr: on("stderr", "true"),

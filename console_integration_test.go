@@ -196,3 +196,29 @@ func TestConsoleOfTheDocumentsOnNode(t *testing.T) {
 		t.Errorf("without the key: %v, %s", err, refused)
 	}
 }
+
+func TestServiceThatDoesNotReadItsStdin(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, func(c *config) { c.timeouts.clientWrite = 2 * haste() })
+	for _, tty := range []bool{true, false} {
+		t.Run(fmt.Sprintf("tty %v", tty), func(t *testing.T) {
+			t.Parallel()
+			id, l := m.consoleRun(t, "deaf", fmt.Sprintf(`"tty":%v`, tty))
+			l.wait(t, "ready")
+			other, l2 := m.consoleRun(t, "record", `"tty":false`)
+			l2.wait(t, "ready")
+			sent := crowdSend(t, m.daemon, "POST", "/service/"+id+"/stdin", strings.Repeat("x", 1<<20))
+			for range 5 {
+				m.do(t, "POST", "/service/"+other+"/stdin", "x").want(t, 204)
+			}
+			(<-sent).want(t, 504)
+			waitFor(t, "what the other service reads", func() bool {
+				text, _ := os.ReadFile(filepath.Join(m.binds, other, "stdin"))
+				return string(text) == "xxxxx"
+			})
+			sent = crowdSend(t, m.daemon, "POST", "/service/"+id+"/stdin", "x") // the engine has room for no more
+			m.ctl(t, id, "kill")
+			(<-sent).want(t, 409)
+		})
+	}
+}

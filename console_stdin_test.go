@@ -409,7 +409,7 @@ func TestEngineThatRefusesToAttach(t *testing.T) {
 		}},
 		"error":   {[]int{502}, func(w http.ResponseWriter, r *http.Request) { reply(w, 500, "no") }},
 		"no JSON": {[]int{502}, func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", 500) }},
-		"garbage": {[]int{502}, func(w http.ResponseWriter, r *http.Request) { consoleRaw(w, "garbage\r\n\r\n") }},
+		"garbage": {[]int{503}, func(w http.ResponseWriter, r *http.Request) { consoleRaw(w, "garbage\r\n\r\n") }},
 		"hang-up": {[]int{502, 503}, func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }},
 		"200":     {[]int{502}, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") }},
 		"hangs":   {[]int{504}, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }},

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -87,6 +88,9 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 		r.Host = client.DummyHost
 	}
 	answer, err := transport.RoundTrip(r.WithContext(ctx))
+	if err != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("%w: %w", errUnreachable, err)
+	}
 	if err != nil || answer.StatusCode == status {
 		return answer, err
 	}
@@ -124,7 +128,7 @@ func (e *engine) negotiate(ctx context.Context) (err error) {
 	defer func() {
 		if errors.Is(err, context.DeadlineExceeded) { // 503 and not 504: nothing was started
 			err = newAPIError(kindUnavailable, "the engine does not answer in time")
-		} else if errors.Is(err, io.EOF) {
+		} else if err == io.EOF { // an empty answer
 			err = errUnreadable
 		}
 		e.negotiated.Store(err == nil)

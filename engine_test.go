@@ -331,3 +331,18 @@ func TestEngineOverTCPBelowAnyPath(t *testing.T) {
 		d.do(t, "DELETE", "/service/web", "").want(t, 204)
 	}
 }
+
+// What breaks the connection is an engine that cannot be reached, and not one that has failed.
+func TestEngineThatSpeaksNoHTTPIsUnavailable(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{"", "SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n", "HTTP/1.1 200 OK\r\nContent-Le"} {
+		e, d := start(t, nil)
+		_, restore := engineReplace(t, e, engineHangUp(text))
+		a := d.do(t, "GET", "/health", "").want(t, 503, "unavailable", "cannot be reached")
+		if a.header.Get("Retry-After") != "1" {
+			t.Errorf("after %q, the header is %v", text, a.header)
+		}
+		restore()
+		d.do(t, "GET", "/health", "").want(t, 204)
+	}
+}

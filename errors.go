@@ -99,9 +99,10 @@ func idTaken(id string) error {
 const internalText = "internal error; the daemon's log has the details"
 
 var (
-	errNoSuchPath = newAPIError(kindNoSuchPath, "no such path")
-	errUnreadable = newAPIError(kindEngineFailed, "the engine's answer cannot be read")
-	errBusy       = newAPIError(kindTimeout, "another operation on this service is still under way")
+	errNoSuchPath  = newAPIError(kindNoSuchPath, "no such path")
+	errUnreachable = newAPIError(kindUnavailable, "the engine cannot be reached")
+	errUnreadable  = newAPIError(kindEngineFailed, "the engine's answer cannot be read")
+	errBusy        = newAPIError(kindTimeout, "another operation on this service is still under way")
 )
 
 // goPrefix matches the package names that the standard library puts at the start of its errors.
@@ -148,7 +149,7 @@ func describe(err error) (k kind, description string) {
 	case errors.Is(err, context.Canceled):
 		return kindUnavailable, "the request was canceled"
 	case client.IsErrConnectionFailed(err), isType[*net.OpError](err), errors.Is(err, io.EOF):
-		return kindUnavailable, "the engine cannot be reached"
+		return describe(errUnreachable)
 	case errors.Is(err, errBadRecord):
 		return kindInternal, internalText
 	case isType[*json.SyntaxError](err), isType[*json.UnmarshalTypeError](err),

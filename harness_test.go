@@ -178,7 +178,13 @@ func startDaemon(t testing.TB, dockerHost string, change func(*config)) *daemon 
 	log := slog.New(slog.NewTextHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	label := strconv.FormatInt(daemons.Add(1), 10)
 	go pprof.Do(ctx, pprof.Labels("daemon", label), func(context.Context) {
-		ended <- run(ctx, cfg, log, func(a net.Addr) { listening <- a })
+		var err error
+		// A program that another test starts has a stopped daemon's lock until it has been executed.
+		poll(func() bool {
+			err = run(ctx, cfg, log, func(a net.Addr) { listening <- a })
+			return err == nil || !strings.Contains(err.Error(), "in use by another daemon")
+		})
+		ended <- err
 	})
 	d.stop = sync.OnceValue(func() error {
 		d.client.CloseIdleConnections()

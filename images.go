@@ -82,9 +82,24 @@ func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if !slices.ContainsFunc(list, func(found image.Summary) bool { return found.ID == id }) {
+	known := slices.ContainsFunc(list, func(found image.Summary) bool { return found.ID == id })
+	if known {
+		if err := x.removeUnused(r.Context(), id); err != nil {
+			return err
+		}
+	}
+	// A power cut could bring the image back. After a removal whose sync failed, it is no longer known.
+	if err := x.syncEngine(r.Context()); err != nil {
+		return err
+	}
+	if !known {
 		return noSuchImage(id)
 	}
+	return nil
+}
+
+// removeUnused removes an import's tag, and with it the image, unless something uses the image.
+func (x *images) removeUnused(ctx context.Context, id string) error {
 	x.held.Lock()
 	defer x.held.Unlock()
 	used, err := x.binds.usesImage(id)
@@ -94,15 +109,12 @@ func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 	if used {
 		return newAPIError(kindImageInUse, "a service uses the image %q", id)
 	}
-	err = x.dropImport(r.Context(), importTag(id))
+	err = x.dropImport(ctx, importTag(id))
 	if errdefs.IsConflict(err) { // a container uses it
 		_, message := describe(err)
 		return newAPIError(kindImageInUse, "%s", message)
 	}
-	if err != nil {
-		return err
-	}
-	return x.syncEngine(r.Context()) // or a power cut could bring the image back
+	return err
 }
 
 // hold makes sure that the image of a spec is still there, and keeps removeImage waiting until release is

@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"compress/bzip2"
 	"compress/gzip"
 	"encoding/json"
@@ -312,6 +313,7 @@ func TestArchiveThatTarProgramsReadDifferentlyIsRefused(t *testing.T) {
 		"a name that leads up and down":                tarOf(file("d/../n", "")),
 		"no name":                                      tarOf(file("", "")),
 		"a deletion":                                   tarOf(dir("d"), file("d/.wh.n", "")),
+		"a deletion of overlayfs":                      tarOf(entry{name: "n", kind: '3'}),
 		"a deletion of all":                            tarOf(file(".wh..wh..opq", "")),
 		"an owner of 33 bits":                          tarOf(pax("uid=4294967296"), file("n", "")),
 		"a group of -1":                                tarOf(pax("gid=-1"), file("n", "")),
@@ -362,7 +364,7 @@ func TestSavedImageIsRefusedWithAdvice(t *testing.T) {
 			manifest},
 		"of tar, of what docker save wrote": {dir("./"), file("./manifest.json", "[]"),
 			symlink("./0123/layer.tar", "../4567/layer.tar")},
-		"of crane":  {file("sha256:0123", "{}"), file("0123.tar.gz", ""), manifest},
+		"of crane":  {file("sha256:0123", "{}"), file(strings.Repeat("a", 64)+".tar.gz", ""), manifest},
 		"of skopeo": {file("version", ""), file(strings.Repeat("a", 64), ""), manifest},
 		"an OCI layout": {file("oci-layout", `{"imageLayoutVersion":"1.0.0"}`),
 			file("index.json", "{}")},
@@ -377,7 +379,7 @@ func TestSavedImageIsRefusedWithAdvice(t *testing.T) {
 		}
 	}
 	root := []entry{manifest, dir("oci-layout/"), file("app/oci-layout", ""), file("app/blobs/x", ""),
-		file("a/b/layer.tar", ""), file("layer.tar", "")}
+		file("a/b/layer.tar", ""), file("layer.tar", ""), file("backup.tar.gz", "")}
 	d.do(t, "POST", "/docker/image", string(archiveOf(root...))).want(t, 201)
 }
 
@@ -885,14 +887,15 @@ func TestImagesAreSynced(t *testing.T) {
 	for _, step := range []struct{ method, path, body, calls string }{
 		{"POST", "/docker/image", wholeTar(), "/images/create /info /tag? /info DELETE"},
 		{"DELETE", "/docker/image/sha256:ID", "", "DELETE /info"},
+		{"DELETE", "/docker/image/sha256:ID", "", "/info"}, // the first one's sync may have failed
 		{"POST", "/service", createBodyJSON("web", `"image":"far:1"`), "/images/create /info"},
 	} {
 		before := len(e.calls())
 		a := d.do(t, step.method, strings.Replace(step.path, "ID", id, 1), step.body)
-		id = anyID.FindString(a.body)
+		id = cmp.Or(anyID.FindString(a.body), id)
 		calls := strings.Join(e.calls()[before:], "\n")
 		got := regexp.MustCompile(`/images/create|/info|/tag\?|DELETE`).FindAllString(calls, -1)
-		if strings.Join(got, " ") != step.calls || a.status > 204 {
+		if strings.Join(got, " ") != step.calls || a.status > 204 && a.status != 404 {
 			t.Errorf("%s %s: %d, by\n%s", step.method, step.path, a.status, calls)
 		}
 	}

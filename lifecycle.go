@@ -37,7 +37,8 @@ import (
 // A late start, stop or kill changes whether the service runs, even after a later request was answered.
 //
 // An operation holds the service's lock, of a keyedMutex, from before it looks at the service's state until
-// it returns. Reads and kill take it only if the service's container is missing (see lookup).
+// it returns. Reads and kill take it only if the engine does not give them the service's container (see
+// lookup).
 type services struct {
 	config     config
 	engine     *engine

@@ -5,9 +5,12 @@ package main
 import (
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
@@ -134,5 +137,41 @@ func TestControlDoesWhatIsAskedAndNothingTwice(t *testing.T) {
 		if step.restarts {
 			m.report(t, id) // it has its signal handlers by now
 		}
+	}
+}
+
+func TestKillDoesNotWaitBehindAStop(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, func(c *config) { c.stopTimeout = time.Hour })
+	id := m.create(t, `"cmd":["/probe","stubborn","/data"]`)
+	m.ctl(t, id, "start")
+	m.report(t, id)
+
+	stop := m.request(t, "POST", "/service/"+id+"/ctl", strings.NewReader(`{"op":"stop"}`))
+	stopped := make(chan string, 1)
+	go func() {
+		response, err := m.client.Do(stop)
+		if err != nil {
+			stopped <- err.Error()
+			return
+		}
+		response.Body.Close()
+		stopped <- response.Status
+	}()
+	waitFor(t, "SIGTERM at the service", func() bool {
+		_, err := os.Stat(filepath.Join(m.binds, id, "terminated"))
+		return err == nil
+	})
+	select {
+	case status := <-stopped:
+		t.Fatalf("the stop ended with %s before the kill: the test shows nothing", status)
+	default:
+	}
+	m.ctl(t, id, "kill") // would take the hour, and fail, behind the stop
+	if status := <-stopped; status != "204 No Content" {
+		t.Errorf("the stop ended with %s", status)
+	}
+	if state := m.get(t, id).State; state.Running || state.ExitCode != 137 {
+		t.Errorf("running is %v, exit code %d, want killed", state.Running, state.ExitCode)
 	}
 }

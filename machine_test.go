@@ -219,6 +219,8 @@ type report struct {
 	Cgroup                map[string]string // limits, by the kernel's file name
 	Files                 map[string]string // under the bind directory: owner, mode and content
 	Starts                string            // a byte for each start that the volume has seen
+	Stdin                 string            // its first line, or "EOF"
+	Forks                 int               // that worked
 }
 
 // report waits for the probe's report and takes it away, so that the next is a new one.

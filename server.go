@@ -301,6 +301,9 @@ func (s *server) writeError(rw http.ResponseWriter, r *http.Request, err error) 
 func (s *server) readBody(w *responseWriter, r *http.Request) error {
 	w.ctl.SetReadDeadline(time.Now().Add(s.timeouts.jsonBody))
 	text, err := io.ReadAll(r.Body)
+	// net/http clears the deadline when a body ends. Without a body, it reads on already (connReader), and would
+	// cancel the request's context.
+	w.ctl.SetReadDeadline(time.Time{})
 	if isType[*http.MaxBytesError](err) {
 		return err
 	}

@@ -208,6 +208,7 @@ func TestEngineFailuresReachTheClient(t *testing.T) {
 	}{
 		{400, `{"message":"bad parameter: x"}`, 502, "engine: bad parameter: x"}, // a start has no parameter
 		{400, `{"message":"failed to create shim task: exec: \"/nope\": stat /nope: no such file"}`, 400, "/nope"},
+		{400, `{"message":"invalid mount config: bind source path does not exist"}`, 502, "bind source"},
 		// the service exists: 404 would deny it
 		{404, `{"message":"No such thing"}`, 502, "No such thing"},
 		{409, `{"message":"is in use"}`, 409, "engine: is in use"},

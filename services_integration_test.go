@@ -5,11 +5,13 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/docker/docker/api/types/container"
 	"github.com/docker/go-connections/nat"
 )
 
@@ -187,5 +189,64 @@ func TestEnginesAnswersFitTheAPIDocument(t *testing.T) {
 	if is := strings.ReplaceAll(fmt.Sprint(got), id, "demo"); anyID.ReplaceAllString(is,
 		"ID") != anyID.ReplaceAllString(fmt.Sprint(want), "ID") {
 		t.Errorf("got  %s\nwant %s", is, want)
+	}
+}
+
+func TestStdinIsOpenOrClosed(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	for _, test := range []struct {
+		extra string
+		send  string
+		want  string
+	}{
+		{`"tty":true`, "over the terminal\n", "over the terminal\n"},
+		{`"tty":false,"open_stdin":true`, "over a pipe\n", "over a pipe\n"},
+		{`"tty":false,"open_stdin":false`, "", "EOF"},
+	} {
+		t.Run(test.extra, func(t *testing.T) {
+			t.Parallel()
+			id := m.create(t, `"cmd":["/probe","stdin","/data"],`+test.extra)
+			if test.send != "" {
+				attached, err := m.engine.ContainerAttach(t.Context(), id,
+					container.AttachOptions{Stream: true, Stdin: true})
+				must(t, err)
+				defer attached.Close()
+				m.ctl(t, id, "start")
+				if _, err := io.WriteString(attached.Conn, test.send); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				m.ctl(t, id, "start")
+			}
+			if got := m.report(t, id).Stdin; got != test.want {
+				t.Errorf("the service read %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestMemoryHogIsKilled(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, nil)
+	id := m.create(t, `"cmd":["/probe","hog","/data"],"max_ram":33554432`)
+	m.ctl(t, id, "start")
+	m.waitForEnd(t, id)
+	// The engine hears of the kill and of the exit in any order.
+	waitFor(t, "the engine knows of the kill", func() bool { return m.get(t, id).State.OOMKilled })
+	if state := m.get(t, id).State; state.ExitCode != 137 {
+		t.Errorf("exit code %d, want 137", state.ExitCode)
+	}
+}
+
+func TestForkBombStopsAtThePidsLimit(t *testing.T) {
+	t.Parallel()
+	const limit = 60
+	m := newMachine(t, func(c *config) { c.pidsLimit = limit })
+	id := m.create(t, `"cmd":["/probe","forks","/data"]`)
+	m.ctl(t, id, "start")
+	// The probe has threads of its own: a few, not half of the limit.
+	if forks := m.report(t, id).Forks; forks < limit/2 || forks >= limit {
+		t.Errorf("the service could fork %d times, want fewer than %d", forks, limit)
 	}
 }

@@ -78,12 +78,12 @@ type imageCheck struct {
 }
 
 // savedLayer matches where docker save, crane and skopeo put the layers of an image.
-var savedLayer = regexp.MustCompile(`^/(blobs(/.*)?|[^/]+/layer\.tar|[^/]+\.tar\.gz|[0-9a-f]{64})$`)
+var savedLayer = regexp.MustCompile(`^/(blobs(?s:/.*)?|[^/]+/layer\.tar|[0-9a-f]{64}(\.tar\.gz)?)$`)
 
 // add returns an error for an entry that an image must not have, or one too many.
 func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
 	for record := range h.PAXRecords {
-		if strings.HasPrefix(record, "GNU.sparse") || record == "SCHILY.realsize" || record == "SUN.holesdata" {
+		if strings.HasPrefix(record, "GNU.sparse") {
 			return errSparse
 		}
 		if h.Typeflag == tar.TypeXGlobalHeader && record != "comment" { // git archive writes one
@@ -109,8 +109,9 @@ func (c *imageCheck) add(h *tar.Header, _ io.Reader) error {
 	switch {
 	case h.Name == "" || outside("./"+h.Name):
 		return refusal("its path is empty or contains '..'")
-	case strings.Contains("/"+h.Name, "/.wh."): // and the engine would not store it
-		return refusal("its name begins with .wh., which stands for a deletion")
+	case strings.Contains("/"+h.Name, "/.wh."), // the engine's storage drivers take both for deletions
+		h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0:
+		return refusal("its name begins with .wh., or it is a device 0, 0: that stands for a deletion")
 	case min(h.Uid, h.Gid) < 0 || max(h.Uid, h.Gid) >= math.MaxUint32: // the engine takes their last 32 bits
 		return errOwner
 	}
@@ -238,6 +239,8 @@ func (t *tarReader) next() (*tar.Header, error) {
 			if !onlyDigits.MatchString(value) {
 				return h, refusal("its extended header has a size that is not a plain number")
 			}
+		case "SCHILY.realsize", "SUN.holesdata": // of star and Solaris
+			return h, errSparse
 		case "path", "linkpath":
 			if value == "" || strings.ContainsAny(types, "LK") {
 				return h, refusal("its headers have an empty name, or two names")

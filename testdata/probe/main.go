@@ -38,6 +38,8 @@ type report struct {
 	Cgroup                map[string]string // limits, by the kernel's file name
 	Files                 map[string]string // under the bind directory: owner, mode and content
 	Starts                string            // a byte for each start that the volume has seen
+	Stdin                 string            // its first line, or "EOF"
+	Forks                 int               // that worked
 }
 
 func main() {
@@ -49,6 +51,33 @@ func main() {
 		listen()
 		write(dir, look(dir))
 		wait()
+	case "stdin":
+		seen := look(dir)
+		line, err := bufio.NewReader(os.Stdin).ReadString('\n')
+		if seen.Stdin = line; err == io.EOF {
+			seen.Stdin = "EOF"
+		}
+		write(dir, seen)
+	case "forks":
+		seen := look(dir)
+		seen.Forks = forks()
+		write(dir, seen)
+	case "stubborn":
+		term := make(chan os.Signal, 1)
+		signal.Notify(term, syscall.SIGTERM)
+		write(dir, look(dir))
+		<-term
+		must(os.WriteFile(filepath.Join(dir, "terminated"), nil, 0o644))
+		for range term {
+		}
+	case "hog":
+		for hoard := [][]byte{}; ; {
+			chunk := make([]byte, 1<<20)
+			for i := 0; i < len(chunk); i += os.Getpagesize() {
+				chunk[i] = 1
+			}
+			hoard = append(hoard, chunk)
+		}
 	case "nest":
 		must(os.Chdir(dir))
 		levels, err := strconv.Atoi(os.Args[3])
@@ -211,6 +240,30 @@ func wait() {
 	term := make(chan os.Signal, 1)
 	signal.Notify(term, syscall.SIGTERM)
 	<-term
+}
+
+// forks counts how often it can fork, up to a thousand. It uses bare system calls: at
+// the limit, the Go runtime could not even make a thread.
+func forks() (n int) {
+	var children [1000]uintptr
+	for n < len(children) {
+		pid, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0)
+		if errno != 0 {
+			break
+		}
+		if pid == 0 {
+			for {
+				syscall.RawSyscall6(syscall.SYS_PSELECT6, 0, 0, 0, 0, 0, 0) // for ever
+			}
+		}
+		children[n] = pid
+		n++
+	}
+	for _, pid := range children[:n] {
+		syscall.RawSyscall(syscall.SYS_KILL, pid, uintptr(syscall.SIGKILL), 0)
+		syscall.RawSyscall6(syscall.SYS_WAIT4, pid, 0, 0, 0, 0, 0)
+	}
+	return n
 }
 
 // swap exchanges directories in dir, full of files, with symbolic links to target, for ever.
