@@ -47,7 +47,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	u := &unpacker{root: dir, limits: limits, ownedBy: o, buffer: make([]byte, writeChunk),
 		parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
-	unzipped := gunzip(limited(r, limits.bytes))
+	unzipped := gunzip(limited(r, limits.bytes)) // the compressed bytes; then those that come out of them
 	in := bufio.NewReaderSize(limited(unzipped, limits.bytes), readChunk)
 	archive, err := newTarReader(in, "the content of the gzip stream is not a tar archive")
 	if err == nil {
@@ -111,7 +111,8 @@ func nextMember(member *gzip.Reader, packed *bufio.Reader) error {
 }
 
 // unpacker extracts entries below root. For each it opens the parent directory without following
-// links, and caches it for the next.
+// links, and caches it for the next. Making a hard link enters the target's directory, which replaces the
+// cached one: see enter.
 type unpacker struct {
 	root      *os.Root
 	limits    unpackLimits

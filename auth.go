@@ -22,8 +22,9 @@ const (
 	newKeyBytes   = 32
 )
 
-// keyDigest is the SHA-256 of the expected header value, the core key in base64. Digests have
-// equal length, as [subtle.ConstantTimeCompare] needs, and the key itself is not kept in memory.
+// keyDigest is the SHA-256 of the expected header value, the core key in base64. Digests have equal length,
+// as [subtle.ConstantTimeCompare] needs. The key itself is in memory only while it is loaded, and in the
+// headers of open requests.
 type keyDigest [sha256.Size]byte
 
 // authorizes reports whether r carries the core key exactly once. It does not decode the value: a key has
@@ -88,6 +89,7 @@ func createCoreKey(path string) ([]byte, error) {
 	key := make([]byte, newKeyBytes)
 	rand.Read(key) // never returns an error
 	_, err = f.Write(key)
+	// All of these are called, whether one before has failed or not; the first error counts.
 	if err = cmp.Or(err, f.Close(), syncCoreKey(path)); err != nil {
 		os.Remove(path)
 		return nil, err

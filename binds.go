@@ -170,16 +170,6 @@ func (b *bindRoot) has(name string) (bool, error) {
 	return err == nil, err
 }
 
-// hasAny reports whether at least one of the entries exists.
-func (b *bindRoot) hasAny(names ...string) (bool, error) {
-	for _, name := range names {
-		if there, err := b.has(name); err != nil || there {
-			return there, err
-		}
-	}
-	return false, nil
-}
-
 // change makes a change to the names in a directory, and syncs that. It opens the directory first: if no
 // descriptor is left, it fails before the change.
 func (b *bindRoot) change(dir string, change func() error) error {
@@ -460,14 +450,23 @@ func isNotEmpty(err error) bool {
 	return errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST)
 }
 
-// openBelow opens a directory in dir, never a FIFO, which would block, or a symbolic link. It reopens it
-// through /proc because an [os.Root] keeps the joined path as its name: megabytes of it at 60,000 levels.
+// openBelow opens a directory in dir, never a FIFO, which would block, or a symbolic link. OpenFile follows
+// links inside dir, so it compares what was opened with what has the name. It reopens the directory through
+// /proc because an [os.Root] keeps the joined path as its name: megabytes of it at 60,000 levels.
 func openBelow(dir *os.Root, name string) (*os.Root, error) {
 	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	opened, statErr := f.Stat()
+	named, err := dir.Lstat(name)
+	if err = cmp.Or(statErr, err); err != nil {
+		return nil, err
+	}
+	if !os.SameFile(opened, named) {
+		return nil, syscall.ELOOP
+	}
 	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 }
 

@@ -333,3 +333,25 @@ func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 		t.Errorf("%d descriptors were open", ctx.most)
 	}
 }
+
+// os.Root confines a link to the root, and follows it there.
+func TestLinkIsNotOpenedBelow(t *testing.T) {
+	t.Parallel()
+	root := openTree(t, t.TempDir())
+	must(t, errors.Join(root.Mkdir("other", 0o700), root.Symlink("other", "id")))
+	if _, err := openBelow(root, "id"); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("the error is %v", err)
+	}
+	dir, err := openBelow(root, "other")
+	must(t, err)
+	dir.Close()
+}
+
+// Such an error has no number.
+func TestPathThatLeavesTheRootIsAnInternalError(t *testing.T) {
+	t.Parallel()
+	_, d := startWithService(t)
+	record := filepath.Join(d.binds, recordDir, "web")
+	must(t, errors.Join(os.Remove(record), os.Symlink("/etc/passwd", record)))
+	d.do(t, "GET", "/service/web/params", "").want(t, 500, "internal")
+}

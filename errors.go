@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
+	"os"
 	"regexp"
 	"strings"
 	"syscall"
@@ -165,7 +167,8 @@ func describe(err error) (k kind, description string) {
 		return kindDiskFull, "the disk is full"
 	case strings.Contains(message, syscall.ENOSPC.Error()), strings.Contains(message, syscall.EDQUOT.Error()):
 		return kindDiskFull, message // the engine's disk
-	case isType[syscall.Errno](err): // a file system error; all others are the engine's
+	case isType[syscall.Errno](err), isType[*fs.PathError](err), isType[*os.LinkError](err):
+		// The file system's, or that of an os.Root which a path would leave. All others are the engine's.
 		return kindInternal, internalText
 	}
 	return kindEngineFailed, message

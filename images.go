@@ -207,7 +207,7 @@ func (x *images) makeImage(archive *os.File) (id string, err error) {
 	defer cancel()
 	tempTag := x.tempPrefix + rand.Text()
 	x.inProgress.Store(tempTag, true)
-	defer x.inProgress.Delete(tempTag)
+	defer x.inProgress.Delete(tempTag) // after cleanUp: deferred calls run last to first
 	defer x.cleanUp(tempTag)
 	id, err = x.importArchive(ctx, archive, tempTag)
 	if err != nil {

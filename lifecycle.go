@@ -167,8 +167,8 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 		return err
 	}
 	defer dir.Close()
-	// Before the download: a bad spec fails early, and from here on the engine refuses to remove the image, so
-	// that a create does not need holdImage.
+	// Before the download: a bad spec fails early, and from here on the engine answers images.removeUnused
+	// with a conflict, so that a create does not need holdImage.
 	candidate, err := s.createCandidate(opCtx, record, "")
 	if err != nil {
 		return err
@@ -196,7 +196,7 @@ func (s *services) provision(ctx context.Context, spec serviceSpec) error {
 func (s *services) fill(ctx context.Context, dir *os.File, spec serviceSpec) error {
 	p := spec.Params
 	if p.BindContents == "" {
-		return cmp.Or(dir.Sync(), s.binds.dir.Sync())
+		return cmp.Or(dir.Sync(), s.binds.dir.Sync()) // calls both, and returns the first error
 	}
 	root, err := s.binds.root.OpenRoot(p.ID)
 	if err != nil {
@@ -212,7 +212,7 @@ func (s *services) fill(ctx context.Context, dir *os.File, spec serviceSpec) err
 
 // createCandidate creates the container that a record describes, and returns its id. The container shares the
 // anonymous volumes of the one that it replaces, if any: so they stay anonymous, and the engine removes them
-// with the last container that uses them.
+// with the last container that uses them. VolumesFrom carries the bind mount along, too: see setPending.
 func (s *services) createCandidate(ctx context.Context, r serviceRecord, replaces string) (string, error) {
 	config, host := containerSpec(s.config, r)
 	if replaces != "" {
@@ -311,8 +311,9 @@ func (s *services) record(id string) (*serviceRecord, error) {
 // An operation changes a service that exists. It runs under the service's lock, after settle.
 type operation func(context.Context, service) error
 
-// change settles a service and runs an operation on it. ctx limits the wait for the lock; then the operation
-// has the time that a stop and a start may take, or it could end between the two.
+// change settles a service and runs an operation on it. ctx, the route's, limits the wait for the lock. Then
+// it is detached again: the operation has the time that a stop and a start may take, or it could end between
+// them.
 func (s *services) change(ctx context.Context, id string, run operation) error {
 	unlock, err := s.lock(ctx, id)
 	if err != nil {
@@ -354,7 +355,8 @@ func (s *services) restart(ctx context.Context, svc service) error {
 }
 
 // applyPending applies what is pending and starts the service. If the engine refuses the new container, or
-// the disk is full, nothing is committed and the service keeps running as it was. After the commit, a failure
+// the disk is full, nothing is committed and the service keeps running as it was; but if only the sync of the
+// record fails, the service may have been stopped, with its new parameters. After the commit, a failure
 // such as a taken port, or a kill of the daemon, leaves the service stopped. The old container may run on
 // until the next round, in which settle stops and replaces it: settle starts nothing.
 func (s *services) applyPending(ctx context.Context, svc service) error {
@@ -363,7 +365,8 @@ func (s *services) applyPending(ctx context.Context, svc service) error {
 	if err == nil {
 		err = s.binds.writeRecord(svc.id, record) // the commit
 	}
-	// This replaces the container or, if the record was not written, removes the candidate.
+	// This replaces the container (the table's last row) or, if the record was not written, removes the
+	// candidate (its fourth).
 	settled, settleErr := s.settle(ctx, svc.id)
 	if err := cmp.Or(err, settleErr); err != nil {
 		return err
@@ -387,7 +390,8 @@ func (s *services) stopContainer(ctx context.Context, id, containerID string) er
 	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
-// startContainer starts a service's container. Its errors tell what the client can mend from what it cannot.
+// startContainer starts a service's container. Its errors distinguish what the client can fix from what it
+// cannot.
 func (s *services) startContainer(ctx context.Context, svc service) error {
 	s.forgetStats(svc.id)
 	err := s.engine.api().ContainerStart(ctx, svc.containerID, container.StartOptions{})
@@ -458,11 +462,15 @@ func (s *services) checkRemove(ctx context.Context, id string) error {
 	if found.current != nil {
 		return nil
 	}
-	there, err := s.binds.hasAny(id, recordDir+"/"+id, markDir+"/"+id)
-	if err != nil {
-		return err
+	exists := found.candidate != nil
+	for _, name := range []string{id, recordDir + "/" + id, markDir + "/" + id} {
+		there, err := s.binds.has(name)
+		if err != nil {
+			return err
+		}
+		exists = exists || there
 	}
-	if !there && found.candidate == nil {
+	if !exists {
 		return noSuchService(id)
 	}
 	taken, err := s.containers.nameTaken(ctx, id)

@@ -1,8 +1,8 @@
 // Duxcore-daemon runs customers' services on one machine of a hosting company.
 //
 // The company's core calls it over HTTP. A service is one Docker container and one
-// directory on the host, its bind directory. The only state is in the directory of the
-// bind directories (see services), so the daemon can be killed at any instant. It holds
+// directory on the host, its bind directory. All state is in the bind root (see services)
+// and in the engine's images, so the daemon can be killed at any instant. It holds
 // the engine's socket: whoever controls the daemon is root on the machine.
 //
 //   - The core is trusted: whoever has its key can run any image and publish any port, but
@@ -17,7 +17,8 @@
 //
 // Read main.go, server.go (whose route table is the table of contents), auth.go, listener.go, services.go,
 // console.go, stats.go, images.go, lifecycle.go, settle.go, spec.go, containers.go, engine.go,
-// binds.go, fetch.go, archive.go, tar.go, wire.go, errors.go. Callers come before callees.
+// binds.go, fetch.go, archive.go, tar.go, wire.go, errors.go. Callers come before callees, except that
+// lifecycle.go calls images and stats through fields of services.
 package main
 
 import (
@@ -225,7 +226,7 @@ func parseConfig(args, environ []string, out io.Writer) (config, error) {
 		fs.SetOutput(out)
 		fmt.Fprintln(out,
 			"duxcore-daemon runs customers' services in Docker containers, driven over HTTP by the core.\n"+
-				"Each flag but -version has an environment twin: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. "+
+				"Each flag but -version has an environment variable: -max-image-bytes is DUXCORE_MAX_IMAGE_BYTES. "+
 				"A flag takes precedence.")
 		fs.PrintDefaults()
 		return c, err

@@ -147,7 +147,12 @@ func (c *imageCheck) end(in io.Reader) error {
 }
 
 // tarReader reads the entries of an archive that has to be whole, with archive/tar, as the engine does. It
-// also looks at the raw headers, because archive/tar accepts some that other programs read differently.
+// also looks at the raw headers, because archive/tar accepts some that other programs read differently:
+//
+//	in:     content of entry 1 | padding | headers of entry 2 | content of entry 2 | …
+//	        archive reads it   | readHeaders, into headers    | archive reads it
+//
+// Next of archive then reads the padding and the headers from there. Everything is in blocks of 512 bytes.
 type tarReader struct {
 	in      *bufio.Reader
 	headers bytes.Buffer // raw headers of an entry, after the padding of the one before
@@ -283,7 +288,7 @@ const ambiguous = "gg"
 // readHeaders reads the raw headers of an entry and returns their types. It stops after an ambiguous one.
 func (t *tarReader) readHeaders() (types string, err error) {
 	t.headers.Reset()
-	size := -t.offset & (blockSize - 1) // of the previous entry's padding
+	size := -t.offset & (blockSize - 1) // of the previous entry's padding, up to a whole block
 	t.offset = 0
 	for length := uint64(0); ; {
 		if int64(t.headers.Len())+size > maxHeaders {

@@ -25,7 +25,7 @@ type timeouts struct {
 	statsFrame     time.Duration // for the next frame of the engine's statistics
 	statsIdle      time.Duration // that a feed of statistics outlasts its latest request
 	settle         time.Duration // for settling one service in a round, before a create, or after a failed one
-	settleInterval time.Duration // between rounds of settling; also the most that the first delays the start
+	settleInterval time.Duration // between rounds of settling; the first delays the start by this at most
 }
 
 // forever is the limit of a request that has none.
