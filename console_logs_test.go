@@ -442,7 +442,7 @@ func TestFollowEndsOrderlyAfterALongQuiet(t *testing.T) {
 	e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = 500 * time.Millisecond })
 	l := logsOpen(t, d, "/service/web/logs?follow=true")
 	e.print("web", stdcopy.Stdout, "the last words")
-	time.Sleep(time.Second) // the quiet itself is the condition
+	time.Sleep(time.Second) // until the deadline of that write has passed, which nothing shows
 	d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
 	if err := l.end(t); err != nil || l.text.String() != "the last words" {
 		t.Errorf("%v: %q", err, l.text)

@@ -88,7 +88,8 @@ func (x *images) removeImage(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
-	// A power cut could bring the image back. After a removal whose sync failed, it is no longer known.
+	// Without a sync, a power cut could bring the image back. An image that is not known may have been removed
+	// by an earlier request, whose sync failed: so this comes before the 404, too.
 	if err := x.syncEngine(r.Context()); err != nil {
 		return err
 	}

@@ -21,9 +21,9 @@ import (
 //	that is neither of its two
 //	a mark                                       remove all its containers, erase the directory,
 //	                                             remove the record, unmark
-//	no record                                    remove the candidate. Remove the container too if
-//	                                             there is no bind directory; otherwise leave it
-//	                                             alone and log it
+//	no record                                    remove the candidate. If the service has no bind
+//	                                             directory, remove its container too. If it has
+//	                                             one, keep the container, and log that
 //	the container has the record's revision      remove the candidate, if there is one
 //	neither the container nor the candidate has  write the record: what is pending is applied,
 //	it, something is pending, and a container    with a new revision; go on
