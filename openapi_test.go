@@ -4,9 +4,9 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"math"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -553,13 +553,20 @@ var apiFailures = map[string]struct {
 		w.setDialect(podman)
 		w.reopen()
 	}},
-	"NotDone": {change: apiHaste, absent: true, setUp: func(t *testing.T, w apiWorld) {
-		waitFor(t, "the first round", func() bool { // which in that haste may fail
-			_, err := os.Stat(filepath.Join(w.binds, recordDir))
-			return err == nil
+	"NotDone": {change: func(c *config) {
+		c.createTimeout, c.stopTimeout, c.timeouts.engineRead = 50*time.Millisecond, 0, 50*time.Millisecond
+	}, absent: true, setUp: func(t *testing.T, w apiWorld) {
+		w.setIntercept(func(_ http.ResponseWriter, r *http.Request) bool { // or the answer would be a 503
+			hangs := !strings.HasSuffix(r.URL.Path, "/_ping") && !strings.HasSuffix(r.URL.Path, "/version")
+			if hangs {
+				io.Copy(io.Discard, r.Body) // or net/http would not see that the daemon has hung up
+				<-r.Context().Done()
+			}
+			return hangs
 		})
+		// The first round makes the directory, if it has had time for its look at the engine.
+		must(t, os.MkdirAll(filepath.Join(w.binds, recordDir), 0o700))
 		apiRecord(t, w, `{"params":{"id":"demo","bind_dir":"/data"},"revision":"1"}`)
-		apiMuteEngine(t, w)
 	}},
 	"InternalError": {only: "POST /service", setUp: func(t *testing.T, w apiWorld) {
 		apiRecord(t, w, "damaged")
@@ -655,21 +662,8 @@ func apiRecord(t *testing.T, w apiWorld, text string) {
 	must(t, os.WriteFile(filepath.Join(w.binds, recordDir, "demo"), []byte(text), 0o600))
 }
 
-func apiHaste(c *config) {
-	c.createTimeout, c.stopTimeout, c.timeouts.engineRead = 50*time.Millisecond, 0, 50*time.Millisecond
-}
-
 func apiStop(t *testing.T, w apiWorld) {
 	w.do(t, "POST", "/service/demo/ctl", `{"op":"stop"}`).want(t, 204)
-}
-
-// apiMuteEngine puts an engine there that takes connections and never answers.
-func apiMuteEngine(t *testing.T, w apiWorld) {
-	w.fakeEngine.close()
-	listener, err := net.Listen("unix", w.socket)
-	must(t, err)
-	t.Cleanup(func() { listener.Close() })
-	w.do(t, "GET", "/service/demo", "") // no connection of the earlier engine's is used after
 }
 
 // anyID stands in for ids, of which no two engines choose the same.
