@@ -180,7 +180,7 @@ func (c *console) writeStdin(request context.Context, id string, run containerIn
 		return err
 	}
 	query := url.Values{"stream": {"1"}, "stdin": {"1"}, "detachKeys": {detachKeys(chunk)}}
-	call := url.URL{Path: "/containers/" + run.ID + "/attach", RawQuery: query.Encode()}
+	call := url.URL{Path: c.engine.versioned("/containers/" + run.ID + "/attach"), RawQuery: query.Encode()}
 	upgrade := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"tcp"}}
 	resp, err := c.engine.send(ctx, http.MethodPost, call, upgrade, http.StatusSwitchingProtocols)
 	if errdefs.IsNotFound(err) {

@@ -142,7 +142,7 @@ func (c *containers) list(ctx context.Context, filter filters.KeyValuePair) (lis
 		return nil, err
 	}
 	query := url.Values{"all": {"1"}, "filters": {filterJSON}}
-	text, err := c.get(ctx, url.URL{Path: "/containers/json", RawQuery: query.Encode()})
+	text, err := c.get(ctx, url.URL{Path: c.engine.versioned("/containers/json"), RawQuery: query.Encode()})
 	if err != nil {
 		return nil, err
 	}
@@ -243,7 +243,7 @@ func (c *containers) lookupLocked(ctx context.Context, id string) (containerInfo
 // inspect inspects a container by its name or full id. It returns a 404 unless that is the service's
 // container. The engine also accepts prefixes of ids, so the name must be exact.
 func (c *containers) inspect(ctx context.Context, id, nameOrID string) (containerInfo, error) {
-	text, err := c.get(ctx, url.URL{Path: "/containers/" + nameOrID + "/json"})
+	text, err := c.get(ctx, url.URL{Path: c.engine.versioned("/containers/" + nameOrID + "/json")})
 	if err != nil {
 		return containerInfo{}, err
 	}

@@ -23,8 +23,7 @@ import (
 
 const (
 	pingTime    = 5 * time.Second
-	engineConns = 64       // idle connections kept: the SDK's transport would keep two
-	pingPath    = "/_ping" // the only call without a version
+	engineConns = 64 // idle connections kept: the SDK's transport would keep two
 )
 
 // engine is a connection to the Docker Engine. The SDK's client is replaced, never changed: its own version
@@ -66,6 +65,9 @@ func newSDK(host string) (*client.Client, error) {
 // api returns the SDK's client, for one call.
 func (e *engine) api() *client.Client { return e.sdk.Load() }
 
+// versioned returns the path of a call in the negotiated version of the API. Only the ping has no version.
+func (e *engine) versioned(call string) string { return "/v" + e.api().ClientVersion() + call }
+
 // send calls the engine's API without the SDK: for the reads of containers.get; for attaching to stdin, since
 // the SDK's attach ignores the deadline while it waits for an engine that hangs; and for a ping, since the
 // SDK's changes a request that its transport may still be reading. An answer with another status than the
@@ -75,11 +77,7 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 	sdk := e.api()
 	transport := sdk.HTTPClient().Transport
 	at, _ := client.ParseHostURL(sdk.DaemonHost()) // cannot fail: newSDK has parsed it too
-	version := "/v" + sdk.ClientVersion()
-	if call.Path == pingPath {
-		version = ""
-	}
-	call.Scheme, call.Host, call.Path = "http", at.Host, path.Join(at.Path, version, call.Path)
+	call.Scheme, call.Host, call.Path = "http", at.Host, path.Join(at.Path, call.Path)
 	if own, ok := transport.(*http.Transport); ok && own.TLSClientConfig != nil {
 		call.Scheme = "https"
 	}
@@ -135,7 +133,7 @@ func (e *engine) negotiate(ctx context.Context) (err error) {
 	}()
 	ctx, cancel := context.WithTimeout(ctx, pingTime)
 	defer cancel()
-	answer, err := e.send(ctx, http.MethodGet, url.URL{Path: pingPath}, http.Header{}, http.StatusOK)
+	answer, err := e.send(ctx, http.MethodGet, url.URL{Path: "/_ping"}, http.Header{}, http.StatusOK)
 	if err != nil {
 		return err
 	}
