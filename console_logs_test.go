@@ -439,10 +439,10 @@ func TestHeadOfLogsDoesNotHang(t *testing.T) {
 // The deadline of the last write has passed when a service ends that has long been quiet.
 func TestFollowEndsOrderlyAfterALongQuiet(t *testing.T) {
 	t.Parallel()
-	e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = 500 * time.Millisecond })
+	e, d := consoleStart(t, "", func(c *config) { c.timeouts.clientWrite = haste() / 4 })
 	l := logsOpen(t, d, "/service/web/logs?follow=true")
 	e.print("web", stdcopy.Stdout, "the last words")
-	time.Sleep(time.Second) // until the deadline of that write has passed, which nothing shows
+	time.Sleep(haste() / 2) // until the deadline of that write has passed, which nothing shows
 	d.do(t, "POST", "/service/web/ctl", `{"op":"stop"}`).want(t, 204)
 	if err := l.end(t); err != nil || l.text.String() != "the last words" {
 		t.Errorf("%v: %q", err, l.text)

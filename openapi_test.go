@@ -598,7 +598,7 @@ var apiFailures = map[string]struct {
 		w.takePort("8080")
 	}, body: `{"op":"restart"}`},
 	"UnderWay": {change: func(c *config) {
-		c.stopTimeout, c.timeouts.engineRead = 0, time.Second
+		c.stopTimeout, c.timeouts.engineRead = 0, haste()
 	}, setUp: func(t *testing.T, w apiWorld) {
 		held, release := crowdHold(w.fakeEngine, func(call string) bool {
 			return strings.HasPrefix(call, "DELETE ")

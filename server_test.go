@@ -463,7 +463,7 @@ func TestSecondDaemonOnTheSameBindsRefusesToStart(t *testing.T) {
 
 func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 	t.Parallel()
-	_, d := start(t, func(c *config) { c.timeouts.clientWrite = 100 * time.Millisecond })
+	_, d := start(t, func(c *config) { c.timeouts.clientWrite = haste() / 4 })
 	d.do(t, "POST", "/service", createBodyJSON("web", "")).want(t, 201)
 	c := wireDial(t, d)
 	answers := bufio.NewReader(c)
@@ -473,7 +473,7 @@ func TestConnectionThatWasIdleForLongIsAskedToContinue(t *testing.T) {
 		t.Fatalf("%v %v", first, err)
 	}
 	// Longer than the daemon would wait for its answer to be taken: the quiet itself is the condition.
-	c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+	c.SetReadDeadline(time.Now().Add(haste() / 2))
 	if text, err := answers.Peek(1); err == nil {
 		t.Fatalf("the daemon says %q", text)
 	}

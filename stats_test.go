@@ -380,7 +380,7 @@ func TestFeedIsIdleIfNobodyHasAskedSinceTheFrameBefore(t *testing.T) {
 
 func TestFeedEndsWhenNobodyAsksAnyMore(t *testing.T) {
 	t.Parallel()
-	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = time.Second })
+	e, d := startWithRunning(t, func(c *config) { c.timeouts.statsIdle = haste() / 2 })
 	for n := range 3 {
 		stream := statsOpen(t, d, "web")
 		d.do(t, "GET", "/service/web/stats", "").want(t, 200)
