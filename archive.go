@@ -47,7 +47,7 @@ func unpack(r io.Reader, dir *os.Root, limits unpackLimits, o *owner) error {
 	u := &unpacker{root: dir, limits: limits, ownedBy: o, buffer: make([]byte, writeChunk),
 		parent: parent, parentDir: "."}
 	defer func() { u.parent.Close() }()
-	unzipped := gunzip(limited(r, limits.bytes)) // the compressed bytes; then those that come out of them
+	unzipped := gunzip(limited(r, limits.bytes)) // limits the compressed bytes; the next line limits the rest
 	in := bufio.NewReaderSize(limited(unzipped, limits.bytes), readChunk)
 	archive, err := newTarReader(in, "the content of the gzip stream is not a tar archive")
 	if err == nil {

@@ -71,7 +71,7 @@ func readCoreKey(path string, log *slog.Logger) (key []byte, err error) {
 	if info.Mode().Perm()&0o077 != 0 {
 		log.Warn("others can read the core key", "path", path, "mode", info.Mode().Perm())
 	}
-	// The daemon that created it may have been killed before it synced it.
+	// The daemon that created the key may have been killed before the sync.
 	if err := syncCoreKey(path); err != nil { // for example, on a file system without fsync
 		log.Warn("cannot sync the core key: a power cut may lose it", "err", err)
 	}

@@ -127,8 +127,8 @@ func (b *bindRoot) check() error {
 	return nil
 }
 
-// errNoRecords is the error for a root that is new, or whose disk is not mounted: no service of it may be
-// said not to exist.
+// errNoRecords is the error for a root that is new, or whose disk is not mounted: the daemon must not say
+// then that a service does not exist.
 var errNoRecords = newAPIError(kindUnavailable, "the bind root has no "+recordDir+": is its disk mounted?")
 
 // checkRecords returns an error if the root was moved, or has no records.
@@ -187,8 +187,8 @@ func (b *bindRoot) change(dir string, change func() error) error {
 	return f.Sync()
 }
 
-// exists reports whether a service exists: it has a record and no mark. If all records are missing, because
-// the root was moved or its disk is not mounted, it returns the error of checkRecords.
+// exists reports whether a service exists: it has a record and no mark. If it has no record, exists returns
+// the error of checkRecords, if any: the root may have been moved, or its disk may not be mounted.
 func (b *bindRoot) exists(id string) (bool, error) {
 	marked, err := b.marked(id)
 	if err != nil || marked {
@@ -451,8 +451,8 @@ func isNotEmpty(err error) bool {
 }
 
 // openBelow opens a directory in dir, never a FIFO, which would block, or a symbolic link. OpenFile follows
-// links inside dir, so it compares what was opened with what has the name. It reopens the directory through
-// /proc because an [os.Root] keeps the joined path as its name: megabytes of it at 60,000 levels.
+// links inside dir, so openBelow compares what was opened with what has the name. It reopens the directory
+// through /proc because an [os.Root] keeps the joined path as its name: megabytes of it at 60,000 levels.
 func openBelow(dir *os.Root, name string) (*os.Root, error) {
 	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	if err != nil {
@@ -484,8 +484,8 @@ func readSome(root *os.Root, name string) ([]string, error) {
 	return names, err
 }
 
-// syncFilesystem makes everything durable that was written to the file system of f. It returns an error if
-// any of that was lost since f was opened: syncfs(2), which package syscall lacks on amd64.
+// syncFilesystem calls syncfs(2), which package syscall lacks on amd64: everything written to the file system
+// of f becomes durable. It returns an error if any of that was lost since f was opened.
 func syncFilesystem(f *os.File) error {
 	number, known := map[string]uintptr{"amd64": 306, "arm64": 267}[runtime.GOARCH]
 	if !known {

@@ -25,8 +25,9 @@ var logsParameter = regexp.MustCompile(`^((follow|timestamps|stdout|stderr)=(tru
 	`tail=(all|[0-9]{1,9})|(since|until)=([0-9]{1,10}(\.[0-9]{1,9})?|` +
 	`[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]{1,9})?(Z|[+-][0-9:]{5})))$`)
 
-// stdinChunk is the most bytes that one attach carries. If the service does not read them, the engine
-// keeps the connection until the service does or stops. Beyond 32 KiB, engine 20.10 leaks the connection.
+// stdinChunk is the most bytes that one attach carries. If the service does not read them, the engine keeps
+// the connection until the service does, or for two minutes after it has stopped. With more than 32 KiB,
+// engine 20.10 never closes it.
 const stdinChunk = 32 << 10
 
 // console gives access to a service's output, stdin and terminal.
@@ -112,7 +113,7 @@ func logsOptions(r *http.Request) (container.LogsOptions, error) {
 	}
 	follow := on("follow", "false")
 	if follow && query.Has("until") { // the engine would end the answer at the first line after it
-		return container.LogsOptions{}, badRequest("until: not with follow")
+		return container.LogsOptions{}, badRequest("until: not allowed with follow")
 	}
 	return container.LogsOptions{
 		Follow:     follow && r.Method == http.MethodGet, // a HEAD would hang

@@ -70,8 +70,8 @@ func (e *engine) versioned(call string) string { return "/v" + e.api().ClientVer
 
 // send calls the engine's API without the SDK: for the reads of containers.get; for attaching to stdin, since
 // the SDK's attach ignores the deadline while it waits for an engine that hangs; and for a ping, since the
-// SDK's changes a request that its transport may still be reading. An answer with another status than the
-// given one, redirects included, is an error. The caller closes the body.
+// SDK's Ping changes a request that its transport may still be reading. An answer with another status than
+// the given one, redirects included, is an error. The caller closes the body.
 func (e *engine) send(ctx context.Context, method string, call url.URL, header http.Header, status int) (
 	*http.Response, error) {
 	sdk := e.api()
@@ -95,7 +95,7 @@ func (e *engine) send(ctx context.Context, method string, call url.URL, header h
 	defer answer.Body.Close()
 	var body struct{ Message string }
 	text, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10))
-	json.Unmarshal(text, &body) // the engine refuses an attach in plain text
+	json.Unmarshal(text, &body) // not if an attach is refused: that is plain text
 	message := "engine: " + cmp.Or(body.Message, strings.TrimSpace(string(text)), answer.Status)
 	switch answer.StatusCode {
 	case http.StatusBadRequest:
@@ -119,9 +119,9 @@ func (e *engine) ready(ctx context.Context) error {
 // lost makes the next request negotiate again.
 func (e *engine) lost() { e.negotiated.Store(false) }
 
-// negotiate asks the engine for the newest version of its API, uses that from now on, and checks, in that
-// version, that it is a Docker Engine. Another program, or an engine that refuses the version that
-// DOCKER_API_VERSION demands, is an error. It takes pingTime at most.
+// negotiate agrees with the engine on the newest version of the API that both have, uses that from now on,
+// and checks, in that version, that the engine is a Docker Engine. Another program, or an engine that refuses
+// the version that DOCKER_API_VERSION demands, is an error. negotiate takes pingTime at most.
 func (e *engine) negotiate(ctx context.Context) (err error) {
 	defer func() {
 		if errors.Is(err, context.DeadlineExceeded) { // 503 and not 504: nothing was started

@@ -30,7 +30,7 @@ type kind struct {
 
 // The comment on each kind says what a client can do.
 var (
-	kindBadRequest       = kind{400, "bad_request"}        // ask for something else
+	kindBadRequest       = kind{400, "bad_request"}        // correct the request
 	kindArchiveRefused   = kind{400, "archive_refused"}    // fix the archive of bind_contents, or of the image
 	kindUnauthorized     = kind{401, "unauthorized"}       // use the right core key
 	kindNoSuchPath       = kind{404, "no_such_path"}       // see docs/API.md
@@ -41,14 +41,14 @@ var (
 	kindDirectoryInUse   = kind{409, "directory_in_use"}   // an administrator has to look at the data
 	kindRenamedByHand    = kind{409, "renamed_by_hand"}    // an administrator has to rename it back
 	kindNotRunning       = kind{409, "not_running"}        // start it
-	kindNoStdin          = kind{409, "no_stdin"}           // create it with open_stdin
-	kindNoTTY            = kind{409, "no_tty"}             // create it with tty
+	kindNoStdin          = kind{409, "no_stdin"}           // set open_stdin with a PUT, and restart it
+	kindNoTTY            = kind{409, "no_tty"}             // set tty with a PUT, and restart it
 	kindEngineConflict   = kind{409, "engine_conflict"}    // see the engine's description: perhaps it is paused
 	kindImageInUse       = kind{409, "image_in_use"}       // delete or change the services that use it
 	kindPortTaken        = kind{409, "port_taken"}         // free the host's port, or choose another
 	kindTooLarge         = kind{413, "too_large"}          // send less, or no body if the route has none
 	kindInternal         = kind{500, "internal"}           // an administrator has to read the daemon's log
-	kindBindRootMoved    = kind{503, "bind_root_moved"}    // an administrator has to restart it or mount a disk
+	kindBindRootMoved    = kind{503, "bind_root_moved"}    // an administrator mounts the disk, or restarts us
 	kindEngineFailed     = kind{502, "engine_failed"}      // see the engine's description
 	kindDownloadFailed   = kind{502, "download_failed"}    // fix the URL of bind_contents, or its server
 	kindUnavailable      = kind{503, "unavailable"}        // retry in a second: see the description
@@ -132,8 +132,8 @@ func truncate(text string) string {
 	return strings.ToValidUTF8(text[:maxQuote], "") + "…"
 }
 
-// describe returns what the client is told about err: an engine's error in full, although it may name paths
-// of the host, and of an error of the daemon's own only the kind.
+// describe returns what the client is told about err: the description of an apiError; an engine's error, of
+// maxQuote bytes at most, although it may name paths of the host; and of any other error only the kind.
 func describe(err error) (k kind, description string) {
 	if api, ok := errors.AsType[*apiError](err); ok {
 		return api.kind, api.description
@@ -159,7 +159,7 @@ func describe(err error) (k kind, description string) {
 		return describe(errUnreadable)
 	case errdefs.IsConflict(err):
 		return kindEngineConflict, message
-	case strings.Contains(message, "engine: client version "): // "… is too old": another engine
+	case strings.Contains(message, "engine: client version "): // "… is too old": the engine was replaced
 		return kindUnavailable, message
 	case errdefs.IsInvalidArgument(err):
 		return kindBadRequest, message
@@ -168,7 +168,7 @@ func describe(err error) (k kind, description string) {
 	case strings.Contains(message, syscall.ENOSPC.Error()), strings.Contains(message, syscall.EDQUOT.Error()):
 		return kindDiskFull, message // the engine's disk
 	case isType[syscall.Errno](err), isType[*fs.PathError](err), isType[*os.LinkError](err):
-		// The file system's, or that of an os.Root which a path would leave. All others are the engine's.
+		// An error of the file system, or of an os.Root that a path would leave. All others are the engine's.
 		return kindInternal, internalText
 	}
 	return kindEngineFailed, message

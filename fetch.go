@@ -23,7 +23,7 @@ type fetcher struct {
 	stall  time.Duration // the longest wait for an answer, redirects included, and for a byte of the archive
 }
 
-// newFetcher returns a fetcher that connects to public addresses and to those in allow, which prevents
+// newFetcher returns a fetcher that connects only to public addresses and to those in allow, which prevents
 // server-side request forgery (SSRF). It sends the URL and nothing else of ours.
 func newFetcher(allow []netip.Prefix) *fetcher {
 	dialer := &net.Dialer{

@@ -311,7 +311,7 @@ func (x *images) removeUnfinished(ctx context.Context) error {
 
 // repository returns all images in the repository of imports, those with temporary tags included. With
 // containerd's store the engine answers 404 if some image is removed while it makes the list (seen with 26.1
-// and 28.5, in one of 20 and of 100 lists): then this asks again.
+// and 28.5, in one of 20 and one of 100 lists): then repository asks again.
 func (x *images) repository(ctx context.Context) (list []image.Summary, err error) {
 	options := image.ListOptions{Filters: filters.NewArgs(filters.Arg("reference", importName))}
 	for range listTries {

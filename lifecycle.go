@@ -33,12 +33,13 @@ import (
 //	duxcore.candidate.<id>
 //
 // The last call of a daemon that was killed may reach the engine at any later time. A late create or rename
-// may take a name that an operation needs, which then fails; the next settle removes what the call has made.
+// may take a name that an operation needs: the operation fails, and the next settle removes what the call has
+// made.
 // A late start, stop or kill changes whether the service runs, even after a later request was answered.
 //
 // An operation holds the service's lock, of a keyedMutex, from before it looks at the service's state until
-// it returns. Reads and kill take it only if the engine does not give them the service's container (see
-// lookup).
+// it returns; a PUT only once it has its image (see setParams). Reads and kill take the lock only if the
+// engine does not give them the service's container (see lookup).
 type services struct {
 	config     config
 	engine     *engine
@@ -48,7 +49,7 @@ type services struct {
 	locks      *keyedMutex // by service id
 	log        *slog.Logger
 
-	// ensureImage, holdImage and tidyImages are those of images; forgetStats discards the
+	// ensureImage, holdImage and tidyImages are methods of images; forgetStats discards the
 	// statistics of what ran before a change.
 	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error)
 	holdImage   func(ctx context.Context, spec serviceSpec) (release func(), err error)
@@ -231,9 +232,9 @@ func (s *services) createCandidate(ctx context.Context, r serviceRecord, replace
 	return created.ID, err
 }
 
-// setParams replaces a service's parameters from its next start on. Its data stays. It checks the image, and
-// pulls it if necessary, without the lock, since a pull may take long. By then the id may be that of another
-// service: the UID tells.
+// setParams replaces a service's parameters from its next start on. The data stays. The image is checked, and
+// pulled if it is missing, without the lock, since a pull may take long. Meanwhile the id may become that of
+// another service: then the UID differs.
 func (s *services) setParams(ctx context.Context, id string, p serviceParams, registryAuth string) error {
 	seen, err := s.record(id)
 	if err != nil {
@@ -311,9 +312,8 @@ func (s *services) record(id string) (*serviceRecord, error) {
 // An operation changes a service that exists. It runs under the service's lock, after settle.
 type operation func(context.Context, service) error
 
-// change settles a service and runs an operation on it. ctx, the route's, limits the wait for the lock. Then
-// it is detached again: the operation has the time that a stop and a start may take, or it could end between
-// them.
+// change settles a service and runs an operation on it. ctx, the route's, limits the wait for the lock. The
+// rest gets a new context, with the time that a stop and a start may take: it must not end between them.
 func (s *services) change(ctx context.Context, id string, run operation) error {
 	unlock, err := s.lock(ctx, id)
 	if err != nil {
@@ -355,7 +355,7 @@ func (s *services) restart(ctx context.Context, svc service) error {
 }
 
 // applyPending applies what is pending and starts the service. If the engine refuses the new container, or
-// the disk is full, nothing is committed and the service keeps running as it was; but if only the sync of the
+// the disk is full, nothing is committed and the service stays as it was; but if only the sync of the
 // record fails, the service may have been stopped, with its new parameters. After the commit, a failure
 // such as a taken port, or a kill of the daemon, leaves the service stopped. The old container may run on
 // until the next round, in which settle stops and replaces it: settle starts nothing.

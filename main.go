@@ -18,7 +18,7 @@
 // Read main.go, server.go (whose route table is the table of contents), auth.go, listener.go, services.go,
 // console.go, stats.go, images.go, lifecycle.go, settle.go, spec.go, containers.go, engine.go,
 // binds.go, fetch.go, archive.go, tar.go, wire.go, errors.go. Callers come before callees, except that
-// lifecycle.go calls images and stats through fields of services.
+// settle.go also calls lifecycle.go, which calls images and stats through fields of services.
 package main
 
 import (
@@ -52,8 +52,8 @@ type config struct {
 	tlsKey        string
 	network       string        // engine network of the services; empty for the engine's default bridge
 	pidsLimit     int64         // processes and threads in one service
-	stopTimeout   time.Duration // between SIGTERM and SIGKILL
-	createTimeout time.Duration // for one create, with its pull and download, and for one delete
+	stopTimeout   time.Duration // between the stop signal and SIGKILL
+	createTimeout time.Duration // for one create or PUT, one import by the engine, or one delete
 	fetchAllow    []netip.Prefix
 	maxBindBytes  int64 // of a bind_contents stream, compressed and decompressed
 	maxBindFiles  int64 // entries in one
@@ -251,9 +251,9 @@ func (c *config) defineFlags(fs *flag.FlagSet) {
 		"engine network that services join; empty for the engine's default bridge")
 	fs.Int64Var(&c.pidsLimit, "pids-limit", 2048, "processes and threads that one service may have")
 	fs.Var((*duration)(&c.stopTimeout), "stop-timeout",
-		"`time` between SIGTERM and SIGKILL when a service stops")
+		"`time` between the stop signal and SIGKILL when a service stops")
 	fs.Var((*duration)(&c.createTimeout), "create-timeout",
-		"`time` for one create, its pull and its download, and for one delete")
+		"`time` for one create or PUT with its pull and download, one import by the engine, or one delete")
 	const fetchAllow = "non-public networks (CIDR, comma-separated) that bind_contents may be downloaded from"
 	fs.Func("fetch-allow", fetchAllow, func(text string) error {
 		c.fetchAllow = nil

@@ -164,8 +164,8 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 func (s *server) finishRequest(w *responseWriter, r *http.Request, body io.ReadCloser, start time.Time) {
 	// In a quiet stream, the deadline of the last Write has passed: the final chunk could not be sent.
 	w.ctl.SetWriteDeadline(time.Now().Add(w.wait))
-	// net/http reads up to 256 KiB of the rest of a body (maxPostHandlerReadBytes): limit that. Not without a
-	// body: such a request may have a long answer, and if flushing it took longer than this deadline, the
+	// net/http reads up to 256 KiB of the rest of a body (maxPostHandlerReadBytes): limit that. If there is no
+	// body, set no deadline: such a request may have a long answer, and if flushing it took longer, the
 	// background read (connReader) would fail and cancel the context of the connection's later requests. The
 	// answer to a request with a body is short: net/http clears the deadline (abortPendingRead) in time.
 	if body != http.NoBody {
@@ -216,7 +216,7 @@ func (s *server) dispatch(rt route, w *responseWriter, r *http.Request) error {
 		return err
 	}
 	if rt.body == 0 && !rt.json && r.ContentLength != 0 { // or net/http would read the body before it answers
-		return newAPIError(kindTooLarge, "this request has no body")
+		return newAPIError(kindTooLarge, "this request takes no body")
 	}
 	maxBody := rt.body
 	if rt.json {

@@ -103,8 +103,8 @@ func (s *services) handleList(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// awaitContainers returns all if every service has a container in it. Otherwise a start may be replacing one:
-// it waits for the operations on those services, for a third of the time of a read, and lists again.
+// awaitContainers returns all if that has a container of every service. Otherwise a start may be replacing
+// one: it waits for operations on the services without one, for a third of engineRead, and lists again.
 func (s *services) awaitContainers(ctx context.Context, ids []string, all map[string]serviceContainers) (
 	map[string]serviceContainers, error) {
 	waiting, cancel := context.WithTimeout(ctx, s.config.timeouts.engineRead/3)
@@ -116,7 +116,7 @@ func (s *services) awaitContainers(ctx context.Context, ids []string, all map[st
 		}
 		missing = true
 		if unlock, err := s.locks.lock(waiting, id); err == nil {
-			defer unlock() // after the list: another start may be next
+			defer unlock() // not before the second list: another start could come in between
 		}
 	}
 	if !missing {

@@ -87,7 +87,7 @@ func (s *services) purge(ctx context.Context, id string, found serviceContainers
 
 // removeUnrecorded removes the containers of a service that does not exist. A late call has made the
 // candidate; after a power cut the engine may have the old container again. But if there is a bind directory,
-// the record may be missing from a restored backup: it leaves the container alone.
+// the record may be missing from a restored backup: then the container stays.
 func (s *services) removeUnrecorded(ctx context.Context, id string, found serviceContainers) error {
 	if err := s.removeContainers(ctx, found.candidate); err != nil || found.current == nil {
 		return err
@@ -180,7 +180,7 @@ func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) 
 	}
 }
 
-// engineRetry is the wait after a round that could not list the services.
+// engineRetry is the wait after a round that failed as a whole.
 const engineRetry = 2 * time.Second
 
 // settleAll settles every service that needs it, one after the other, each with its own deadline. It logs the
@@ -261,7 +261,7 @@ const lockTry = 10 * time.Millisecond
 func (s *services) warnOfOtherRoots(ctx context.Context) {
 	list, err := s.containers.list(ctx, filters.Arg("label", labelService))
 	if err != nil {
-		return // settleAll has logged it
+		return // the next round reports an engine that fails
 	}
 	roots := map[string]int{}
 	for _, entry := range list {

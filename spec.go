@@ -160,7 +160,7 @@ func (p *serviceParams) check() error {
 		{slices.ContainsFunc(p.Shell, hasNUL), "shell: must not contain NUL"},
 		{slices.ContainsFunc(p.Env, hasNUL), "env: must not contain NUL"},
 		{slices.ContainsFunc(p.Env, func(e string) bool { return e == "" || e[0] == '=' }),
-			"env: must be NAME=VALUE or NAME each"},
+			"env: each must be NAME=VALUE or NAME"},
 		// A number that does not fit an int32 becomes root in some runtimes: CVE-2024-40635.
 		{p.User != "" && !validUser(p.User),
 			"user: must be a user or user:group, by name or by number up to 2147483647"},

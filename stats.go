@@ -44,11 +44,11 @@ type stats struct {
 type frame struct {
 	text       []byte        // JSON and a line feed
 	arrived    time.Time     // zero if the container does not run: the engine sends only one frame then
-	superseded chan struct{} // closed when the next frame has arrived; nil like arrived
+	superseded chan struct{} // closed when the next frame has arrived; nil if arrived is zero
 }
 
 // serviceStats answers GET /service/{id}/stats with the engine's newest frame. With ?stream=true it sends
-// a frame a line, across restarts, until the service stops. Slow readers miss frames; stalled ones are
+// a frame per line until the service stops, perhaps in a restart. Slow readers miss frames; stalled ones are
 // disconnected.
 func (s *stats) serviceStats(w http.ResponseWriter, r *http.Request) error {
 	ctx, id := r.Context(), r.PathValue("id")

@@ -259,7 +259,7 @@ func (t *tarReader) next() (*tar.Header, error) {
 }
 
 // isKnownSparse reports whether archive/tar reads the version of a sparse file in an extended header. It
-// ignores the records of any other version, which GNU tar does not.
+// ignores the records of any other version; GNU tar does not.
 func isKnownSparse(records map[string]string) bool {
 	version := records["GNU.sparse.major"] + "." + records["GNU.sparse.minor"]
 	return slices.Contains([]string{"0.0", "0.1", "1.0"}, version) ||
@@ -267,7 +267,7 @@ func isKnownSparse(records map[string]string) bool {
 }
 
 // isAmbiguous reports whether programs differ on which fields an entry's own header has after its first 257
-// bytes, and so on its name or its content.
+// bytes, and therefore on its name or content.
 func isAmbiguous(own [blockSize]byte, format tar.Format) bool {
 	hasPrefix := own[345] != 0 // GNU's format has times there, which archive/tar sometimes reads as a prefix
 	switch {
@@ -279,7 +279,7 @@ func isAmbiguous(own [blockSize]byte, format tar.Format) bool {
 		isSparse := own[386] != 0 || own[483] != 0
 		return hasPrefix && format == tar.FormatUnknown || isSparse && own[156] != tar.TypeGNUSparse
 	}
-	return hasPrefix // for Python always; for bsdtar behind "ustar", whatever follows that
+	return hasPrefix // Python always reads a prefix; bsdtar does after "ustar", whatever follows that
 }
 
 // ambiguous is the type of a header that programs read differently. headerOrder matches no text that ends so.
@@ -304,8 +304,8 @@ func (t *tarReader) readHeaders() (types string, err error) {
 		header := t.headers.Bytes()[t.headers.Len()-blockSize:]
 		kind, number := string(header[156:157]), bytes.TrimLeft(header[124:136], " ")
 		digits := bytes.Trim(number, " \x00")
-		// archive/tar ignores NULs ahead of a size, and takes blanks for 0. For GNU tar NULs end a size, and
-		// a header with blanks is none.
+		// archive/tar ignores NULs ahead of a size, and takes blanks for 0. For GNU tar, NULs end a size, and
+		// a header with a blank size is invalid.
 		if !bytes.HasPrefix(number, digits) || len(number) == 0 {
 			return types + ambiguous, nil
 		}

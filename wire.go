@@ -16,7 +16,7 @@ import (
 	"unicode/utf8"
 )
 
-// timeouts limit how long the daemon waits for clients and for the engine.
+// timeouts holds the limits of waits, and the intervals of background work.
 type timeouts struct {
 	jsonBody       time.Duration // for a JSON body
 	engineRead     time.Duration // for one read of the engine
@@ -153,7 +153,7 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 		err = cmp.Or(err, w.ctl.Flush())
 	}
 	if err != nil {
-		err = errors.New("the client does not read") // describe must not take it for the engine's
+		err = errors.New("cannot write to the client") // describe must not take it for the engine's
 	}
 	return n, err
 }
