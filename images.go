@@ -144,7 +144,6 @@ func (x *images) importImage(w http.ResponseWriter, r *http.Request) error {
 	noteChange(w, "", "import_image")
 	archive, err := x.receive(w, r)
 	if err != nil {
-		w.Header().Set("Connection", "close") // some of the body may be unread
 		return err
 	}
 	defer archive.Close()
