@@ -217,6 +217,19 @@ func TestBindDirectoryWithDataIsNeitherUsedNorErased(t *testing.T) {
 	d.do(t, "POST", "/service", createBodyJSON("new", "")).want(t, 201)
 }
 
+func TestStartRemovesDraftsOfRecords(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	draft := filepath.Join(dir, recordDir, "web"+draftSuffix)
+	must(t, errors.Join(os.Mkdir(filepath.Dir(draft), 0o700), os.WriteFile(draft, []byte("{"), 0o600)))
+	b, err := openBinds(dir)
+	must(t, err)
+	defer b.close()
+	if _, err := os.Lstat(draft); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the draft: %v", err)
+	}
+}
+
 func TestFullDiskDuringACreateUndoesIt(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // closeRecorder is a connection that can only be closed.
@@ -113,6 +114,7 @@ func TestConnectionsWithTheKeyOutliveACrowd(t *testing.T) {
 		}
 		healthy := func(conn net.Conn) {
 			t.Helper()
+			conn.SetDeadline(time.Now().Add(patience))
 			io.WriteString(conn, d.head("GET /health")+"\r\n")
 			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil || answer.StatusCode != 204 {
@@ -149,6 +151,7 @@ func TestCrowdWithoutTheKeyNeitherHoldsUpTheCoreNorFillsTheLog(t *testing.T) {
 	t.Parallel()
 	const slots, crowd, refused = 10, 50, 300
 	_, d := start(t, func(c *config) { c.preauthSlots = slots })
+	begin := time.Now()
 	for range crowd {
 		io.WriteString(wireDial(t, d), "GET / HTTP/1.1\r\nHost: h\r\nX-") // and no more
 	}
@@ -177,8 +180,8 @@ func TestCrowdWithoutTheKeyNeitherHoldsUpTheCoreNorFillsTheLog(t *testing.T) {
 	if total > refused+crowd {
 		t.Errorf("%d rejections were counted", total)
 	}
-	if n := strings.Count(d.log.String(), "\n"); n > refused/10 {
-		t.Errorf("the log has %d lines", n)
+	if n := strings.Count(d.log.String(), "rejected"); n > 1+int(time.Since(begin)/time.Second) {
+		t.Errorf("the log has %d lines of them after %v", n, time.Since(begin))
 	}
 	if strings.Contains(d.log.String(), "status=401") {
 		t.Error("a request without the key has a line of its own")
@@ -189,6 +192,7 @@ func TestFailedHandshakesAreCounted(t *testing.T) {
 	t.Parallel()
 	cert, key, _ := selfSigned(t)
 	_, d := start(t, func(c *config) { c.tlsCert, c.tlsKey = cert, key })
+	begin := time.Now()
 	for range 50 {
 		conn := wireDial(t, d)
 		io.WriteString(conn, "no TLS\r\n\r\n")
@@ -212,7 +216,7 @@ func TestFailedHandshakesAreCounted(t *testing.T) {
 			t.Errorf("the log has a line of %d bytes", len(line))
 		}
 	}
-	if n := strings.Count(d.log.String(), "TLS handshake error"); n > 5 {
-		t.Errorf("the log has %d lines of 50 handshakes", n)
+	if n := strings.Count(d.log.String(), "TLS handshake error"); n > 1+int(time.Since(begin)/time.Second) {
+		t.Errorf("the log has %d lines of 51 handshakes after %v", n, time.Since(begin))
 	}
 }

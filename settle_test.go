@@ -131,7 +131,7 @@ func (f found) put(t *testing.T, e *fakeEngine, b *bindRoot, image string, runni
 	for name, kind := range f.containers {
 		e.addForeign(name, map[string]string{labelService: "web", labelBinds: b.path,
 			labelRevision: strings.Fields(kind)[0], "kind": kind}, filepath.Join(b.path, "web"))
-		e.byName(name).Running = running && name == "web"
+		e.byName(name).Running = running
 	}
 	dir := filepath.Join(b.path, "web")
 	err := errors.Join(os.RemoveAll(dir), b.removeRecord("web"), b.unmark("web"))
