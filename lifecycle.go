@@ -6,13 +6,15 @@ import (
 	"crypto/rand"
 	"errors"
 	"log/slog"
+	"maps"
 	"os"
-	"regexp"
-	"strings"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/filters"
 )
 
 // services creates, changes and deletes services. A service's record, a file, has its parameters; settle
@@ -211,11 +213,136 @@ func (s *services) fill(ctx context.Context, dir *os.File, spec serviceSpec) err
 	return syncFilesystem(dir)
 }
 
+// settle makes the engine match a service's record, or finishes or undoes an operation that was interrupted,
+// perhaps by the death of an earlier daemon. It returns the service, or nil if there is none. The caller
+// holds the service's lock. The first row that matches counts, except that the fifth goes on with the sixth:
+//
+//	found                                        done
+//	a container of the service under a name      nothing: it is an error
+//	that is neither of its two
+//	a mark                                       remove all its containers, erase the directory,
+//	                                             remove the record, unmark
+//	no record                                    remove the candidate. If the service has no bind
+//	                                             directory, remove its container too. If it has
+//	                                             one, keep the container, and log that
+//	the container has the record's revision      remove the candidate, if there is one
+//	neither the container nor the candidate has  write the record: what is pending is applied,
+//	it, something is pending, and a container    with a new revision; go on
+//	is listed, or the engine confirms that none
+//	has the name
+//	another revision, or no container            make the candidate if none has the record's
+//	                                             revision, removing any other; stop and remove
+//	                                             the container; rename the candidate to <id>
+func (s *services) settle(ctx context.Context, id string) (*service, error) {
+	found, err := s.containers.ofService(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := found.errRenamed(id); err != nil {
+		return nil, err
+	}
+	marked, err := s.binds.marked(id)
+	if err != nil {
+		return nil, err
+	}
+	if marked {
+		return nil, s.purge(ctx, id, found)
+	}
+	record, err := s.binds.record(id)
+	if err != nil {
+		return nil, err
+	}
+	if record == nil {
+		return nil, s.removeUnrecorded(ctx, id, found)
+	}
+	if found.current.hasRevision(record.Revision) {
+		running := found.current.State == container.StateRunning
+		return &service{id, *record, found.current.ID, running}, s.removeContainers(ctx, found.candidate)
+	}
+	// An engine that has just started may not list a container that it has, and the service may be running.
+	// What is pending must not be applied then; and the rename in replace fails, since the name is taken.
+	if !found.candidate.hasRevision(record.Revision) && record.Pending != nil &&
+		(found.current != nil || s.containers.isMissing(ctx, id)) {
+		*record = record.applied()
+		if err := s.binds.writeRecord(id, *record); err != nil {
+			return nil, err
+		}
+	}
+	return s.replace(ctx, *record, found)
+}
+
+// purge removes everything that belongs to a marked service, and then the mark. Each removal is durable
+// before the mark is removed.
+func (s *services) purge(ctx context.Context, id string, found serviceContainers) error {
+	if err := s.removeContainers(ctx, found.candidate, found.current); err != nil {
+		return err
+	}
+	if err := s.binds.erase(ctx, id); err != nil {
+		return err
+	}
+	if err := s.binds.removeRecord(id); err != nil {
+		return err
+	}
+	return s.binds.unmark(id)
+}
+
+// removeUnrecorded removes the containers of a service that does not exist. A late call has made the
+// candidate; after a power cut the engine may have the old container again. But if there is a bind directory,
+// the record may be missing from a restored backup: then the container stays.
+func (s *services) removeUnrecorded(ctx context.Context, id string, found serviceContainers) error {
+	if err := s.removeContainers(ctx, found.candidate); err != nil || found.current == nil {
+		return err
+	}
+	hasData, err := s.binds.has(id)
+	if err != nil {
+		return err
+	}
+	if hasData {
+		s.log.Warn("a container has a bind directory and no record: restore the record, or delete the service",
+			"id", id)
+		return nil
+	}
+	return s.removeContainers(ctx, found.current)
+}
+
+// replace makes a container of the record's revision the service's. It stops the current one, if any, and
+// removes it by force, since a late call may have started it again.
+func (s *services) replace(ctx context.Context, record serviceRecord, found serviceContainers) (
+	*service, error) {
+	svc := &service{id: record.Params.ID, record: record}
+	current := ""
+	if found.current != nil {
+		current = found.current.ID
+	}
+	if found.candidate.hasRevision(record.Revision) {
+		svc.containerID = found.candidate.ID
+		svc.running = found.candidate.State == container.StateRunning // somebody may have started it by hand
+	} else {
+		if err := s.removeContainers(ctx, found.candidate); err != nil {
+			return nil, err
+		}
+		created, err := s.createCandidate(ctx, record, current)
+		if err != nil {
+			return nil, err
+		}
+		svc.containerID = created
+	}
+	if current != "" {
+		if err := s.stopContainer(ctx, svc.id, current); err != nil && !errdefs.IsNotFound(err) {
+			return nil, err
+		}
+		if err := s.removeContainers(ctx, found.current); err != nil {
+			return nil, err
+		}
+	}
+	return svc, s.engine.api().ContainerRename(ctx, svc.containerID, svc.id)
+}
+
 // createCandidate creates the container that a record describes, and returns its id. The container shares the
 // anonymous volumes of the one that it replaces, if any: so they stay anonymous, and the engine removes them
 // with the last container that uses them. VolumesFrom carries the bind mount along, too: see setPending.
 func (s *services) createCandidate(ctx context.Context, r serviceRecord, replaces string) (string, error) {
-	config, host := containerSpec(s.config, r)
+	config, host := containerSpec(s.config.containerSettings, r)
 	if replaces != "" {
 		host.VolumesFrom = []string{replaces}
 	}
@@ -232,156 +359,6 @@ func (s *services) createCandidate(ctx context.Context, r serviceRecord, replace
 	return created.ID, err
 }
 
-// setParams replaces a service's parameters from its next start on. The data stays. The image is checked, and
-// pulled if it is missing, without the lock, since a pull may take long. Meanwhile the id may become that of
-// another service: then the UID differs.
-func (s *services) setParams(ctx context.Context, id string, p serviceParams, registryAuth string) error {
-	seen, err := s.record(id)
-	if err != nil {
-		return err
-	}
-	image, err := s.ensureImage(ctx, p, registryAuth)
-	if err != nil {
-		return err
-	}
-	return s.setPending(ctx, id, func(record serviceRecord) (serviceSpec, error) {
-		if record.UID != seen.UID {
-			return serviceSpec{}, noSuchService(id)
-		}
-		return serviceSpec{p, image.id, image.user}, nil
-	})
-}
-
-// setEnv replaces a service's variables from its next start on.
-func (s *services) setEnv(ctx context.Context, id string, env []string) error {
-	return s.setPending(ctx, id, func(record serviceRecord) (serviceSpec, error) {
-		spec := record.latest()
-		spec.Params.Env = env
-		return spec, nil
-	})
-}
-
-// setPending changes the spec that the next start will run. It does not ask the engine for containers, so
-// that it can repair a service whose container or image is missing.
-func (s *services) setPending(ctx context.Context, id string,
-	change func(serviceRecord) (serviceSpec, error)) error {
-	unlock, err := s.lock(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	record, err := s.record(id)
-	if err != nil {
-		return err
-	}
-	pending, err := change(*record)
-	if err != nil {
-		return err
-	}
-	if bindTarget(pending.Params.BindDir) != bindTarget(record.Params.BindDir) {
-		// VolumesFrom would carry the old mount along.
-		return badRequest("bind_dir: must be the service's, %q", record.Params.BindDir)
-	}
-	if pending.ImageID != record.latest().ImageID {
-		release, err := s.holdImage(ctx, pending)
-		if err != nil {
-			return err
-		}
-		defer release()
-	}
-	record.Pending = &pending
-	return s.binds.writeRecord(id, *record) // the commit
-}
-
-// record returns the record of a service that exists.
-func (s *services) record(id string) (*serviceRecord, error) {
-	exists, err := s.binds.exists(id)
-	if err != nil {
-		return nil, err
-	}
-	if !exists {
-		return nil, noSuchService(id)
-	}
-	record, err := s.binds.record(id)
-	if err == nil && record == nil { // deleted meanwhile
-		err = noSuchService(id)
-	}
-	return record, err
-}
-
-// An operation changes a service that exists. It runs under the service's lock, after settle.
-type operation func(context.Context, service) error
-
-// change settles a service and runs an operation on it. ctx, the route's, limits the wait for the lock. The
-// rest gets a new context, with the time that a stop and a start may take: it must not end between them.
-func (s *services) change(ctx context.Context, id string, run operation) error {
-	unlock, err := s.lock(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	ctx, cancel := detached(ctx, s.ctx, s.config.stopTimeout+s.config.timeouts.engineRead)
-	defer cancel()
-	existing, err := s.settle(ctx, id)
-	if err != nil {
-		return err
-	}
-	if existing == nil {
-		return noSuchService(id)
-	}
-	return run(ctx, *existing)
-}
-
-// start starts a service that does not run.
-func (s *services) start(ctx context.Context, svc service) error {
-	switch {
-	case svc.running:
-		return nil
-	case svc.record.Pending == nil:
-		return s.startContainer(ctx, svc)
-	}
-	return s.applyPending(ctx, svc)
-}
-
-// restart stops a service if it runs, and starts it, with what is pending if anything is.
-func (s *services) restart(ctx context.Context, svc service) error {
-	if svc.record.Pending != nil {
-		return s.applyPending(ctx, svc)
-	}
-	if err := s.stop(ctx, svc); err != nil {
-		return err
-	}
-	return s.startContainer(ctx, svc)
-}
-
-// applyPending applies what is pending and starts the service. If the engine refuses the new container, or
-// the disk is full, nothing is committed and the service stays as it was; but if only the sync of the
-// record fails, the service may have been stopped, with its new parameters. After the commit, a failure
-// such as a taken port, or a kill of the daemon, leaves the service stopped. The old container may run on
-// until the next round, in which settle stops and replaces it: settle starts nothing.
-func (s *services) applyPending(ctx context.Context, svc service) error {
-	record := svc.record.applied()
-	_, err := s.createCandidate(ctx, record, svc.containerID)
-	if err == nil {
-		err = s.binds.writeRecord(svc.id, record) // the commit
-	}
-	// This replaces the container (the table's last row) or, if the record was not written, removes the
-	// candidate (its fourth).
-	settled, settleErr := s.settle(ctx, svc.id)
-	if err := cmp.Or(err, settleErr); err != nil {
-		return err
-	}
-	if settled == nil { // somebody has removed the record
-		return noSuchService(svc.id)
-	}
-	return s.startContainer(ctx, *settled)
-}
-
-// stop stops a service if it runs.
-func (s *services) stop(ctx context.Context, svc service) error {
-	return s.stopContainer(ctx, svc.id, svc.containerID)
-}
-
 // stopContainer stops a service's container within -stop-timeout: the container's own StopTimeout may be that
 // of an earlier daemon.
 func (s *services) stopContainer(ctx context.Context, id, containerID string) error {
@@ -390,92 +367,139 @@ func (s *services) stopContainer(ctx context.Context, id, containerID string) er
 	return s.engine.api().ContainerStop(ctx, containerID, container.StopOptions{Timeout: &seconds})
 }
 
-// startContainer starts a service's container. Its errors distinguish what the client can fix from what it
-// cannot.
-func (s *services) startContainer(ctx context.Context, svc service) error {
-	s.forgetStats(svc.id)
-	err := s.engine.api().ContainerStart(ctx, svc.containerID, container.StartOptions{})
-	if err == nil {
-		return nil
+// removeContainers removes containers by force, with their volumes; the engine keeps a volume that another
+// container uses. It skips nil entries.
+func (s *services) removeContainers(ctx context.Context, entries ...*listEntry) error {
+	options := container.RemoveOptions{Force: true, RemoveVolumes: true}
+	for _, entry := range entries {
+		if entry == nil {
+			continue
+		}
+		err := s.engine.api().ContainerRemove(ctx, entry.ID, options)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
 	}
-	_, message := describe(err)
-	if portInUse.MatchString(message) {
-		return newAPIError(kindPortTaken, "%s", message)
-	}
-	// Only a cmd that cannot be executed is the client's fault; a missing bind directory, for example, is not.
-	if errdefs.IsInvalidArgument(err) && !strings.Contains(message, `exec: "`) {
-		return newAPIError(kindEngineFailed, "%s", message)
-	}
-	return err
+	return nil
 }
 
-// portInUse matches the errors of engines 20.10 to 29 for a port of the host that a program or a container
-// has taken.
-var portInUse = regexp.MustCompile(`address already in use|port is already allocated`)
+// keepSettled settles all services now and at every interval until s.ctx is done. It returns once the first
+// round has finished or has taken as long as an interval: deleting a directory of a million files must not
+// keep the core waiting.
+func (s *services) keepSettled(ctx context.Context, background *sync.WaitGroup) {
+	first := make(chan struct{})
+	background.Go(func() { // ends when s.ctx is done
+		for done := sync.OnceFunc(func() { close(first) }); s.ctx.Err() == nil; {
+			wait := s.config.timeouts.settleInterval
+			if err := s.settleAll(s.ctx); err != nil {
+				s.log.Warn("cannot settle services", "err", err)
+				wait = min(wait, engineRetry) // the engine may still be starting
+			}
+			done()
+			select {
+			case <-time.After(wait):
+			case <-s.ctx.Done():
+			}
+		}
+	})
+	select {
+	case <-first:
+		s.warnOfOtherRoots(ctx)
+	case <-time.After(s.config.timeouts.settleInterval):
+	case <-ctx.Done(): // shut down before the first round has finished
+	}
+}
 
-// kill kills a service if it runs. It does not take the lock of a service that has its container, or it would
-// wait for the stop that it is meant to cut short.
-func (s *services) kill(ctx context.Context, id string) error {
+// engineRetry is the wait after a round that failed as a whole.
+const engineRetry = 2 * time.Second
+
+// settleAll settles every service that needs it, one after the other, each with its own deadline. It logs the
+// services that it cannot settle; the next round tries again.
+func (s *services) settleAll(ctx context.Context) error {
+	if err := s.engine.negotiate(ctx); err != nil {
+		return err
+	}
 	if err := s.checkRoot(ctx); err != nil {
 		return err
 	}
-	current, err := s.containers.lookup(ctx, id)
-	if err != nil || !current.State.Running {
-		return err
-	}
-	defer s.forgetStats(id)
-	err = s.engine.api().ContainerKill(ctx, current.ID, "KILL")
-	if errdefs.IsConflict(err) || errdefs.IsNotFound(err) { // it has exited
-		return nil
-	}
-	return err
-}
-
-// remove deletes a service, or the rest of one, with everything that belongs to it.
-func (s *services) remove(ctx context.Context, id string) error {
-	unlock, err := s.lock(ctx, id)
+	all, err := s.containers.all(ctx)
 	if err != nil {
 		return err
 	}
+	recorded, err := s.binds.ids(recordDir)
+	if err != nil {
+		return err
+	}
+	marked, err := s.binds.ids(markDir)
+	if err != nil {
+		return err
+	}
+	ids := slices.Concat(slices.Collect(maps.Keys(all)), recorded, marked)
+	slices.Sort(ids)
+	for _, id := range slices.Compact(ids) {
+		settled, err := s.isSettled(id, all[id])
+		if err == nil && !settled {
+			err = s.settleOne(ctx, id)
+		}
+		if err != nil {
+			s.log.Warn("cannot settle a service", "id", id, "err", err)
+		}
+	}
+	if err := s.tidyImages(ctx); err != nil {
+		s.log.Warn("cannot remove the tags of unfinished imports", "err", err)
+	}
+	return nil
+}
+
+// isSettled reports whether settle would have nothing to do. It does not call the engine.
+func (s *services) isSettled(id string, found serviceContainers) (bool, error) {
+	marked, err := s.binds.marked(id)
+	if err != nil || marked || len(found.renamed) > 0 || found.candidate != nil {
+		return false, err
+	}
+	record, err := s.binds.record(id)
+	if err != nil || record == nil {
+		return found.current == nil, err
+	}
+	return found.current.hasRevision(record.Revision), nil
+}
+
+// settleOne settles one service. It skips one whose lock is held: the operation settles it, or else the next
+// round does.
+func (s *services) settleOne(ctx context.Context, id string) error {
+	try, cancel := context.WithTimeout(ctx, lockTry)
+	defer cancel()
+	unlock, err := s.locks.lock(try, id)
+	if err != nil {
+		return nil
+	}
 	defer unlock()
-	if err := s.checkRemove(ctx, id); err != nil {
+	ctx, cancel = context.WithTimeout(ctx, s.config.timeouts.settle)
+	defer cancel()
+	if err := s.checkRoot(ctx); err != nil { // it may have moved during the round
 		return err
 	}
-	if err := s.binds.mark(id); err != nil { // the commit
-		return err
-	}
-	defer s.forgetStats(id)
 	_, err = s.settle(ctx, id)
 	return err
 }
 
-// checkRemove returns an error if there is nothing to delete, or if a renamed container or a container that
-// is not ours may be using the directory.
-func (s *services) checkRemove(ctx context.Context, id string) error {
-	found, err := s.containers.ofService(ctx, id)
+// lockTry is how long a round waits for a service's lock.
+const lockTry = 10 * time.Millisecond
+
+// warnOfOtherRoots logs how many containers of other bind roots the engine has: this daemon may have been
+// started with another path than before.
+func (s *services) warnOfOtherRoots(ctx context.Context) {
+	list, err := s.containers.list(ctx, filters.Arg("label", labelService))
 	if err != nil {
-		return err
+		return // the next round reports an engine that fails
 	}
-	if err := found.errRenamed(id); err != nil {
-		return err
-	}
-	if found.current != nil {
-		return nil
-	}
-	exists := found.candidate != nil
-	for _, name := range []string{id, recordDir + "/" + id, markDir + "/" + id} {
-		there, err := s.binds.has(name)
-		if err != nil {
-			return err
+	roots := map[string]int{}
+	for _, entry := range list {
+		if root := entry.Labels[labelBinds]; root != s.binds.path {
+			roots[root]++
 		}
-		exists = exists || there
 	}
-	if !exists {
-		return noSuchService(id)
+	if len(roots) > 0 {
+		s.log.Warn("the engine has services of other bind roots", "containers", roots)
 	}
-	taken, err := s.containers.nameTaken(ctx, id)
-	if err == nil && taken {
-		err = idTaken(id)
-	}
-	return err
 }

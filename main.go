@@ -16,9 +16,9 @@
 //   - The engine is trusted; its availability is not.
 //
 // Read main.go, server.go (whose route table is the table of contents), auth.go, listener.go, services.go,
-// console.go, stats.go, images.go, lifecycle.go, settle.go, spec.go, containers.go, engine.go,
-// binds.go, fetch.go, archive.go, tar.go, wire.go, errors.go. Callers come before callees, except that
-// settle.go also calls lifecycle.go, which calls images and stats through fields of services.
+// console.go, stats.go, images.go, lifecycle.go, spec.go, containers.go, engine.go, binds.go, fetch.go,
+// archive.go, tar.go, wire.go, errors.go. Callers come before callees, except that lifecycle.go calls images
+// and stats through fields of services.
 package main
 
 import (
@@ -45,14 +45,11 @@ import (
 
 // config holds the values of the flags. Sizes are in bytes.
 type config struct {
+	containerSettings
 	addr          string // TCP address to listen on
 	coreKeyPath   string
-	binds         string // path of the directory that holds the bind directories
 	tlsCert       string // PEM file; empty for plain HTTP
 	tlsKey        string
-	network       string        // engine network of the services; empty for the engine's default bridge
-	pidsLimit     int64         // processes and threads in one service
-	stopTimeout   time.Duration // between the stop signal and SIGKILL
 	createTimeout time.Duration // for one create or PUT, one import by the engine, or one delete
 	fetchAllow    []netip.Prefix
 	maxBindBytes  int64 // of a bind_contents stream, compressed and decompressed
@@ -211,8 +208,8 @@ func (s *server) serve(serving context.Context, stop func(), listener net.Listen
 // each invalid variable, and one for the first invalid argument or else for each value that is out of range.
 // For -h it writes the flags to out and returns [flag.ErrHelp].
 func parseConfig(args, environ []string, out io.Writer) (config, error) {
-	c := config{preauthSlots: defaultPreauthSlots(),
-		stopTimeout: 30 * time.Second, createTimeout: 30 * time.Minute,
+	c := config{containerSettings: containerSettings{stopTimeout: 30 * time.Second},
+		createTimeout: 30 * time.Minute, preauthSlots: defaultPreauthSlots(),
 		timeouts: timeouts{jsonBody: 30 * time.Second, engineRead: 30 * time.Second, clientWrite: 30 * time.Second,
 			uploadStall: time.Minute, statsFrame: 2 * time.Minute, statsIdle: 30 * time.Second,
 			settle: 2 * time.Minute, settleInterval: time.Minute}}

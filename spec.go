@@ -230,13 +230,21 @@ func validPort(text string, least int) bool {
 	return err == nil && n >= least && n <= math.MaxUint16 && strconv.Itoa(n) == text
 }
 
+// containerSettings are the flags that hold for the containers of all services.
+type containerSettings struct {
+	binds       string        // path of the directory that holds the bind directories
+	network     string        // engine network; empty for the engine's default bridge
+	pidsLimit   int64         // processes and threads in one service
+	stopTimeout time.Duration // between the stop signal and SIGKILL
+}
+
 // containerSpec returns everything that a service's container may do. The bind directory is a [mount.Mount]:
 // in a Binds string, a bind_dir of x:/etc:ro would be parsed. Everything else is the engine's default: its
 // seccomp profile, its masked paths, no devices.
-func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.HostConfig) {
-	p, stopTimeout := r.Params, int(cfg.stopTimeout/time.Second)
+func containerSpec(common containerSettings, r serviceRecord) (*container.Config, *container.HostConfig) {
+	p, stopTimeout := r.Params, int(common.stopTimeout/time.Second)
 	config := &container.Config{
-		Labels:          map[string]string{labelService: p.ID, labelBinds: cfg.binds, labelRevision: r.Revision},
+		Labels:          map[string]string{labelService: p.ID, labelBinds: common.binds, labelRevision: r.Revision},
 		Image:           r.ImageID, // the name may mean another image by now
 		Cmd:             p.Cmd,
 		Shell:           p.Shell,
@@ -254,17 +262,17 @@ func containerSpec(cfg config, r serviceRecord) (*container.Config, *container.H
 	}
 	host := &container.HostConfig{
 		Mounts: []mount.Mount{{Type: mount.TypeBind,
-			Source: filepath.Join(cfg.binds, p.ID), Target: bindTarget(p.BindDir)}},
+			Source: filepath.Join(common.binds, p.ID), Target: bindTarget(p.BindDir)}},
 		SecurityOpt:   []string{"no-new-privileges"},
 		CapDrop:       []string{"AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP"},
 		CgroupnsMode:  container.CgroupnsModePrivate,
 		IpcMode:       container.IPCModePrivate,
-		NetworkMode:   container.NetworkMode(cfg.network),
+		NetworkMode:   container.NetworkMode(common.network),
 		PortBindings:  nat.PortMap{},
 		RestartPolicy: container.RestartPolicy{Name: container.RestartPolicyDisabled},
 		LogConfig: container.LogConfig{Type: "json-file",
 			Config: map[string]string{"max-size": "10m", "max-file": "3"}},
-		Resources: container.Resources{PidsLimit: &cfg.pidsLimit},
+		Resources: container.Resources{PidsLimit: &common.pidsLimit},
 	}
 	if p.NetworkDisabled {
 		host.NetworkMode = "none"

@@ -19,14 +19,13 @@ import (
 )
 
 // readingOrder is the order in which a reviewer reads the files: callers above callees.
-var readingOrder = strings.Fields("main server auth listener services console stats images lifecycle " +
-	"settle spec containers engine binds fetch archive tar wire errors")
+var readingOrder = strings.Fields("main server auth listener services console stats images lifecycle spec " +
+	"containers engine binds fetch archive tar wire errors")
 
 // upwards are the only references to a file that is read earlier.
 var upwards = []string{
-	"server main", "lifecycle main", "spec main", // config
-	"settle lifecycle", // which calls each other
-	"binds spec",       // the record that it stores
+	"server main", "lifecycle main", // config
+	"binds spec", // the record that it stores
 }
 
 // source is the program's own files, with their types.

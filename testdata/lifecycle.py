@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The design of settle (settle.go) and of the operations (lifecycle.go) as a small program, checked exhaustively.
+"""The design of settle (lifecycle.go) and of the operations (services.go) as a small program, checked exhaustively.
 
 A world is one service: its containers (name, environment, volume), its bind directory, its mark, and its record (the
 environment, the pending one, the revision). Operations are written as in the design, one step a call. At each step
