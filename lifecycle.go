@@ -36,8 +36,7 @@ import (
 //
 // The last call of a daemon that was killed may reach the engine at any later time. A late create or rename
 // may take a name that an operation needs: the operation fails, and the next settle removes what the call has
-// made.
-// A late start, stop or kill changes whether the service runs, even after a later request was answered.
+// made. A late start, stop or kill changes whether the service runs, even after a later request was answered.
 //
 // An operation holds the service's lock, of a keyedMutex, from before it looks at the service's state until
 // it returns; a PUT only once it has its image (see setParams). Reads and kill take the lock only if the
