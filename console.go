@@ -77,8 +77,8 @@ func (c *console) checkStopped(ctx context.Context, id string, run containerInfo
 	if err == nil {
 		return errors.New("the engine ended the logs of a running service")
 	}
-	if kind, _ := describe(err); kind.status == http.StatusConflict || kind.status == http.StatusNotFound {
-		return nil // stopped, or deleted
+	if kind, _ := describe(err); kind == kindNotRunning || kind == kindNoSuchService { // stopped, or deleted
+		return nil
 	}
 	return err
 }

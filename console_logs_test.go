@@ -240,6 +240,9 @@ func TestFollowThatIsBrokenOffIsAnError(t *testing.T) {
 		"the engine has an error in the stream": {engine: func(e *fakeEngine, d *daemon, w http.ResponseWriter) {
 			sent(w, "\x03\x00\x00\x00\x00\x00\x00\x05wrong")
 		}},
+		"and somebody has renamed the container": {engine: func(e *fakeEngine, d *daemon, w http.ResponseWriter) {
+			e.rename("web", "other")
+		}},
 		"and cannot say whether it runs": {engine: func(e *fakeEngine, d *daemon, w http.ResponseWriter) {
 			consoleHook(e, "/json", func(w http.ResponseWriter, r *http.Request) { reply(w, 500, "no") })
 		}},

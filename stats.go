@@ -68,6 +68,9 @@ func (s *stats) serviceStats(w http.ResponseWriter, r *http.Request) error {
 		}
 		f, err = s.next(ctx, id, f.arrived, forever) // the feed's watchdog limits the wait
 	}
+	if api, ok := errors.AsType[*apiError](err); ok && api.kind == kindNoSuchService {
+		return nil // deleted, so it has stopped
+	}
 	return err
 }
 

@@ -240,6 +240,19 @@ func TestStreamEndsWithItsService(t *testing.T) {
 	}
 }
 
+// As one of logs does.
+func TestStreamOfADeletedServiceEndsOrderly(t *testing.T) {
+	t.Parallel()
+	_, d := startWithRunning(t, nil)
+	response, err := d.client.Do(d.request(t, "GET", "/service/web/stats?stream=true", nil))
+	must(t, err)
+	defer response.Body.Close()
+	d.do(t, "DELETE", "/service/web", "").want(t, 204)
+	if _, err := io.ReadAll(response.Body); err != nil {
+		t.Errorf("the stream ended with %v", err)
+	}
+}
+
 // Once a restart is acknowledged there is nothing to be seen of the earlier container.
 func TestStatsAreNeverThoseOfAnEarlierContainer(t *testing.T) {
 	t.Parallel()
