@@ -367,24 +367,20 @@ func (x *images) openEngineDir(path string) (*os.File, error) {
 	return os.Open(path)
 }
 
-// ensure checks an image, and pulls it first if it is missing. registryAuth is passed on as X-Registry-Auth.
-func (x *images) ensure(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error) {
-	name := p.Image
-	found, err := x.check(ctx, name, p.WorkingDir)
-	if !errdefs.IsNotFound(err) {
-		return found, err
+// ensure returns the spec of a service, whose image it checks, and pulls first if it is missing. registryAuth
+// is passed on as X-Registry-Auth.
+func (x *images) ensure(ctx context.Context, p serviceParams, registryAuth string) (serviceSpec, error) {
+	spec, err := x.check(ctx, p)
+	if errdefs.IsNotFound(err) && !imageID.MatchString(p.Image) { // no registry resolves a bare id
+		if err := x.pull(ctx, p.Image, registryAuth); err != nil {
+			return spec, err
+		}
+		spec, err = x.check(ctx, p)
 	}
-	if imageID.MatchString(name) { // no registry resolves a bare id
-		return found, noSuchImage(name)
+	if errdefs.IsNotFound(err) { // after a pull, too, if that has failed without an error
+		err = noSuchImage(p.Image)
 	}
-	if err := x.pull(ctx, name, registryAuth); err != nil {
-		return found, err
-	}
-	found, err = x.check(ctx, name, p.WorkingDir)
-	if errdefs.IsNotFound(err) { // the pull failed without an error
-		return found, noSuchImage(name)
-	}
-	return found, err
+	return spec, err
 }
 
 // pull has the engine pull an image.
@@ -404,29 +400,29 @@ func (x *images) pull(ctx context.Context, name, registryAuth string) error {
 	return x.syncEngine(ctx)
 }
 
-// check inspects an image. It returns a 400 for a configuration that a container must not inherit: a large
-// one, or one with many volumes, since every list of containers repeats them; or a working directory that
-// serviceParams.check would refuse, unless the service has its own, workingDir. Symbolic links inside the
+// check inspects the image of a service. It returns a 400 for a configuration that a container must not
+// inherit: a large one, or one with many volumes, since every list of containers repeats them; or a working
+// directory that serviceParams.check would refuse, unless the service has its own. Symbolic links inside the
 // image are the runtime's concern.
-func (x *images) check(ctx context.Context, name, workingDir string) (checkedImage, error) {
+func (x *images) check(ctx context.Context, p serviceParams) (serviceSpec, error) {
 	var text bytes.Buffer
-	found, err := x.engine.api().ImageInspect(ctx, name, client.ImageInspectWithRawResponse(&text))
+	found, err := x.engine.api().ImageInspect(ctx, p.Image, client.ImageInspectWithRawResponse(&text))
 	if err != nil || found.Config == nil {
-		return checkedImage{id: found.ID}, err
+		return serviceSpec{Params: p, ImageID: found.ID}, err
 	}
 	var raw struct{ Config json.RawMessage }
 	if err := json.Unmarshal(text.Bytes(), &raw); err != nil {
-		return checkedImage{}, err
+		return serviceSpec{}, err
 	}
 	switch {
 	case len(raw.Config) > maxImageConfig:
 		err = badRequest("image: its configuration has more than %d bytes", maxImageConfig)
 	case len(found.Config.Volumes) > maxVolumes:
 		err = badRequest("image: it has more than %d volumes", maxVolumes)
-	case workingDir == "" && within(path.Clean("/"+found.Config.WorkingDir), "/proc"):
+	case p.WorkingDir == "" && within(path.Clean("/"+found.Config.WorkingDir), "/proc"):
 		err = badRequest("image: its working directory is under /proc")
 	}
-	return checkedImage{found.ID, found.Config.User}, err
+	return serviceSpec{p, found.ID, found.Config.User}, err
 }
 
 // lastStatus reads the engine's progress messages to the end and returns the status of the last. A failure is

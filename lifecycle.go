@@ -52,7 +52,7 @@ type services struct {
 
 	// ensureImage, holdImage and tidyImages are methods of images; forgetStats discards the
 	// statistics of what ran before a change.
-	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (checkedImage, error)
+	ensureImage func(ctx context.Context, p serviceParams, registryAuth string) (serviceSpec, error)
 	holdImage   func(ctx context.Context, spec serviceSpec) (release func(), err error)
 	tidyImages  func(ctx context.Context) error
 	forgetStats func(id string)
@@ -147,11 +147,11 @@ func (s *services) checkCreate(ctx context.Context, p serviceParams, registryAut
 	if existing != nil || taken {
 		return serviceSpec{}, idTaken(p.ID)
 	}
-	image, err := s.ensureImage(ctx, p, registryAuth)
+	spec, err := s.ensureImage(ctx, p, registryAuth)
 	if err != nil {
 		return serviceSpec{}, err
 	}
-	return serviceSpec{p, image.id, image.user}, s.binds.checkUnused(p.ID)
+	return spec, s.binds.checkUnused(p.ID)
 }
 
 // provision makes a service. After an error its mark is left, and settle removes everything. The exception:

@@ -70,7 +70,7 @@ func (s *services) setParams(ctx context.Context, id string, p serviceParams, re
 	if err != nil {
 		return err
 	}
-	image, err := s.ensureImage(ctx, p, registryAuth)
+	spec, err := s.ensureImage(ctx, p, registryAuth)
 	if err != nil {
 		return err
 	}
@@ -78,7 +78,7 @@ func (s *services) setParams(ctx context.Context, id string, p serviceParams, re
 		if record.UID != seen.UID {
 			return serviceSpec{}, noSuchService(id)
 		}
-		return serviceSpec{p, image.id, image.user}, nil
+		return spec, nil
 	})
 }
 

@@ -99,18 +99,12 @@ func (h *hostMapEntries) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
-// checkedImage is what a service needs to know of an image that it may have.
-type checkedImage struct {
-	id   string // sha256:…
-	user string // USER of the image's configuration
-}
-
 // serviceSpec is one set of parameters, with the image that was checked for them.
 type serviceSpec struct {
 	Params  serviceParams `json:"params"`
 	ImageID string        `json:"image_id"` // of Params.Image when it was checked: sha256:…
 
-	imageUser string // USER of the image; not in the record, as only a create needs it
+	imageUser string // USER of its configuration; not in the record, as only a create needs it
 }
 
 // serviceRecord is the desired state of a service. If the engine differs, the record is right.
