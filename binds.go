@@ -32,8 +32,9 @@ const (
 var serviceID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{1,62}$`)
 
 // bindRoot is the directory that holds the bind directories, each named by its service's id, and the records
-// and marks (see services). All access to it and below it is through [os.Root], because customers write
-// there. Every method that changes something, except create, has synced the change when it returns.
+// and marks (see services). All access to it and below it is through [os.Root], or by one name in an open
+// directory (see pathBelow), because customers write there. Every method that changes something, except
+// create, has synced the change when it returns.
 type bindRoot struct {
 	root *os.Root
 	path string   // absolute, as given, links not resolved; in labels and mounts too
@@ -324,12 +325,19 @@ func (b *bindRoot) checkUnused(id string) error {
 	}
 	var names []string
 	if info.IsDir() {
-		names, err = readSome(b.root, id)
+		dir, err := b.root.Open(id)
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		if names, err = dir.Readdirnames(1); err != nil && err != io.EOF {
+			return err
+		}
 	}
-	if err == nil && (!info.IsDir() || len(names) > 0) {
-		err = newAPIError(kindDirectoryInUse, "the bind directory of %q exists and is not empty", id)
+	if !info.IsDir() || len(names) > 0 {
+		return newAPIError(kindDirectoryInUse, "the bind directory of %q exists and is not empty", id)
 	}
-	return err
+	return nil
 }
 
 // create makes the service's bind directory, or takes an empty one. The caller syncs it, see services.fill,
@@ -357,36 +365,33 @@ func (b *bindRoot) create(id string, o *owner) (*os.File, error) {
 func (b *bindRoot) erase(ctx context.Context, id string) error {
 	return b.change(".", func() error {
 		err := b.root.Remove(id)
-		if isNotEmpty(err) { // so it is a directory, not a link
-			err = b.eraseTree(ctx, id)
+		for isNotEmpty(err) { // so it is a directory, not a link
+			if err = cmp.Or(ctx.Err(), removeContents(ctx, b.dir, id)); err == nil {
+				err = b.root.Remove(id)
+			}
 		}
 		return ignore(err, fs.ErrNotExist)
 	})
 }
 
-// eraseTree removes a directory that is not empty.
-func (b *bindRoot) eraseTree(ctx context.Context, id string) error {
-	dir, err := openBelow(b.root, id)
+// openLevel is an open directory on the path down into a tree.
+type openLevel struct {
+	dir   *os.File
+	names []string // that were read from dir, and are not removed yet
+	depth int      // below the top
+}
+
+// removeContents removes everything in a directory of dir. It follows no links. It needs no free block,
+// because the disk may be full, and no descriptor per level, because a customer can nest 60,000 levels in
+// seconds: it keeps some levels open and walks down again from those, in depth × log(depth) steps in all. It
+// reads each open directory once: to read one of millions of names from its start takes longer each time,
+// since ext4 keeps its empty blocks.
+func removeContents(ctx context.Context, dir *os.File, name string) error {
+	top, err := openBelow(dir, name)
 	if err != nil {
 		return err
 	}
-	if err := removeContents(ctx, dir); err != nil {
-		return err
-	}
-	return b.root.Remove(id)
-}
-
-// openLevel is an open directory on the path down into a tree.
-type openLevel struct {
-	dir   *os.Root
-	depth int // below the top
-}
-
-// removeContents removes everything in a directory, and closes it. It follows no links. It needs no free
-// block, because the disk may be full, and no descriptor per level, because a customer can nest 60,000 levels
-// in seconds: it keeps some levels open and walks down again from those, in depth × log(depth) steps in all.
-func removeContents(ctx context.Context, top *os.Root) error {
-	way := []openLevel{{top, 0}}
+	way := []*openLevel{{dir: top}}
 	defer func() {
 		for _, l := range way {
 			l.dir.Close()
@@ -394,19 +399,19 @@ func removeContents(ctx context.Context, top *os.Root) error {
 	}()
 	for len(way) > 0 {
 		at := way[len(way)-1]
-		below, err := removeSome(ctx, at.dir)
+		below, err := at.removeSome(ctx)
 		switch {
 		case err != nil:
 			return err
-		case below == "": // it is empty: the nearest open level above removes it, or walks down to it again
+		case below == "": // the nearest open level above removes it, or walks down to it again
 			at.dir.Close()
 			way = way[:len(way)-1]
 		default: // a directory that is not empty
-			dir, err := openBelow(at.dir, below)
+			next, err := openBelow(at.dir, below)
 			if err != nil {
 				return err
 			}
-			way = append(closeDistant(way, at.depth+1), openLevel{dir, at.depth + 1})
+			way = append(closeDistant(way, at.depth+1), &openLevel{dir: next, depth: at.depth + 1})
 		}
 	}
 	return nil
@@ -414,8 +419,8 @@ func removeContents(ctx context.Context, top *os.Root) error {
 
 // closeDistant closes levels far above depth and returns the others: the top, and each level that is a
 // multiple of 2ⁿ and no more than 16·2ⁿ above depth. Those are 16 × log(depth) at most.
-func closeDistant(way []openLevel, depth int) []openLevel {
-	return slices.DeleteFunc(way, func(l openLevel) bool {
+func closeDistant(way []*openLevel, depth int) []*openLevel {
+	return slices.DeleteFunc(way, func(l *openLevel) bool {
 		far := l.depth > 0 && depth-l.depth > 16*(l.depth&-l.depth) // the lowest bit of l.depth
 		if far {
 			l.dir.Close()
@@ -425,21 +430,20 @@ func closeDistant(way []openLevel, depth int) []openLevel {
 }
 
 // removeSome removes the entries of a directory until it finds a directory that is not empty, whose name it
-// returns. It returns "" when nothing is left.
-func removeSome(ctx context.Context, dir *os.Root) (notEmpty string, err error) {
-	for {
-		names, err := readSome(dir, ".")
-		if err != nil || len(names) == 0 {
-			return "", err
-		}
-		for _, name := range names {
-			err := cmp.Or(ctx.Err(), dir.Remove(name))
-			switch {
-			case isNotEmpty(err):
-				return name, nil
-			case err != nil && !errors.Is(err, fs.ErrNotExist):
-				return "", err
+// returns. It returns "" when it has read all names.
+func (l *openLevel) removeSome(ctx context.Context) (notEmpty string, err error) {
+	for ; ; l.names = l.names[1:] {
+		if len(l.names) == 0 {
+			if l.names, err = l.dir.Readdirnames(128); len(l.names) == 0 {
+				return "", ignore(err, io.EOF)
 			}
+		}
+		err := cmp.Or(ctx.Err(), os.Remove(pathBelow(l.dir, l.names[0])))
+		switch {
+		case isNotEmpty(err):
+			return l.names[0], nil
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
+			return "", err
 		}
 	}
 }
@@ -450,38 +454,15 @@ func isNotEmpty(err error) bool {
 	return errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST)
 }
 
-// openBelow opens a directory in dir, never a FIFO, which would block, or a symbolic link. OpenFile follows
-// links inside dir, so openBelow compares what was opened with what has the name. It reopens the directory
-// through /proc because an [os.Root] keeps the joined path as its name: megabytes of it at 60,000 levels.
-func openBelow(dir *os.Root, name string) (*os.Root, error) {
-	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	opened, statErr := f.Stat()
-	named, err := dir.Lstat(name)
-	if err = cmp.Or(statErr, err); err != nil {
-		return nil, err
-	}
-	if !os.SameFile(opened, named) {
-		return nil, syscall.ELOOP
-	}
-	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+// openBelow opens a directory in dir. It does not follow a symbolic link, or wait for a FIFO.
+func openBelow(dir *os.File, name string) (*os.File, error) {
+	return os.OpenFile(pathBelow(dir, name), os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
 }
 
-// readSome returns the first names in a directory; none if it is empty.
-func readSome(root *os.Root, name string) ([]string, error) {
-	dir, err := root.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(128)
-	if err == io.EOF {
-		err = nil
-	}
-	return names, err
+// pathBelow returns a path to an entry of an open directory, whatever path leads to that directory by now. An
+// [os.Root] per level would keep the joined path as its name: megabytes of it at 60,000 levels.
+func pathBelow(dir *os.File, name string) string {
+	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name)
 }
 
 // syncFilesystem calls syncfs(2), which package syscall lacks on amd64: everything written to the file system
