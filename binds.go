@@ -364,13 +364,16 @@ func (b *bindRoot) create(id string, o *owner) (*os.File, error) {
 // erase removes a service's bind directory with everything in it.
 func (b *bindRoot) erase(ctx context.Context, id string) error {
 	return b.change(".", func() error {
-		err := b.root.Remove(id)
-		for isNotEmpty(err) { // so it is a directory, not a link
-			if err = cmp.Or(ctx.Err(), removeContents(ctx, b.dir, id)); err == nil {
-				err = b.root.Remove(id)
+		for {
+			err := b.root.Remove(id)
+			if !isNotEmpty(err) {
+				return ignore(err, fs.ErrNotExist)
+			}
+			// It is a directory, not a link. An ENOENT is an error here: somebody may have moved what is in it.
+			if err := cmp.Or(ctx.Err(), removeContents(ctx, b.dir, id)); err != nil {
+				return err
 			}
 		}
-		return ignore(err, fs.ErrNotExist)
 	})
 }
 

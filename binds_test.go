@@ -310,6 +310,27 @@ func (c *countingContext) Err() error {
 	return nil
 }
 
+// movingContext moves something when it is asked whether to go on.
+type movingContext struct {
+	context.Context
+	move func()
+}
+
+func (c movingContext) Err() error { c.move(); return nil }
+
+// What is not found below a directory is not gone: somebody may have moved it.
+func TestTreeThatIsMovedDuringItsDeleteIsNotGone(t *testing.T) {
+	t.Parallel()
+	b, err := openBinds(t.TempDir())
+	must(t, err)
+	defer b.close()
+	must(t, b.root.MkdirAll("web/data", 0o700))
+	move := sync.OnceFunc(func() { b.root.Rename("web", "away") })
+	if err := b.erase(movingContext{t.Context(), move}, "web"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the error is %v", err)
+	}
+}
+
 // A customer nests directories by the thousand, wide and deep.
 func TestTreeOfAnyShapeIsEmptiedWithFewDescriptors(t *testing.T) {
 	t.Parallel()
