@@ -344,25 +344,31 @@ func (x *images) syncEngine(ctx context.Context) error {
 	}
 	for _, path := range dirs {
 		dir, err := x.openEngineDir(path)
-		if err == nil {
+		switch {
+		case err == nil:
 			err = syncFilesystem(dir)
 			dir.Close()
 			if err != nil {
 				return err
 			}
-		} else if path != containerdRoot || !errors.Is(err, fs.ErrNotExist) {
+		case path == containerdRoot && errors.Is(err, fs.ErrNotExist): // it is below the engine's
+		case errors.Is(err, errElsewhere), errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
 			x.notSynced.Do(func() {
 				x.log.Warn("imports are not synced: a power cut soon after one can damage the image", "err", err)
 			})
+		default: // for example, no descriptor is left
+			return err
 		}
 	}
 	return nil
 }
 
+var errElsewhere = errors.New("it may be on another machine")
+
 // openEngineDir opens a directory of the engine if the engine runs on this machine.
 func (x *images) openEngineDir(path string) (*os.File, error) {
 	if host := x.engine.api().DaemonHost(); !strings.HasPrefix(host, "unix:") {
-		return nil, fmt.Errorf("the engine at %s may be on another machine", host)
+		return nil, fmt.Errorf("the engine is at %s: %w", host, errElsewhere)
 	}
 	return os.Open(path)
 }

@@ -526,6 +526,20 @@ func TestImportThatCannotBeSyncedIsLoggedOnce(t *testing.T) {
 	}
 }
 
+// An error that does not say that the engine's directory is elsewhere, such as a lack of descriptors.
+func TestImportWhoseSyncIsInDoubtLeavesNoImage(t *testing.T) {
+	t.Parallel()
+	e := newFakeEngine(t)
+	loop := filepath.Join(e.dataRoot, "loop")
+	must(t, os.Symlink(loop, loop))
+	e.dataRoot = loop
+	d := startDaemon(t, e.host(), nil)
+	d.do(t, "POST", "/docker/image", wholeTar()).want(t, 500)
+	if tags := e.imageTags(); len(tags) > 0 {
+		t.Errorf("there are the images %q", tags)
+	}
+}
+
 // Whatever an engine has made, by the name that it was given, of an import that then fails, goes.
 func TestImportThatTheEngineFailsLeavesNoImage(t *testing.T) {
 	t.Parallel()
