@@ -324,7 +324,7 @@ func (w *deathWorld) die(t *testing.T, d plannedDeath, tally *deathTally) {
 	}
 	first, looked := w.look(t), time.Now()
 	if d.then == thenDelete {
-		if answer := w.send(context.Background(), deathDelete); answer.status != 204 && answer.status != 404 {
+		if answer := w.sendAgain(deathDelete); answer.status != 204 && answer.status != 404 {
 			t.Fatalf("DELETE: %+v; before it: %+v\n%s", answer, first, w.daemon.log)
 		}
 		w.wantState(t, "after it was deleted", "", deathState{})
@@ -340,7 +340,7 @@ func (w *deathWorld) die(t *testing.T, d plannedDeath, tally *deathTally) {
 	if !first.isOneOf(allowed, volumes) {
 		tally.lateEffect(d, first, time.Since(looked))
 	}
-	if again := w.send(context.Background(), op.request); !slices.Contains(want, again.status) {
+	if again := w.sendAgain(op.request); !slices.Contains(want, again.status) {
 		t.Fatalf("the same request again: %+v, want %v; before it: %+v\n%s", again, want, first, w.daemon.log)
 	}
 	w.wantState(t, "after the same request again", volumes, op.new)

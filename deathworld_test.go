@@ -279,6 +279,16 @@ func (w *deathWorld) send(ctx context.Context, r deathRequest) deathAnswer {
 	return deathAnswer{answer.StatusCode, string(body), nil}
 }
 
+// sendAgain sends a request until the engine is done with the last call of the daemon that was killed: until
+// then it may refuse a name, or a removal, with a 409.
+func (w *deathWorld) sendAgain(r deathRequest) (answer deathAnswer) {
+	poll(func() bool {
+		answer = w.send(context.Background(), r)
+		return !strings.Contains(answer.body, `"kind":"`+kindEngineConflict.name+`"`)
+	})
+	return answer
+}
+
 func (w *deathWorld) mustSend(t *testing.T, r deathRequest, status int) {
 	t.Helper()
 	if answer := w.send(context.Background(), r); answer.status != status {
