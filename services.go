@@ -244,20 +244,15 @@ func (s *services) handleControl(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	ctx, id := r.Context(), r.PathValue("id")
-	if slices.Contains([]string{"start", "stop", "restart", "kill"}, body.Op) {
-		noteChange(w, id, body.Op)
+	run, takesLock := map[string]operation{"start": s.start, "stop": s.stop, "restart": s.restart}[body.Op]
+	if !takesLock && body.Op != "kill" {
+		return badRequest("op: must be start, stop, restart or kill")
 	}
-	switch body.Op {
-	case "start":
-		return s.change(ctx, id, s.start)
-	case "stop":
-		return s.change(ctx, id, s.stop)
-	case "restart":
-		return s.change(ctx, id, s.restart)
-	case "kill":
+	noteChange(w, id, body.Op)
+	if !takesLock {
 		return s.kill(ctx, id)
 	}
-	return badRequest("op: must be start, stop, restart or kill")
+	return s.change(ctx, id, run)
 }
 
 // An operation changes a service that exists. It runs under the service's lock, after settle.
